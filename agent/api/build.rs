@@ -1,0 +1,27 @@
+//! Generates the protocol's types and its ttrpc client and server.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+use ttrpc_codegen::{Codegen, Customize};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=agent.proto");
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    Codegen::new()
+        .out_dir(&out)
+        .input("agent.proto")
+        .include(".")
+        .rust_protobuf()
+        .customize(Customize {
+            async_all: true,
+            ..Default::default()
+        })
+        .run()?;
+    // The service's module is not listed in the generated mod.rs.
+    let list = out.join("mod.rs");
+    let text = fs::read_to_string(&list)?;
+    if !text.contains("agent_ttrpc") {
+        fs::write(&list, text + "\npub mod agent_ttrpc;\n")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,46 @@
+//! The protocol between the shim and the agent: everything both must agree on.
+//!
+//! Owns `agent.proto`, the vsock ports, the greeting and the paths in the
+//! guest. Promises that nothing else is shared between host and guest. Holds no
+//! behaviour.
+//!
+//! # Connections
+//! All over vsock; the host is context id 2, the guest [`GUEST_CID`].
+//!
+//! 1. **Agent → host, port [`AGENT_PORT`]**, once, when the agent is ready. The
+//!    agent writes [`GREETING`], then serves ttrpc (`Agent`) on it. There is no
+//!    other connection from the guest to the host.
+//! 2. **Host → guest, port [`STREAM_PORT`]**, one for each standard stream. The
+//!    host first writes the stream's id (8 bytes, little endian, not 0, never
+//!    used twice in a pod); the request that names this id may arrive before or
+//!    after it. stdin flows to the guest, stdout and stderr to the host; the
+//!    end of a stream is the shutdown of the vsock connection in its direction.
+
+#[expect(missing_docs, missing_debug_implementations, unreachable_pub, reason = "generated code")]
+#[expect(clippy::all, clippy::pedantic, clippy::restriction, reason = "generated code")]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::{agent, agent_ttrpc};
+
+/// Context id of the guest. Every VM has its own vsock, so all can have the same.
+pub const GUEST_CID: u32 = 3;
+
+/// Host port that the agent connects to once.
+pub const AGENT_PORT: u32 = 1024;
+
+/// Guest port on which the agent accepts standard streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// virtio-fs tag of the pod's share.
+pub const SHARE_TAG: &str = "bulkhead";
+
+/// Where the agent mounts the pod's share. The shim lays out below it:
+/// `<container id>/rootfs` and `<container id>/volumes/<n>`.
+pub const SHARE_DIR: &str = "/run/bulkhead/share";
+
+/// First line on the agent's connection: product, protocol version, newline.
+///
+/// A shim that reads anything else refuses the guest.
+pub const GREETING: &str = concat!("bulkhead-agent ", env!("CARGO_PKG_VERSION"), "\n");
