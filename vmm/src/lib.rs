@@ -1,1 +1,10 @@
-//! Skeleton.
+//! `bulkhead-vmm`: one virtual machine in one process.
+//!
+//! Owns the guest's memory, its processors and its devices. Knows nothing of
+//! containers, pods or containerd; opens nothing that a caller could have opened
+//! for it.
+
+pub mod assets;
+pub mod config;
+pub mod devices;
+pub mod exit;

@@ -1,0 +1,83 @@
+//! Virtio devices: what each offers to the driver, and the worker that serves it.
+//!
+//! A device is one file here and one arm in the match that builds it. Two types
+//! make it up: the [`Device`], which the driver finds and configures through the
+//! transport, and its [`Worker`], which exists only while the driver has set
+//! DRIVER_OK and owns the queues. The transport (`mmio.rs`) creates the queues,
+//! checks them, moves them in at activation and takes the worker down at reset.
+
+use std::{io, sync::Arc};
+
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+/// What the driver sees before it sets DRIVER_OK.
+pub trait Device: Send {
+    /// Virtio device id (virtio 1.2, 5).
+    fn id(&self) -> u32;
+
+    /// Feature bits of the device itself. The transport adds VIRTIO_F_VERSION_1
+    /// and the ring features.
+    fn features(&self) -> u64 {
+        0
+    }
+
+    /// Largest size of each queue, in the order of their numbers. Powers of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Device configuration space. Reads beyond it give 0; drivers' writes are
+    /// ignored.
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+
+    /// Called when the driver sets DRIVER_OK, with everything that the worker
+    /// needs. After a reset it may be called again.
+    fn activate(&mut self, io: Io) -> io::Result<Box<dyn Worker>>;
+}
+
+/// What a running device works with. Dropping the worker stops it.
+pub trait Worker: Send {
+    /// Ends all work on the queues: when this returns, none of the worker's
+    /// threads touches guest memory any more.
+    fn stop(self: Box<Self>);
+}
+
+/// Queues, memory and interrupt of an activated device.
+#[derive(Debug)]
+pub struct Io {
+    /// All of the guest's memory.
+    pub mem: GuestMemoryMmap,
+    /// The queues that the driver made ready, already validated, each with the
+    /// event that its notifications signal. A queue that the driver left alone is
+    /// `None`.
+    pub queues: Vec<Option<(Queue, EventFd)>>,
+    /// How the driver is told of used buffers.
+    pub interrupt: Interrupt,
+    /// Features that both sides agreed on.
+    pub features: u64,
+}
+
+/// The interrupt line of a device (virtio 1.2, 4.2.2: InterruptStatus).
+#[derive(Clone, Debug)]
+pub struct Interrupt {
+    /// Bits of the InterruptStatus register.
+    pub(crate) status: Arc<std::sync::atomic::AtomicU32>,
+    /// Connected to the interrupt controller in the kernel.
+    pub(crate) line: Arc<EventFd>,
+}
+
+impl Interrupt {
+    /// Tells the driver that buffers of some queue were used.
+    pub fn used_buffer(&self) {
+        self.raise(1);
+    }
+
+    fn raise(&self, bit: u32) {
+        self.status
+            .fetch_or(bit, std::sync::atomic::Ordering::AcqRel);
+        // The counter cannot overflow: the kernel takes it at once.
+        let _ = self.line.write(1);
+    }
+}
