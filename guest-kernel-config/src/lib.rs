@@ -17,6 +17,7 @@
 mod build;
 mod cache;
 mod command;
+pub mod debian;
 mod fragments;
 mod source;
 
@@ -26,7 +27,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::cache::Store;
-use crate::source::Mirror;
+use crate::debian::Mirror;
 
 /// Debian packages that a build needs, for whoever installs them.
 pub const PACKAGES: &[&str] = &[
