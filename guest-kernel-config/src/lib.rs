@@ -17,6 +17,7 @@
 mod build;
 mod cache;
 mod command;
+mod elf;
 mod fragments;
 mod source;
 
