@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::{clean, output};
 use crate::source::Tree;
-use crate::{Progress, fragments};
+use crate::{Progress, elf, fragments};
 
 /// Number of the steps below: to be raised when a change here changes the bytes
 /// that come out, so that older kernels in caches are not taken for new ones.
@@ -96,13 +96,12 @@ pub(crate) fn vmlinux(tree: &Tree, log: &Path, progress: &dyn Progress) -> Resul
     release.args(["-s", "kernelrelease"]);
     let version = output(&mut release)?.trim().to_owned();
 
-    // Symbols are in System.map. The notes stay: they hold the PVH entry.
+    // What nobody loads is dropped; symbols are in System.map.
     let vmlinux = tree.path.join(VMLINUX);
-    output(
-        clean("objcopy")
-            .args(["--strip-all", "--remove-section=.comment"])
-            .arg(&vmlinux),
-    )?;
+    let linked =
+        fs::read(&vmlinux).with_context(|| format!("Cannot read {}", vmlinux.display()))?;
+    let packed = elf::pack(&linked).context("Cannot pack the linked kernel")?;
+    fs::write(&vmlinux, packed).with_context(|| format!("Cannot write {}", vmlinux.display()))?;
     Ok(Built {
         vmlinux,
         system_map: tree.path.join(SYSTEM_MAP),

@@ -18,6 +18,7 @@ mod build;
 mod cache;
 mod command;
 pub mod debian;
+mod elf;
 mod fragments;
 mod source;
 
