@@ -76,6 +76,12 @@ impl<'a> Call<'a> {
         self
     }
 
+    /// Has the script a terminal?
+    #[must_use]
+    pub fn has_terminal(&self) -> bool {
+        self.terminal.is_some()
+    }
+
     /// Passes our standard input to the script.
     #[must_use]
     pub fn with_input(mut self) -> Self {
@@ -101,17 +107,30 @@ impl<'a> Call<'a> {
     ///
     /// # Errors
     /// The machine does not start, ends by itself, or the deadline passes.
-    pub fn run(self, stdout: impl Write + Send + 'static, stderr: impl Write + Send + 'static) -> Result<Ended> {
+    pub fn run(
+        self,
+        stdout: impl Write + Send + 'static,
+        stderr: impl Write + Send + 'static,
+    ) -> Result<Ended> {
         let work = tempfile::Builder::new().prefix("bulkhead-lab-").tempdir()?;
         let dir = work.path();
         self.pack(dir)?;
         let disk = dir.join("disk.qcow2");
         let (base, format, state) = match self.clock {
-            Clock::Wall => (self.lab.state.join("disk.qcow2"), "qcow2", Some(self.lab.state.join("state"))),
+            Clock::Wall => (
+                self.lab.state.join("disk.qcow2"),
+                "qcow2",
+                Some(self.lab.state.join("state")),
+            ),
             Clock::Instructions => (self.lab.root.image.clone(), "raw", None),
         };
         overlay(&base, format, &disk)?;
-        let start = Start { root: &self.lab.root, disk: &disk, clock: self.clock, state: state.as_deref() };
+        let start = Start {
+            root: &self.lab.root,
+            disk: &disk,
+            clock: self.clock,
+            state: state.as_deref(),
+        };
         let mut machine = Machine::start(dir, &start)?;
         let out = pump(machine.connect("lab.stdout")?, stdout);
         let err = pump(machine.connect("lab.stderr")?, stderr);
@@ -161,14 +180,25 @@ impl<'a> Call<'a> {
                 }
                 Ok(_) if line.ends_with('\n') => break,
                 Ok(_) => {}
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    ) =>
+                {
                     machine.check_alive()?;
-                    ensure!(Instant::now() < end, "The script is not done after {} s", self.deadline.as_secs());
+                    ensure!(
+                        Instant::now() < end,
+                        "The script is not done after {} s",
+                        self.deadline.as_secs()
+                    );
                 }
                 Err(error) => return Err(error.into()),
             }
         }
-        line.trim().parse().with_context(|| format!("The lab host gives {line:?} as exit code"))
+        line.trim()
+            .parse()
+            .with_context(|| format!("The lab host gives {line:?} as exit code"))
     }
 
     /// Makes the machine's second and third disk.
@@ -183,7 +213,11 @@ impl<'a> Call<'a> {
             run(Command::new("cp").arg("-a").arg(path).arg(&target))?;
         }
         let script = tree.join("run");
-        let size = if self.terminal.is_some() { "stty rows \"$ROWS\" columns \"$COLUMNS\"\n" } else { "" };
+        let size = if self.terminal.is_some() {
+            "stty rows \"$ROWS\" columns \"$COLUMNS\"\n"
+        } else {
+            ""
+        };
         fs::write(&script, format!("#!/bin/bash\n{size}{}\n", self.script))?;
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
         make_ext4(&tree, &dir.join("in.img"), DISK_MIB)?;
@@ -192,11 +226,18 @@ impl<'a> Call<'a> {
     }
 }
 
-fn pump(mut from: impl Read + Send + 'static, mut to: impl Write + Send + 'static) -> thread::JoinHandle<()> {
+fn pump(
+    mut from: impl Read + Send + 'static,
+    mut to: impl Write + Send + 'static,
+) -> thread::JoinHandle<()> {
     thread::spawn(move || {
         let mut buffer = vec![0; 1 << 16];
         while let Ok(n @ 1..) = from.read(&mut buffer) {
-            if to.write_all(&buffer[..n]).and_then(|()| to.flush()).is_err() {
+            if to
+                .write_all(&buffer[..n])
+                .and_then(|()| to.flush())
+                .is_err()
+            {
                 break;
             }
         }
@@ -211,7 +252,10 @@ fn unpack(disk: &Path) -> Result<Option<PathBuf>> {
     if first == [0] {
         return Ok(None);
     }
-    let dir = tempfile::Builder::new().prefix("bulkhead-evidence-").tempdir()?.keep();
+    let dir = tempfile::Builder::new()
+        .prefix("bulkhead-evidence-")
+        .tempdir()?
+        .keep();
     run(Command::new("tar").arg("-C").arg(&dir).arg("-xf").arg(disk))?;
     Ok(Some(dir))
 }

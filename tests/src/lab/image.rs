@@ -40,7 +40,8 @@ impl Images {
     /// # Errors
     /// A package is missing or cannot be fetched.
     pub fn ensure(cache: &Path, progress: &dyn Progress) -> Result<Images> {
-        let busybox = fs::read("/bin/busybox").context("Cannot read /bin/busybox: install the package busybox-static")?;
+        let busybox = fs::read("/bin/busybox")
+            .context("Cannot read /bin/busybox: install the package busybox-static")?;
         let mut hash = Sha256::new();
         for part in [RECIPE, SUITE, PACKAGES, PATH] {
             hash.update(part);
@@ -54,7 +55,9 @@ impl Images {
         lock.lock()?;
         let place = parent.join(&key);
         if !place.is_dir() {
-            let work = tempfile::Builder::new().prefix("work-").tempdir_in(&parent)?;
+            let work = tempfile::Builder::new()
+                .prefix("work-")
+                .tempdir_in(&parent)?;
             let done = work.path().join("done");
             progress.step("Making the busybox image");
             make_busybox(&busybox, work.path(), &done.join("busybox"))?;
@@ -63,7 +66,10 @@ impl Images {
             fs::rename(&done, &place)?;
         }
         Ok(Images {
-            layouts: ["busybox", "debian"].into_iter().map(|name| (name, place.join(name))).collect(),
+            layouts: ["busybox", "debian"]
+                .into_iter()
+                .map(|name| (name, place.join(name)))
+                .collect(),
             key,
         })
     }
@@ -71,20 +77,33 @@ impl Images {
 
 fn make_busybox(busybox: &[u8], work: &Path, layout: &Path) -> Result<()> {
     let tree = work.join("busybox-tree");
-    for dir in ["bin", "dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp", "var"] {
+    for dir in [
+        "bin", "dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp", "var",
+    ] {
         fs::create_dir_all(tree.join(dir))?;
     }
     fs::set_permissions(tree.join("tmp"), fs::Permissions::from_mode(0o1777))?;
-    fs::write(tree.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n")?;
+    fs::write(
+        tree.join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n",
+    )?;
     fs::write(tree.join("etc/group"), "root:x:0:\nuser:x:1000:\n")?;
     let program = tree.join("bin/busybox");
     fs::write(&program, busybox)?;
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
     let applets = Command::new("/bin/busybox").arg("--list").output()?;
-    for applet in String::from_utf8(applets.stdout)?.lines().filter(|name| *name != "busybox") {
+    for applet in String::from_utf8(applets.stdout)?
+        .lines()
+        .filter(|name| *name != "busybox")
+    {
         symlink("busybox", tree.join("bin").join(applet))?;
     }
-    write_layout(&tree, layout, "busybox", json!({"Env": [PATH], "Cmd": ["sh"]}))
+    write_layout(
+        &tree,
+        layout,
+        "busybox",
+        json!({"Env": [PATH], "Cmd": ["sh"]}),
+    )
 }
 
 fn make_debian(work: &Path, layout: &Path) -> Result<()> {
@@ -94,12 +113,25 @@ fn make_debian(work: &Path, layout: &Path) -> Result<()> {
         .args(["--variant=minbase", &format!("--include={PACKAGES}"), SUITE])
         .arg(&tree)
         .arg(mirror.uri()))?;
-    for dir in ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/cache/apt", "var/lib/apt/lists", "var/log"] {
+    for dir in [
+        "usr/share/doc",
+        "usr/share/man",
+        "usr/share/locale",
+        "usr/share/info",
+        "var/cache/apt",
+        "var/lib/apt/lists",
+        "var/log",
+    ] {
         let path = tree.join(dir);
         fs::remove_dir_all(&path)?;
         fs::create_dir(&path)?;
     }
-    write_layout(&tree, layout, "debian", json!({"Env": [PATH], "Cmd": ["bash"]}))
+    write_layout(
+        &tree,
+        layout,
+        "debian",
+        json!({"Env": [PATH], "Cmd": ["bash"]}),
+    )
 }
 
 /// Writes an image of one uncompressed layer.
@@ -108,7 +140,14 @@ fn write_layout(tree: &Path, layout: &Path, name: &str, process: Value) -> Resul
     fs::create_dir_all(&blobs)?;
     let layer = blobs.join("layer");
     run(Command::new("tar")
-        .args(["--sort=name", "--mtime=@0", "--numeric-owner", "--xattrs", "--xattrs-include=*", "-C"])
+        .args([
+            "--sort=name",
+            "--mtime=@0",
+            "--numeric-owner",
+            "--xattrs",
+            "--xattrs-include=*",
+            "-C",
+        ])
         .arg(tree)
         .arg("-cf")
         .arg(&layer)
@@ -143,7 +182,10 @@ fn write_layout(tree: &Path, layout: &Path, name: &str, process: Value) -> Resul
     });
     let index = json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [entry]});
     fs::write(layout.join("index.json"), serde_json::to_vec(&index)?)?;
-    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    fs::write(
+        layout.join("oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )?;
     Ok(())
 }
 

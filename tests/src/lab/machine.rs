@@ -53,32 +53,79 @@ pub(super) struct Start<'a> {
 impl Machine {
     pub(super) fn start(dir: &Path, start: &Start<'_>) -> Result<Machine> {
         let mut command = Command::new("qemu-system-x86_64");
-        command.args(["-M", "q35", "-cpu", "max", "-m", MEMORY, "-nodefaults", "-nographic", "-no-reboot"]);
+        command.args([
+            "-M",
+            "q35",
+            "-cpu",
+            "max",
+            "-m",
+            MEMORY,
+            "-nodefaults",
+            "-nographic",
+            "-no-reboot",
+        ]);
         match start.clock {
             Clock::Wall => command.args(["-accel", "tcg,thread=multi,tb-size=1024", "-smp", "2"]),
-            Clock::Instructions => command.args(["-accel", "tcg,tb-size=1024", "-smp", "1", "-icount", "shift=0,sleep=off"]),
+            Clock::Instructions => command.args([
+                "-accel",
+                "tcg,tb-size=1024",
+                "-smp",
+                "1",
+                "-icount",
+                "shift=0,sleep=off",
+            ]),
         };
-        command.arg("-kernel").arg(&start.root.kernel).arg("-initrd").arg(&start.root.initrd);
+        command
+            .arg("-kernel")
+            .arg(&start.root.kernel)
+            .arg("-initrd")
+            .arg(&start.root.initrd);
         command.args([
             "-append",
             "root=/dev/vda rw console=ttyS0 quiet loglevel=3 mitigations=off kvm.nx_huge_pages=never \
              systemd.show_status=0 net.ifnames=0 apparmor=0",
         ]);
-        let drive = |file: &Path, format: &str| format!("file={},format={format},if=virtio,cache=unsafe", file.display());
+        let drive = |file: &Path, format: &str| {
+            format!(
+                "file={},format={format},if=virtio,cache=unsafe",
+                file.display()
+            )
+        };
         command.arg("-drive").arg(drive(start.disk, "qcow2"));
-        command.arg("-drive").arg(drive(&dir.join("in.img"), "raw") + ",readonly=on");
-        command.arg("-drive").arg(drive(&dir.join("out.img"), "raw"));
+        command
+            .arg("-drive")
+            .arg(drive(&dir.join("in.img"), "raw") + ",readonly=on");
+        command
+            .arg("-drive")
+            .arg(drive(&dir.join("out.img"), "raw"));
         command.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
-        let socket = |name: &str| format!("socket,id={name},path={},server=on,wait=off", dir.join(name).display());
+        let socket = |name: &str| {
+            format!(
+                "socket,id={name},path={},server=on,wait=off",
+                dir.join(name).display()
+            )
+        };
         for port in PORTS {
             command.arg("-chardev").arg(socket(port));
-            command.arg("-device").arg(format!("virtserialport,chardev={port},name={port}"));
+            command
+                .arg("-device")
+                .arg(format!("virtserialport,chardev={port},name={port}"));
         }
-        command.arg("-serial").arg(format!("file:{}", dir.join("console.log").display()));
-        command.arg("-chardev").arg(socket("lab.start")).args(["-serial", "chardev:lab.start"]);
-        command.arg("-chardev").arg(socket("monitor")).args(["-mon", "chardev=monitor,mode=readline"]);
+        command
+            .arg("-serial")
+            .arg(format!("file:{}", dir.join("console.log").display()));
+        command
+            .arg("-chardev")
+            .arg(socket("lab.start"))
+            .args(["-serial", "chardev:lab.start"]);
+        command
+            .arg("-chardev")
+            .arg(socket("monitor"))
+            .args(["-mon", "chardev=monitor,mode=readline"]);
         if let Some(state) = start.state {
-            command.arg("-incoming").arg(format!("exec:cat '{}'", state.display()));
+            command
+                .arg("-incoming")
+                .arg(format!("exec:cat '{}'", state.display()));
         }
         let log = fs::File::create(dir.join("qemu.log"))?;
         let child = command
@@ -87,7 +134,10 @@ impl Machine {
             .stderr(log)
             .spawn()
             .context("Cannot start qemu-system-x86_64: install the package qemu-system-x86")?;
-        Ok(Machine { child, dir: dir.to_owned() })
+        Ok(Machine {
+            child,
+            dir: dir.to_owned(),
+        })
     }
 
     /// Connects to one of the machine's sockets, as soon as it is there.
@@ -144,7 +194,9 @@ impl Machine {
             let mut buffer = [0; 4096];
             // The prompt stands before the echo of the line and after the answer.
             while answer.matches("(qemu) ").count() < 1 || !answer.ends_with("(qemu) ") {
-                let n = monitor.read(&mut buffer).context("QEMU's monitor does not answer")?;
+                let n = monitor
+                    .read(&mut buffer)
+                    .context("QEMU's monitor does not answer")?;
                 ensure!(n > 0, "QEMU closed its monitor");
                 answer.push_str(&String::from_utf8_lossy(&buffer[..n]));
             }
@@ -159,7 +211,10 @@ impl Machine {
             if answer.contains("completed") {
                 break;
             }
-            ensure!(!answer.contains("failed") && Instant::now() < deadline, "Cannot save the lab host: {answer}");
+            ensure!(
+                !answer.contains("failed") && Instant::now() < deadline,
+                "Cannot save the lab host: {answer}"
+            );
             thread::sleep(Duration::from_millis(200));
         }
         // The end of the machine is the answer.
@@ -212,7 +267,12 @@ pub(super) fn ensure_saved(dir: &Path, root: &Root, progress: &dyn Progress) -> 
     overlay(&root.image, "raw", &disk)?;
     empty_disk(&work.path().join("in.img"))?;
     empty_disk(&work.path().join("out.img"))?;
-    let start = Start { root, disk: &disk, clock: Clock::Wall, state: None };
+    let start = Start {
+        root,
+        disk: &disk,
+        clock: Clock::Wall,
+        state: None,
+    };
     let mut machine = Machine::start(work.path(), &start)?;
     machine.wait_ready()?;
     progress.step("Saving the lab host");

@@ -26,11 +26,17 @@ const PACKAGES: &[(&str, &str)] = &[
     ("iproute2", "network namespaces, taps"),
     ("kmod", "modules of the cloud kernel"),
     ("procps", "ps, pgrep: leak checks and evidence"),
-    ("qemu-system-x86", "the microvm machine: the peer of the boot benchmark"),
+    (
+        "qemu-system-x86",
+        "the microvm machine: the peer of the boot benchmark",
+    ),
     ("runc", "the reference runtime"),
     ("socat", "terminals over the command channel"),
     ("strace", "evidence"),
-    ("systemd-sysv", "the init system that containerd is used with"),
+    (
+        "systemd-sysv",
+        "the init system that containerd is used with",
+    ),
     ("udev", "device names"),
 ];
 
@@ -91,7 +97,9 @@ pub(super) fn ensure(dir: &Path, images: &Images, progress: &dyn Progress) -> Re
     if place.is_dir() {
         return Ok(root);
     }
-    let work = tempfile::Builder::new().prefix("root-work-").tempdir_in(dir)?;
+    let work = tempfile::Builder::new()
+        .prefix("root-work-")
+        .tempdir_in(dir)?;
     let tree = work.path().join("tree");
     progress.step("Fetching the lab host's packages");
     let mirror = Mirror::of_this_machine()?;
@@ -134,7 +142,8 @@ fn cloud_kernel() -> Result<String> {
         .context("Cannot read /lib/modules")?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .filter(|name| {
-            name.ends_with("-cloud-amd64") && Path::new("/boot").join(format!("vmlinuz-{name}")).exists()
+            name.ends_with("-cloud-amd64")
+                && Path::new("/boot").join(format!("vmlinuz-{name}")).exists()
         })
         .collect();
     versions.sort_by_key(|name| {
@@ -164,7 +173,12 @@ fn keyring(mirror: &Mirror, work: &Path) -> Result<PathBuf> {
     bail!("{PACKAGE} holds no keyring in {}", dir.display())
 }
 
-fn debootstrap(mirror: &Mirror, keyring: &Path, tree: &Path, progress: &dyn Progress) -> Result<()> {
+fn debootstrap(
+    mirror: &Mirror,
+    keyring: &Path,
+    tree: &Path,
+    progress: &dyn Progress,
+) -> Result<()> {
     let include: Vec<&str> = PACKAGES.iter().map(|(name, _)| *name).collect();
     progress.step("Installing the lab host's packages");
     run(Command::new("debootstrap")
@@ -197,14 +211,20 @@ fn configure(tree: &Path, version: &str, images: &Images) -> Result<()> {
     fs::create_dir_all(tree.join("mnt/in"))?;
     let system = tree.join("etc/systemd/system");
     fs::create_dir_all(system.join("multi-user.target.wants"))?;
-    symlink("../lab-host.service", system.join("multi-user.target.wants/lab-host.service"))?;
+    symlink(
+        "../lab-host.service",
+        system.join("multi-user.target.wants/lab-host.service"),
+    )?;
     for unit in MASKED {
         let _ = fs::remove_file(system.join(unit));
         symlink("/dev/null", system.join(unit))?;
     }
     let modules = tree.join("lib/modules");
     fs::create_dir_all(&modules)?;
-    run(Command::new("cp").arg("-a").arg(format!("/lib/modules/{version}")).arg(&modules))?;
+    run(Command::new("cp")
+        .arg("-a")
+        .arg(format!("/lib/modules/{version}"))
+        .arg(&modules))?;
     let shelf = tree.join("usr/share/lab/images");
     fs::create_dir_all(&shelf)?;
     for (name, path) in &images.layouts {
@@ -222,7 +242,17 @@ fn configure(tree: &Path, version: &str, images: &Images) -> Result<()> {
 /// Makes an ext4 image of `mib` MiB (sparse) with what is in `tree`.
 pub(super) fn make_ext4(tree: &Path, image: &Path, mib: u64) -> Result<()> {
     run(Command::new("mke2fs")
-        .args(["-q", "-F", "-t", "ext4", "-O", "^has_journal", "-E", "lazy_itable_init=1", "-d"])
+        .args([
+            "-q",
+            "-F",
+            "-t",
+            "ext4",
+            "-O",
+            "^has_journal",
+            "-E",
+            "lazy_itable_init=1",
+            "-d",
+        ])
         .args([tree, image])
         .arg(format!("{mib}M")))
 }
