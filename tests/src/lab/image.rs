@@ -102,7 +102,7 @@ fn make_busybox(busybox: &[u8], work: &Path, layout: &Path) -> Result<()> {
         &tree,
         layout,
         "busybox",
-        json!({"Env": [PATH], "Cmd": ["sh"]}),
+        &json!({"Env": [PATH], "Cmd": ["sh"]}),
     )
 }
 
@@ -130,12 +130,12 @@ fn make_debian(work: &Path, layout: &Path) -> Result<()> {
         &tree,
         layout,
         "debian",
-        json!({"Env": [PATH], "Cmd": ["bash"]}),
+        &json!({"Env": [PATH], "Cmd": ["bash"]}),
     )
 }
 
 /// Writes an image of one uncompressed layer.
-fn write_layout(tree: &Path, layout: &Path, name: &str, process: Value) -> Result<()> {
+fn write_layout(tree: &Path, layout: &Path, name: &str, process: &Value) -> Result<()> {
     let blobs = layout.join("blobs/sha256");
     fs::create_dir_all(&blobs)?;
     let layer = blobs.join("layer");
