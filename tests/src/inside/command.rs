@@ -217,7 +217,6 @@ pub struct Outcome {
 
 impl Outcome {
     /// Standard output of a program that must have succeeded.
-    #[must_use]
     #[track_caller]
     pub fn success(self) -> String {
         assert!(self.code == 0, "{self}");
@@ -225,7 +224,6 @@ impl Outcome {
     }
 
     /// Standard error of a program that must have failed.
-    #[must_use]
     #[track_caller]
     pub fn failure(self) -> String {
         assert!(self.code != 0, "{self}");
