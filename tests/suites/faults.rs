@@ -1,6 +1,8 @@
 //! Whatever breaks: one sentence with the cause, an exit code that is not 0, and
 //! nothing left behind.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::{
     fs::{self, File, OpenOptions},
     io::Write,
@@ -33,7 +35,7 @@ fn kill_all(pattern: &str) {
 
 /// A failure that a person can read: one line that names the cause.
 #[track_caller]
-fn assert_said(outcome: Outcome, cause: &str) {
+fn assert_said(outcome: &Outcome, cause: &str) {
     assert!(outcome.code != 0, "{outcome}");
     assert!(outcome.stderr.contains(cause), "{outcome}");
     assert!(!outcome.stderr.contains("panicked"), "{outcome}");
@@ -97,7 +99,7 @@ fn a_killed_vmm_ends_the_container_f22() {
     kill_all("bulkhead-vmm");
     let outcome = run.wait();
     assert_eq!(outcome.code, 137, "{outcome}");
-    assert_said(outcome, "virtual machine");
+    assert_said(&outcome, "virtual machine");
     leaks.finish();
 }
 
@@ -106,7 +108,7 @@ fn a_killed_shim_takes_the_machine_with_it_f1() {
     let leaks = LeakCheck::start();
     let run = endless();
     kill_all("containerd-shim-bulkhead-v2");
-    assert_said(run.wait(), "shim");
+    assert_said(&run.wait(), "shim");
     leaks.finish();
 }
 
@@ -121,7 +123,7 @@ fn a_panic_of_the_guest_is_reported_with_its_message_f53() {
     let outcome =
         Command::bulkhead(["run", "--rm", "--bundle", bundle.path().to_str().unwrap()]).run();
     assert_eq!(outcome.code, 255, "{outcome}");
-    assert_said(outcome, "panic");
+    assert_said(&outcome, "panic");
     leaks.finish();
 }
 
@@ -129,7 +131,7 @@ fn a_panic_of_the_guest_is_reported_with_its_message_f53() {
 fn a_missing_kernel_is_named_f32() {
     let leaks = LeakCheck::start();
     let aside = Aside::put("/usr/share/bulkhead/vmlinux");
-    assert_said(run_true(), "/usr/share/bulkhead/vmlinux");
+    assert_said(&run_true(), "/usr/share/bulkhead/vmlinux");
     drop(aside);
     run_true().success();
     leaks.finish();
@@ -148,7 +150,7 @@ fn a_kernel_with_another_hash_is_refused_f32() {
         .unwrap();
     let outcome = run_true();
     fs::write(path, before).unwrap();
-    assert_said(outcome, "/usr/share/bulkhead/vmlinux");
+    assert_said(&outcome, "/usr/share/bulkhead/vmlinux");
     run_true().success();
     leaks.finish();
 }
@@ -160,7 +162,7 @@ fn a_host_without_kvm_is_told_what_to_do_f29() {
     let outcome = run_true();
     let check = Command::bulkhead(["check"]).run();
     drop(aside);
-    assert_said(outcome, "/dev/kvm");
+    assert_said(&outcome, "/dev/kvm");
     assert!(check.code != 0, "{check}");
     assert!(
         check.stdout.contains("/dev/kvm") || check.stderr.contains("/dev/kvm"),
@@ -174,7 +176,7 @@ fn a_full_run_directory_fails_the_start_f8() {
     let leaks = LeakCheck::start();
     let disk = SmallDisk::mount("/run/bulkhead");
     disk.fill();
-    assert_said(run_true(), "No space left");
+    assert_said(&run_true(), "No space left");
     drop(disk);
     run_true().success();
     leaks.finish();
