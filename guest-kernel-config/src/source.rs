@@ -23,8 +23,11 @@ const KNOWN: &str = "6.12.107-1";
 /// Debian suites that carry the package, the best first.
 const SUITES: [&str; 2] = ["trixie", "bookworm-backports"];
 
-/// The keys that sign Debian's archive.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// The keys that sign Debian's archive, as older and newer releases name them.
+const KEYRINGS: [&str; 2] = [
+    "/usr/share/keyrings/debian-archive-keyring.gpg",
+    "/usr/share/keyrings/debian-archive-keyring.pgp",
+];
 
 /// Parts of the tree that no file of this kernel is compiled from: half of its
 /// size. What Kconfig reads there stays.
@@ -161,17 +164,17 @@ struct Apt {
 
 impl Apt {
     fn new(directory: &Path, mirror: &Mirror, suite: &str) -> Result<Apt> {
-        ensure!(
-            Path::new(KEYRING).exists(),
-            "No {KEYRING}: install the package debian-archive-keyring"
-        );
+        let keyring = KEYRINGS
+            .into_iter()
+            .find(|path| Path::new(path).exists())
+            .with_context(|| format!("No {}: is debian-archive-keyring installed?", KEYRINGS[0]))?;
         for name in ["lists/partial", "cache/archives/partial"] {
             let path = directory.join(name);
             fs::create_dir_all(&path).with_context(|| format!("Cannot make {}", path.display()))?;
         }
         let sources = directory.join("debian.sources");
         let text = format!(
-            "Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\nSigned-By: {KEYRING}\n",
+            "Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\nSigned-By: {keyring}\n",
             mirror.uri
         );
         fs::write(&sources, text).with_context(|| format!("Cannot write {}", sources.display()))?;
