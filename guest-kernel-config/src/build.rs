@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::{clean, output};
 use crate::source::Tree;
-use crate::{Progress, elf, fragments};
+use crate::{PACKAGES, Progress, elf, fragments};
 
 /// Number of the steps below: to be raised when a change here changes the bytes
 /// that come out, so that older kernels in caches are not taken for new ones.
@@ -35,7 +35,7 @@ pub(crate) const DRIVER: &[(&str, &str)] = &[
 ];
 
 /// Files that a build compiles, about: the full length of the progress bar.
-const OBJECTS: u64 = 1_650;
+const OBJECTS: u64 = 1_380;
 
 /// Lines of the build's output that an error shows.
 const LINES_OF_LOG: usize = 30;
@@ -54,7 +54,12 @@ pub(crate) struct Built {
 pub(crate) fn toolchain() -> Result<String> {
     let mut lines = String::new();
     for program in ["gcc", "ld"] {
-        let text = output(clean(program).arg("--version"))?;
+        let text = output(clean(program).arg("--version")).with_context(|| {
+            format!(
+                "A kernel build needs the Debian packages {}",
+                PACKAGES.join(", ")
+            )
+        })?;
         lines.push_str(text.lines().next().unwrap_or_default());
         lines.push('\n');
     }

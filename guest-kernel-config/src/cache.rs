@@ -18,12 +18,16 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tempfile::TempDir;
 
 use crate::build::{self, Built};
 use crate::{Kernel, fragments, sha256_of};
 
 /// The description of an entry, in it.
 const DESCRIPTION: &str = "kernel.json";
+
+/// How the names of directories begin that are gone when their process is.
+const SCRATCH: &str = "new-";
 
 /// What is written about an entry.
 #[derive(Debug, Serialize, Deserialize)]
@@ -81,10 +85,34 @@ impl Store {
             File::create(&lock).with_context(|| format!("Cannot make {}", lock.display()))?;
         file.lock()
             .with_context(|| format!("Cannot lock {}", lock.display()))?;
-        Ok(Store {
+        let store = Store {
             path: path.to_owned(),
             _lock: file,
-        })
+        };
+        store.sweep()?;
+        Ok(store)
+    }
+
+    /// A directory for something that is not an entry yet, removed when the
+    /// result is dropped.
+    pub(crate) fn scratch(&self) -> Result<TempDir> {
+        tempfile::Builder::new()
+            .prefix(SCRATCH)
+            .tempdir_in(&self.path)
+            .with_context(|| format!("Cannot make a directory in {}", self.path.display()))
+    }
+
+    /// Removes what builds left behind that were killed. The lock is ours, so
+    /// nobody is at work in them.
+    fn sweep(&self) -> Result<()> {
+        let describe = || format!("Cannot clear {}", self.path.display());
+        for entry in fs::read_dir(&self.path).with_context(describe)? {
+            let entry = entry.with_context(describe)?;
+            if entry.file_name().to_string_lossy().starts_with(SCRATCH) {
+                fs::remove_dir_all(entry.path()).with_context(describe)?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -116,9 +144,7 @@ impl Store {
         built: &Built,
         notes: Vec<String>,
     ) -> Result<Kernel> {
-        let new = tempfile::Builder::new()
-            .prefix("new-")
-            .tempdir_in(&self.path)?;
+        let new = self.scratch()?;
         for (file, name) in [
             (&built.vmlinux, build::VMLINUX),
             (&built.system_map, build::SYSTEM_MAP),
@@ -265,6 +291,17 @@ mod tests {
         );
         fs::write(directory.path().join("cache/k").join(DESCRIPTION), "{").unwrap();
         assert_eq!(store.find_inputs("i").unwrap(), None);
+    }
+
+    #[test]
+    fn what_a_killed_build_left_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let left = store.scratch().unwrap().keep();
+        drop(store);
+        assert!(left.exists());
+        Store::open(directory.path()).unwrap();
+        assert!(!left.exists());
     }
 
     #[test]

@@ -12,8 +12,11 @@ use anyhow::{Context, Result, ensure};
 
 use crate::command::{clean, output};
 
-/// The keys that sign Debian's archive.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// The keys that sign Debian's archive, as older and newer releases name them.
+const KEYRINGS: [&str; 2] = [
+    "/usr/share/keyrings/debian-archive-keyring.gpg",
+    "/usr/share/keyrings/debian-archive-keyring.pgp",
+];
 
 /// A Debian mirror.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,17 +77,17 @@ impl Apt {
     ///
     /// The archive keys are not installed or the directory cannot be written.
     pub fn new(directory: &Path, mirror: &Mirror, suite: &str) -> Result<Apt> {
-        ensure!(
-            Path::new(KEYRING).exists(),
-            "No {KEYRING}: install the package debian-archive-keyring"
-        );
+        let keyring = KEYRINGS
+            .into_iter()
+            .find(|path| Path::new(path).exists())
+            .with_context(|| format!("No {}: is debian-archive-keyring installed?", KEYRINGS[0]))?;
         for name in ["lists/partial", "cache/archives/partial"] {
             let path = directory.join(name);
             fs::create_dir_all(&path).with_context(|| format!("Cannot make {}", path.display()))?;
         }
         let sources = directory.join("debian.sources");
         let text = format!(
-            "Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\nSigned-By: {KEYRING}\n",
+            "Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\nSigned-By: {keyring}\n",
             mirror.uri
         );
         fs::write(&sources, text).with_context(|| format!("Cannot write {}", sources.display()))?;

@@ -84,16 +84,8 @@ pub fn ensure(cache: &Path, progress: &dyn Progress) -> Result<Kernel> {
         return Ok(kernel);
     }
 
-    // 2 GiB of sources and objects; removed when `work` is dropped.
-    let work = tempfile::Builder::new()
-        .prefix("build-")
-        .tempdir_in(store.path())
-        .with_context(|| {
-            format!(
-                "Cannot make a build directory in {}",
-                store.path().display()
-            )
-        })?;
+    // 2 GiB of sources and objects.
+    let work = store.scratch()?;
     progress.step("Looking for the kernel source");
     let mirror = Mirror::of_this_machine()?;
     let package = source::newest(&mirror, &work.path().join("apt"))?;
