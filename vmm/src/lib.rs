@@ -7,4 +7,5 @@
 pub mod assets;
 pub mod config;
 pub mod devices;
+pub mod event_loop;
 pub mod exit;
