@@ -6,6 +6,8 @@
 //! DRIVER_OK and owns the queues. The transport (`mmio.rs`) creates the queues,
 //! checks them, moves them in at activation and takes the worker down at reset.
 
+pub mod vsock;
+
 use std::{io, sync::Arc};
 
 use virtio_queue::Queue;
