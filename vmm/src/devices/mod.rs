@@ -6,6 +6,9 @@
 //! DRIVER_OK and owns the queues. The transport (`mmio.rs`) creates the queues,
 //! checks them, moves them in at activation and takes the worker down at reset.
 
+pub mod fs;
+#[cfg(test)]
+mod ring;
 pub mod vsock;
 
 use std::{io, sync::Arc};

@@ -23,7 +23,6 @@ use rustix::{
         SocketType,
     },
 };
-use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -33,89 +32,20 @@ use super::{
     packet::{HEADER_LEN, Header, TYPE_STREAM, op},
 };
 use crate::{
-    devices::{Device, Interrupt, Io, Worker},
+    devices::{
+        Device, Interrupt, Io, Worker,
+        ring::{Ring, SIZE, WRITE},
+    },
     event_loop::{EventLoop, event_fd},
     exit::Ending,
 };
 
 const CID: u64 = 3;
 const PORT: u32 = 1024;
-const SIZE: u16 = 64;
 const DEADLINE: Timespec = Timespec {
     tv_sec: 20,
     tv_nsec: 0,
 };
-
-/// The driver's side of a queue. Buffers lie one after the other behind the rings.
-struct Ring {
-    base: u64,
-    buffer_len: u32,
-    avail: u16,
-    seen: u16,
-    event: EventFd,
-}
-
-impl Ring {
-    fn new(base: u64, buffer_len: u32) -> Ring {
-        Ring {
-            base,
-            buffer_len,
-            avail: 0,
-            seen: 0,
-            event: EventFd::new(0).unwrap(),
-        }
-    }
-
-    fn queue(&self, event_idx: bool) -> Queue {
-        let mut queue = Queue::new(SIZE).unwrap();
-        let low = |addr: u64| Some(u32::try_from(addr).unwrap());
-        queue.set_desc_table_address(low(self.base), Some(0));
-        queue.set_avail_ring_address(low(self.base + 0x1000), Some(0));
-        queue.set_used_ring_address(low(self.base + 0x2000), Some(0));
-        queue.set_event_idx(event_idx);
-        queue.set_ready(true);
-        queue
-    }
-
-    fn buffer(&self, index: u16) -> GuestAddress {
-        GuestAddress(self.base + 0x3000 + u64::from(index) * u64::from(self.buffer_len))
-    }
-
-    /// Offers the descriptor, whose chain is itself.
-    fn offer(&mut self, mem: &GuestMemoryMmap, index: u16, len: u32, flags: u16) {
-        let at = GuestAddress(self.base + u64::from(index) * 16);
-        mem.write_obj(self.buffer(index).0, at).unwrap();
-        mem.write_obj(len, GuestAddress(at.0 + 8)).unwrap();
-        mem.write_obj(flags, GuestAddress(at.0 + 12)).unwrap();
-        let slot = self.base + 0x1000 + 4 + u64::from(self.avail % SIZE) * 2;
-        mem.write_obj(index, GuestAddress(slot)).unwrap();
-        self.avail = self.avail.wrapping_add(1);
-        mem.store(
-            self.avail,
-            GuestAddress(self.base + 0x1002),
-            std::sync::atomic::Ordering::Release,
-        )
-        .unwrap();
-    }
-
-    /// The next used buffer: its index and how many bytes the device wrote.
-    fn used(&mut self, mem: &GuestMemoryMmap) -> Option<(u16, u32)> {
-        let now: u16 = mem
-            .load(
-                GuestAddress(self.base + 0x2002),
-                std::sync::atomic::Ordering::Acquire,
-            )
-            .unwrap();
-        if now == self.seen {
-            return None;
-        }
-        let at = self.base + 0x2004 + u64::from(self.seen % SIZE) * 8;
-        self.seen = self.seen.wrapping_add(1);
-        let index: u32 = mem.read_obj(GuestAddress(at)).unwrap();
-        let len = mem.read_obj(GuestAddress(at + 4)).unwrap();
-        Some((u16::try_from(index).unwrap(), len))
-    }
-}
 
 struct Guest {
     mem: GuestMemoryMmap,
@@ -172,14 +102,15 @@ impl Guest {
         let mut rx = Ring::new(0x1000, 4096);
         let tx = Ring::new(0x10_0000, 0x1_1000);
         for index in 0..buffers {
-            rx.offer(&mem, index, rx.buffer_len, 2);
+            rx.describe(&mem, index, rx.buffer_len, WRITE);
+            rx.offer(&mem, index);
         }
         let irq = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let io = Io {
             mem: mem.clone(),
             queues: vec![
-                Some((rx.queue(false), rx.event.try_clone().unwrap())),
-                Some((tx.queue(false), tx.event.try_clone().unwrap())),
+                Some((rx.queue(), rx.event.try_clone().unwrap())),
+                Some((tx.queue(), tx.event.try_clone().unwrap())),
                 None,
             ],
             interrupt: Interrupt::new(Arc::clone(&irq)),
@@ -220,8 +151,9 @@ impl Guest {
         };
         self.mem.write_slice(bytes, self.tx.buffer(index)).unwrap();
         let len = u32::try_from(bytes.len()).unwrap();
-        self.tx.offer(&self.mem, index, len, 0);
-        self.tx.event.write(1).unwrap();
+        self.tx.describe(&self.mem, index, len, 0);
+        self.tx.offer(&self.mem, index);
+        self.tx.notify();
     }
 
     fn send(&mut self, header: Header, payload: &[u8]) {
@@ -237,8 +169,10 @@ impl Guest {
         self.mem
             .read_slice(&mut bytes, self.rx.buffer(index))
             .unwrap();
-        self.rx.offer(&self.mem, index, self.rx.buffer_len, 2);
-        self.rx.event.write(1).unwrap();
+        self.rx
+            .describe(&self.mem, index, self.rx.buffer_len, WRITE);
+        self.rx.offer(&self.mem, index);
+        self.rx.notify();
         let header = Header::parse(bytes[..HEADER_LEN].try_into().unwrap());
         assert_eq!(header.len as usize, bytes.len() - HEADER_LEN);
         assert_eq!(header.dst_cid, CID);
@@ -607,8 +541,9 @@ fn requests_are_answered_or_dropped_while_the_guest_offers_no_buffer_b54() {
         );
     }
     // All were taken, and the device still works.
-    guest.rx.offer(&guest.mem, 0, 4096, 2);
-    guest.rx.event.write(1).unwrap();
+    guest.rx.describe(&guest.mem, 0, 4096, WRITE);
+    guest.rx.offer(&guest.mem, 0);
+    guest.rx.notify();
     assert_eq!(guest.expect(op::RST).dst_port, 0);
 }
 
@@ -798,7 +733,7 @@ fn a_ring_that_lies_about_its_index_is_left_alone() {
             .mem
             .write_obj(30_000_u16, GuestAddress(ring.base + 0x1002))
             .unwrap();
-        ring.event.write(1).unwrap();
+        ring.notify();
     }
     // The loop still serves others: a program is taken in and let go.
     let mut program = UnixStream::connect(&guest.path).unwrap();
