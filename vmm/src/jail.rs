@@ -60,6 +60,9 @@ use rustix::{
 
 use crate::config::Jail;
 
+#[cfg(test)]
+mod tests;
+
 /// What the threads of the file system keep.
 const FILE_SERVER: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)

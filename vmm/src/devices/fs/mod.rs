@@ -46,7 +46,8 @@ const HIPRIO_SIZE: u16 = 64;
 /// Linux limits its requests.
 const REQUEST_SIZE: u16 = 512;
 
-/// Descriptors that other parts of the process may need.
+/// Descriptors that other parts of the process may need; a quarter of them, if
+/// there are few.
 const RESERVED_DESCRIPTORS: u64 = 1024;
 
 /// The device as the driver finds it.
@@ -83,10 +84,8 @@ impl Fs {
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
-        let limit = getrlimit(Resource::Nofile)
-            .current
-            .unwrap_or(u64::MAX)
-            .saturating_sub(RESERVED_DESCRIPTORS);
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let limit = descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4);
         let shared = Arc::new(Shared::new(
             root,
             confined.proc_self_fd()?,
