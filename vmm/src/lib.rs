@@ -11,6 +11,7 @@ pub mod cpuid;
 pub mod devices;
 pub mod event_loop;
 pub mod exit;
+pub mod jail;
 pub mod memory;
 pub mod mmio;
 pub mod ports;

@@ -1,7 +1,7 @@
 //! A machine from its configuration to its end, as one straight line.
 //!
-//! All of it happens on the main thread while that is the only one; the threads
-//! of processors and devices start last, after the process is confined.
+//! The process is confined before the file system's threads start, all others
+//! start last: nothing of the guest runs before that.
 
 use std::{
     fs::File,
@@ -33,11 +33,13 @@ use crate::{
         Device, Interrupt,
         block::{Access, Block},
         console::{Console, Output},
+        fs::Fs,
         rng::Rng,
+        vsock::Vsock,
     },
     event_loop::EventLoop,
     exit::{End, Ending, Report, Stats},
-    memory,
+    jail, memory,
     mmio::{self, Registers, Transport, Window, Wiring},
     ports::{self, Ports, SerialPort},
     vcpu::{Counts, Machine, Vcpu},
@@ -73,6 +75,9 @@ pub enum Error {
     /// See [`kernel::Error`].
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
+    /// See [`jail::Error`].
+    #[error(transparent)]
+    Jail(#[from] jail::Error),
     /// A call to KVM failed.
     #[error("KVM refused to {step}")]
     Kvm {
@@ -146,10 +151,24 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
         .during("create interrupt controllers")?;
     add_memory(&vm, &memory)?;
 
+    let confined = jail::enter(config.jail.as_ref())?;
     let ending = Ending::new().during("the end's event")?;
     let output = Output::new(fds.console_output);
     let mut loops = Loops::default();
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    for share in &config.shares {
+        devices.push(Box::new(
+            Fs::new(share, &confined).during("a shared directory")?,
+        ));
+    }
+    // The file system's threads run and keep what they may do; no other does.
+    confined.drop_capabilities()?;
+    if let Some(vsock) = &config.vsock {
+        let (listener, acceptor) = (fds.vsock_listener, fds.vsock_acceptor);
+        let ports = vsock.ports.clone();
+        let vsock = Vsock::new(vsock.guest_cid, listener, acceptor, ports, loops.shared()?);
+        devices.push(Box::new(vsock.during("the vsock device")?));
+    }
     for (index, (file, access)) in fds.disks.into_iter().enumerate() {
         let name = format!("bulkhead-{index}");
         let disk = Block::new(loops.add("disk")?, file, access, name);
@@ -214,6 +233,8 @@ struct Descriptors {
     disks: Vec<(File, Access)>,
     console_output: Option<OwnedFd>,
     console_input: Option<OwnedFd>,
+    vsock_listener: Option<OwnedFd>,
+    vsock_acceptor: Option<OwnedFd>,
     alive: Option<OwnedFd>,
 }
 
@@ -226,6 +247,7 @@ impl Descriptors {
             unsafe { fd.take() }
         };
         let console = config.console.as_ref();
+        let vsock = config.vsock.as_ref();
         Descriptors {
             // SAFETY: as above; the number is the descriptor of /dev/kvm.
             kvm: unsafe { Kvm::from_raw_fd(config.kvm.0) },
@@ -245,6 +267,8 @@ impl Descriptors {
                 .collect(),
             console_output: console.and_then(|console| console.output).map(take),
             console_input: console.and_then(|console| console.input).map(take),
+            vsock_listener: vsock.and_then(|vsock| vsock.listener).map(take),
+            vsock_acceptor: vsock.and_then(|vsock| vsock.acceptor).map(take),
             alive: config.alive.map(take),
         }
     }

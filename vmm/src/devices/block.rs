@@ -2,6 +2,15 @@
 //!
 //! Each disk has a thread of its own, since its file may block. The size is taken
 //! once, at the start; what lies beyond is refused, whatever the sector number.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::unwrap_used,
+        clippy::expect_used
+    )
+)]
 
 use std::{
     fs::File,
@@ -13,7 +22,10 @@ use std::{
 use virtio_queue::{DescriptorChain, Reader, Writer};
 use vm_memory::GuestMemoryMmap;
 
-use super::{Chain, Device, Io, Ring, Worker};
+use super::{
+    Device, Io, Worker,
+    queue::{Chain, Ring},
+};
 use crate::event_loop::{EventFlags, EventLoop, Handler, Watch, event_fd};
 
 const SECTOR: u64 = 512;

@@ -4,6 +4,15 @@
 //! given for it, passed on. A slow reader of that descriptor holds the guest's
 //! output back, never a thread of the VMM: up to 64 KiB wait here, the rest in
 //! the queue. A chain is returned after its bytes were written or queued.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::unwrap_used,
+        clippy::expect_used
+    )
+)]
 
 use std::{
     collections::VecDeque,
@@ -20,7 +29,10 @@ use rustix::{
 use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
-use super::{Chain, Device, Io, Ring, Worker};
+use super::{
+    Device, Io, Worker,
+    queue::{Chain, Ring},
+};
 use crate::{
     event_loop::{EventFlags, EventLoop, Handler, Watch, event_fd},
     exit::printable,

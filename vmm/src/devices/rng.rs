@@ -1,4 +1,13 @@
 //! The entropy device (virtio 1.2, 5.4): fills buffers from the host's pool.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::unwrap_used,
+        clippy::expect_used
+    )
+)]
 
 use std::{
     io::{self, Write},
@@ -9,7 +18,10 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
-use super::{Chain, Device, Io, Ring, Worker};
+use super::{
+    Device, Io, Worker,
+    queue::{Chain, Ring},
+};
 use crate::event_loop::{EventFlags, EventLoop, Handler, Watch, event_fd};
 
 /// Most bytes given for one buffer, however long it is.

@@ -8,7 +8,7 @@ use virtio_queue::{
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Interrupt, Ring};
+use super::{Interrupt, queue::Ring};
 
 /// Flags of a descriptor that the device reads or writes.
 pub(crate) const READ: u16 = 0;
