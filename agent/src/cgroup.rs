@@ -24,14 +24,14 @@ use crate::{
 
 /// A container's cgroup; dropping it kills what is in it and removes it.
 #[derive(Debug)]
-pub struct Cgroup {
+pub(crate) struct Cgroup {
     path: PathBuf,
     directory: Option<OwnedFd>,
 }
 
 impl Cgroup {
     /// Makes the cgroup with its limits in force.
-    pub fn create(parent: &Path, id: &str, resources: &Resources) -> Result<Self, Error> {
+    pub(crate) fn create(parent: &Path, id: &str, resources: &Resources) -> Result<Self, Error> {
         let path = parent.join(id);
         fs::create_dir(&path).doing("make the container's cgroup")?;
         let mut cgroup = Self { path, directory: None };
@@ -65,12 +65,12 @@ impl Cgroup {
     }
 
     /// The directory, to clone processes into.
-    pub fn directory(&self) -> io::Result<BorrowedFd<'_>> {
+    pub(crate) fn directory(&self) -> io::Result<BorrowedFd<'_>> {
         self.directory.as_ref().map(AsFd::as_fd).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     /// The processes in it and below it, by their ids in the guest.
-    pub fn pids(&self) -> io::Result<Vec<u32>> {
+    pub(crate) fn pids(&self) -> io::Result<Vec<u32>> {
         let mut pids = Vec::new();
         for directory in subtree(&self.path)? {
             match fs::read_to_string(directory.join("cgroup.procs")) {
@@ -85,19 +85,19 @@ impl Cgroup {
     }
 
     /// Kills every process in it and below it, those that are being made too.
-    pub fn kill(&self) -> io::Result<()> {
+    pub(crate) fn kill(&self) -> io::Result<()> {
         kill(&self.path)
     }
 
     /// How often the OOM killer has struck in it.
-    pub fn oom_kills(&self) -> u64 {
+    pub(crate) fn oom_kills(&self) -> u64 {
         // Without a memory controller there is no such killer.
         let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
         value(&events, "oom_kill").unwrap_or(0)
     }
 
     /// Kills what is in it, waits for its end, and removes it.
-    pub async fn remove(mut self) -> io::Result<()> {
+    pub(crate) async fn remove(mut self) -> io::Result<()> {
         self.directory = None;
         let path = std::mem::take(&mut self.path);
         remove(&path).await

@@ -35,7 +35,7 @@ const FDS_MAX: usize = 6;
 
 /// What the helper has to do.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Job {
+pub(crate) enum Job {
     /// Create a container and its first process.
     Create(Box<ContainerPlan>),
     /// Create a further process in a container.
@@ -49,7 +49,7 @@ pub enum Job {
 
 /// The descriptors that a job needs.
 #[derive(Debug)]
-pub struct Fds {
+pub(crate) struct Fds {
     /// Standard input, output and error of the process; with a terminal all
     /// are `/dev/null` and are replaced by it.
     pub stdio: [OwnedFd; 3],
@@ -61,7 +61,7 @@ pub struct Fds {
 
 /// What the helper and the container's init tell the agent.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Report {
+pub(crate) enum Report {
     /// The process exists.
     Cloned {
         /// Its id, in the agent's namespace.
@@ -75,7 +75,7 @@ pub enum Report {
 
 /// Why a process could not be made.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Failure {
+pub(crate) struct Failure {
     /// One sentence with the cause.
     pub text: String,
     /// Whether the fault is the program's file: missing or not executable.
@@ -83,7 +83,7 @@ pub struct Failure {
 }
 
 /// Makes a channel: the agent's end (not blocking) and the helper's.
-pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::io::ioctl_fionbio(&ours, true)?;
@@ -91,7 +91,7 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 /// Sends a job; a fresh channel always has room for it.
-pub fn send_job(channel: impl AsFd, job: &Job, fds: &Fds) -> io::Result<()> {
+pub(crate) fn send_job(channel: impl AsFd, job: &Job, fds: &Fds) -> io::Result<()> {
     let memfd = rustix::fs::memfd_create("job", rustix::fs::MemfdFlags::CLOEXEC)?;
     let mut file = File::from(memfd);
     file.write_all(&serde_json::to_vec(job)?)?;
@@ -103,13 +103,13 @@ pub fn send_job(channel: impl AsFd, job: &Job, fds: &Fds) -> io::Result<()> {
 }
 
 /// Lets the process start.
-pub fn send_start(channel: impl AsFd) -> io::Result<()> {
+pub(crate) fn send_start(channel: impl AsFd) -> io::Result<()> {
     send(channel, b"s", &[])
 }
 
 /// Receives a report and the descriptor with it; `None` when the channel is
 /// closed.
-pub fn receive_report(channel: impl AsFd) -> io::Result<Option<(Report, Option<OwnedFd>)>> {
+pub(crate) fn receive_report(channel: impl AsFd) -> io::Result<Option<(Report, Option<OwnedFd>)>> {
     let mut bytes = vec![0; REPORT_BYTES_MAX];
     let (length, mut fds) = receive(channel, &mut bytes)?;
     if length == 0 {
@@ -121,18 +121,18 @@ pub fn receive_report(channel: impl AsFd) -> io::Result<Option<(Report, Option<O
 
 /// The end of the helper and of the container's init.
 #[derive(Debug)]
-pub struct Channel(OwnedFd);
+pub(crate) struct Channel(OwnedFd);
 
 impl Channel {
     /// Takes the channel from standard input, which remains a copy of it until
     /// the process gets its own.
-    pub fn from_stdin() -> io::Result<Self> {
+    pub(crate) fn from_stdin() -> io::Result<Self> {
         const AFTER_STDIO: i32 = 3;
         Ok(Self(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), AFTER_STDIO)?))
     }
 
     /// Receives the job.
-    pub fn job(&self) -> io::Result<(Job, Fds)> {
+    pub(crate) fn job(&self) -> io::Result<(Job, Fds)> {
         let mut bytes = [0; 8];
         let (_, fds) = receive(&self.0, &mut bytes)?;
         let mut fds = fds.into_iter();
@@ -146,7 +146,7 @@ impl Channel {
     }
 
     /// Sends a report, with a descriptor if there is one.
-    pub fn report(&self, report: &Report, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    pub(crate) fn report(&self, report: &Report, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let mut bytes = serde_json::to_vec(report)?;
         if bytes.len() > REPORT_BYTES_MAX {
             let failure = Failure { text: "The cause is too long to tell".into(), executable: false };
@@ -158,7 +158,7 @@ impl Channel {
     /// Waits for the agent's word to start; false if the agent has gone away.
     ///
     /// A plain read, since a system call filter may be in force already.
-    pub fn wait_for_start(&self) -> bool {
+    pub(crate) fn wait_for_start(&self) -> bool {
         let mut byte = [0];
         matches!(rustix::io::retry_on_intr(|| rustix::io::read(&self.0, &mut byte)), Ok(1))
     }

@@ -21,7 +21,7 @@ use crate::{
 
 /// A process that is ready and waits for the start; dropping it kills it.
 #[derive(Debug)]
-pub struct Launched {
+pub(crate) struct Launched {
     /// Its id in the guest.
     pub pid: u32,
     /// Refers to it for ever.
@@ -35,14 +35,14 @@ pub struct Launched {
 
 /// A process that waits for the agent's word; dropping it kills the process.
 #[derive(Debug)]
-pub struct Waiting {
+pub(crate) struct Waiting {
     /// What to kill; none once it has started.
     pidfd: Option<Arc<OwnedFd>>,
     channel: Option<AsyncFd<OwnedFd>>,
 }
 
 /// Has the helper make a process; answers when it is ready to start.
-pub async fn launch(
+pub(crate) async fn launch(
     helper: &Path,
     reaper: &Reaper,
     job: &Job,
@@ -115,14 +115,14 @@ fn unexpected(report: Report) -> Error {
 
 impl Launched {
     /// Takes the right to start the process.
-    pub fn into_waiting(self) -> Waiting {
+    pub(crate) fn into_waiting(self) -> Waiting {
         self.waiting
     }
 }
 
 impl Waiting {
     /// Lets the process become its program; answers when it has.
-    pub async fn start(mut self) -> Result<(), Error> {
+    pub(crate) async fn start(mut self) -> Result<(), Error> {
         let Some(channel) = self.channel.take() else {
             return Err(Error::InitKilled);
         };

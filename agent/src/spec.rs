@@ -42,6 +42,7 @@ pub enum SpecError {
 }
 
 impl SpecError {
+    #[expect(clippy::needless_pass_by_value, reason = "numbers and texts that were just made")]
     fn value(field: impl Into<String>, value: impl ToString, reason: &'static str) -> Self {
         const SHOWN_CHARS: usize = 128;
         let value = value.to_string();

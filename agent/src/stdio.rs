@@ -36,7 +36,7 @@ const BUFFER_BYTES: usize = 64 * 1024;
 
 /// Both sides of a process's streams before the process is there.
 #[derive(Debug)]
-pub struct Prepared {
+pub(crate) struct Prepared {
     stdin: Option<(Claim, Option<OwnedFd>)>,
     outputs: Vec<(Option<Claim>, Option<OwnedFd>)>,
 }
@@ -45,7 +45,7 @@ pub struct Prepared {
 ///
 /// With a terminal all three are `/dev/null`; it is made in the container, and
 /// [`Prepared::start`] gets its other end.
-pub fn prepare(
+pub(crate) fn prepare(
     stdio: &Stdio,
     streams: &Arc<Streams>,
 ) -> Result<([OwnedFd; 3], Prepared), Error> {
@@ -95,14 +95,14 @@ fn null() -> Result<OwnedFd, Error> {
 
 /// The running copies of a process's streams.
 #[derive(Debug)]
-pub struct Pumps {
+pub(crate) struct Pumps {
     close_stdin: Arc<Notify>,
     outputs: watch::Receiver<()>,
 }
 
 impl Prepared {
     /// Starts to copy. `terminal` is the master of the process's terminal.
-    pub fn start(self, terminal: Option<&OwnedFd>, exit: &ExitWatch) -> Result<Pumps, Error> {
+    pub(crate) fn start(self, terminal: Option<&OwnedFd>, exit: &ExitWatch) -> Result<Pumps, Error> {
         let pumps = self.pumps(terminal, exit);
         pumps.doing("set up the standard streams")
     }
@@ -135,12 +135,12 @@ impl Prepared {
 
 impl Pumps {
     /// Ends the standard input when what has arrived so far is written.
-    pub fn close_stdin(&self) {
+    pub(crate) fn close_stdin(&self) {
         self.close_stdin.notify_one();
     }
 
     /// Waits until all output has been handed to the host.
-    pub async fn drained(&self) {
+    pub(crate) async fn drained(&self) {
         let mut outputs = self.outputs.clone();
         // It never changes: the only news is that the last sender is gone.
         while outputs.changed().await.is_ok() {}

@@ -43,7 +43,7 @@ pub struct Streams {
 #[derive(Debug)]
 enum Slot {
     /// The connection is there; it counts as unclaimed.
-    Arrived(BoxStream, OwnedSemaphorePermit),
+    Arrived(BoxStream, #[expect(dead_code, reason = "held")] OwnedSemaphorePermit),
     /// A process waits for it.
     Claimed(oneshot::Sender<BoxStream>),
 }

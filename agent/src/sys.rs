@@ -21,7 +21,7 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
 
 /// Where [`clone_process`] returned.
 #[derive(Debug)]
-pub enum Cloned {
+pub(crate) enum Cloned {
     /// In the new process.
     Child,
     /// In the caller: the new process's id in the caller's namespace.
@@ -34,7 +34,7 @@ pub enum Cloned {
 /// # Safety
 /// The process must have one thread only: another one could hold a lock (of
 /// the allocator, say) that nobody would ever release in the copy.
-pub unsafe fn clone_process(namespaces: i32, cgroup: impl AsFd) -> io::Result<Cloned> {
+pub(crate) unsafe fn clone_process(namespaces: i32, cgroup: impl AsFd) -> io::Result<Cloned> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let flags = namespaces | libc::CLONE_PARENT;
     // SAFETY: clone_args is plain integers, for which all zero is a value.
@@ -55,7 +55,7 @@ pub unsafe fn clone_process(namespaces: i32, cgroup: impl AsFd) -> io::Result<Cl
 }
 
 /// `mount_setattr(2)` on the mount that `mount` refers to.
-pub fn set_mount_attributes(
+pub(crate) fn set_mount_attributes(
     mount: impl AsFd,
     recursive: bool,
     attributes: Attributes,
@@ -64,7 +64,7 @@ pub fn set_mount_attributes(
 }
 
 /// Makes the mount that `mount` refers to and all below it private.
-pub fn make_mounts_private(mount: impl AsFd) -> io::Result<()> {
+pub(crate) fn make_mounts_private(mount: impl AsFd) -> io::Result<()> {
     mount_setattr(mount, true, Attributes::default(), libc::MS_PRIVATE)
 }
 
@@ -97,7 +97,7 @@ fn mount_setattr(
 }
 
 /// Loads a system call filter into the calling thread.
-pub fn load_seccomp(seccomp: &Seccomp) -> io::Result<()> {
+pub(crate) fn load_seccomp(seccomp: &Seccomp) -> io::Result<()> {
     let len = u16::try_from(seccomp.filter.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let program = libc::sock_fprog {
         len,
@@ -120,7 +120,7 @@ pub fn load_seccomp(seccomp: &Seccomp) -> io::Result<()> {
 /// Gives the calling process an empty session keyring of its own.
 ///
 /// A kernel without keyrings is fine: there is nothing to share then.
-pub fn join_new_session_keyring() -> io::Result<()> {
+pub(crate) fn join_new_session_keyring() -> io::Result<()> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
     // SAFETY: a null name asks for an anonymous keyring; no memory is passed.
     let result = unsafe {
@@ -133,13 +133,13 @@ pub fn join_new_session_keyring() -> io::Result<()> {
 }
 
 /// `personality(2)`.
-pub fn set_personality(persona: u32) -> io::Result<()> {
+pub(crate) fn set_personality(persona: u32) -> io::Result<()> {
     // SAFETY: the call takes a number only.
     check(unsafe { libc::personality(persona.into()) }.into()).map(drop)
 }
 
 /// `ioprio_set(2)` for the calling thread.
-pub fn set_io_priority(priority: i32) -> io::Result<()> {
+pub(crate) fn set_io_priority(priority: i32) -> io::Result<()> {
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;
     // SAFETY: the call takes numbers only.
     let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, priority) };
@@ -147,14 +147,14 @@ pub fn set_io_priority(priority: i32) -> io::Result<()> {
 }
 
 /// `prlimit(2)` on the calling process.
-pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+pub(crate) fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
     // SAFETY: `limit` is a whole rlimit that the kernel only reads.
     check(unsafe { libc::setrlimit(resource, &raw const limit) }.into()).map(drop)
 }
 
 /// `pidfd_send_signal(2)`; signal 0 only asks whether the process lives.
-pub fn send_signal(pidfd: impl AsFd, signal: i32) -> io::Result<()> {
+pub(crate) fn send_signal(pidfd: impl AsFd, signal: i32) -> io::Result<()> {
     // SAFETY: a null siginfo asks the kernel to fill it in.
     let result = unsafe {
         libc::syscall(
@@ -169,7 +169,7 @@ pub fn send_signal(pidfd: impl AsFd, signal: i32) -> io::Result<()> {
 }
 
 /// `kill(2)` on one process, for lists of processes that the kernel gives by id.
-pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
+pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
     // A number that is not one process would name a group, or all of them.
     if pid <= 1 {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -179,20 +179,20 @@ pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
 }
 
 /// `setns(2)` with a pidfd or a namespace's descriptor.
-pub fn join_namespaces(of: impl AsFd, namespaces: i32) -> io::Result<()> {
+pub(crate) fn join_namespaces(of: impl AsFd, namespaces: i32) -> io::Result<()> {
     // SAFETY: the call takes numbers only. Namespaces that would need a thread
     // of its own are refused by the kernel in a process with more than one.
     check(unsafe { libc::setns(of.as_fd().as_raw_fd(), namespaces) }.into()).map(drop)
 }
 
 /// `unshare(2)` of the cgroup namespace.
-pub fn unshare_cgroup_namespace() -> io::Result<()> {
+pub(crate) fn unshare_cgroup_namespace() -> io::Result<()> {
     // SAFETY: the flag concerns no memory and no descriptor.
     check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into()).map(drop)
 }
 
 /// Sets close-on-exec on every descriptor from `first` on.
-pub fn close_on_exec_from(first: u32) -> io::Result<()> {
+pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: with this flag the call closes nothing now.
     let result = unsafe {
         libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)
@@ -201,14 +201,14 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
 }
 
 /// Registers a descriptor with the runtime of the caller.
-pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is open and stays the same descriptor until its end,
     // which is that of the AsyncFd.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
 /// Brings a network interface up.
-pub fn bring_up_interface(name: &CStr) -> io::Result<()> {
+pub(crate) fn bring_up_interface(name: &CStr) -> io::Result<()> {
     let socket = rustix::net::socket(
         rustix::net::AddressFamily::INET,
         rustix::net::SocketType::DGRAM,
@@ -237,7 +237,7 @@ const UP: libc::c_short = 0x41;
 /// One instruction of an eBPF program (`struct bpf_insn`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
-pub struct BpfInstruction {
+pub(crate) struct BpfInstruction {
     /// Operation.
     pub code: u8,
     /// Destination register (low half) and source register (high half).
@@ -249,7 +249,7 @@ pub struct BpfInstruction {
 }
 
 /// Loads a program for the device controller.
-pub fn load_device_program(program: &[BpfInstruction]) -> io::Result<OwnedFd> {
+pub(crate) fn load_device_program(program: &[BpfInstruction]) -> io::Result<OwnedFd> {
     const BPF_PROG_LOAD: libc::c_int = 5;
     const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
     /// Head of `union bpf_attr` for BPF_PROG_LOAD.
@@ -288,7 +288,7 @@ pub fn load_device_program(program: &[BpfInstruction]) -> io::Result<OwnedFd> {
 }
 
 /// Attaches a device program to a cgroup; further ones can be added below it.
-pub fn attach_device_program(cgroup: impl AsFd, program: impl AsFd) -> io::Result<()> {
+pub(crate) fn attach_device_program(cgroup: impl AsFd, program: impl AsFd) -> io::Result<()> {
     const BPF_PROG_ATTACH: libc::c_int = 8;
     const BPF_CGROUP_DEVICE: u32 = 6;
     const BPF_F_ALLOW_MULTI: u32 = 2;

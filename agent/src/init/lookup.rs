@@ -20,7 +20,7 @@ use super::{Error, Result, paths::Root};
 pub(super) fn executable(name: &str, env: &[String]) -> Result<CString> {
     let found = if name.contains('/') {
         let path = PathBuf::from(name);
-        check(&path).map_err(|e| error(name, e))?;
+        check(&path).map_err(|e| error(name, &e))?;
         path
     } else {
         search(name, env).ok_or_else(|| Error::Executable {
@@ -28,11 +28,11 @@ pub(super) fn executable(name: &str, env: &[String]) -> Result<CString> {
             reason: "executable file not found in $PATH".into(),
         })?
     };
-    CString::new(found.as_os_str().as_bytes()).map_err(|e| error(name, e.into()))
+    CString::new(found.as_os_str().as_bytes()).map_err(|e| error(name, &e.into()))
 }
 
 /// Why `name` cannot be executed, in the words that callers know.
-pub(super) fn error(name: &str, source: io::Error) -> Error {
+pub(super) fn error(name: &str, source: &io::Error) -> Error {
     let reason = match source.raw_os_error() {
         Some(libc::ENOENT) => "no such file or directory".into(),
         Some(libc::EACCES | libc::EISDIR) => "permission denied".into(),

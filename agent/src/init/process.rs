@@ -13,6 +13,7 @@ use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, Uid},
     io::Errno,
+    process::{Resource, getrlimit},
 };
 
 use super::{
@@ -97,7 +98,7 @@ pub(super) fn become_program(
         load_seccomp(plan)?;
     }
     let Err(errno) = nix::unistd::execve(&program, &args, &env);
-    Err(lookup::error(&plan.args[0], io::Error::from(errno)))
+    Err(lookup::error(&plan.args[0], &io::Error::from(errno)))
 }
 
 /// Puts the streams into place; returns the agent's end of the terminal.
@@ -140,7 +141,7 @@ fn give_to_user(stream: &OwnedFd, uid: u32) -> io::Result<()> {
 }
 
 fn set_attributes(plan: &ProcessPlan) -> Result<()> {
-    /// What a process gets that asks for no limit, whatever the agent has.
+    /// What a process gets that asks for no limit: soft, and at most, hard.
     const OPEN_FILES: (u64, u64) = (1_024, 524_288);
     if let Some(umask) = plan.umask {
         rustix::process::umask(Mode::from_raw_mode(umask));
@@ -153,8 +154,10 @@ fn set_attributes(plan: &ProcessPlan) -> Result<()> {
     if let Some(priority) = plan.io_priority {
         sys::set_io_priority(priority).doing("set the I/O priority")?;
     }
-    let (soft, hard) = OPEN_FILES;
-    sys::set_rlimit(libc::RLIMIT_NOFILE, soft, hard).doing("set RLIMIT_NOFILE")?;
+    let (soft, hard_max) = OPEN_FILES;
+    let agents = getrlimit(Resource::Nofile).maximum;
+    let hard = agents.map_or(hard_max, |agents| agents.min(hard_max));
+    sys::set_rlimit(libc::RLIMIT_NOFILE, soft.min(hard), hard).doing("set RLIMIT_NOFILE")?;
     for limit in &plan.rlimits {
         sys::set_rlimit(limit.resource, limit.soft, limit.hard)
             .doing(format!("set resource limit {}", limit.resource))?;

@@ -121,10 +121,10 @@ pub(super) fn seccomp(filter: &[u8], flags: u32) -> Result<Option<Seccomp>, Spec
         ));
     }
     // A notification descriptor has nobody to read it here.
-    const FLAGS_ALLOWED: u32 = (libc::SECCOMP_FILTER_FLAG_TSYNC
+    const FLAGS_ALLOWED: libc::c_ulong = libc::SECCOMP_FILTER_FLAG_TSYNC
         | libc::SECCOMP_FILTER_FLAG_LOG
-        | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW) as u32;
-    if flags & !FLAGS_ALLOWED != 0 {
+        | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
+    if libc::c_ulong::from(flags) & !FLAGS_ALLOWED != 0 {
         return Err(SpecError::value("seccomp_flags", flags, "only TSYNC, LOG and SPEC_ALLOW"));
     }
     Ok((!instructions.is_empty()).then(|| Seccomp {

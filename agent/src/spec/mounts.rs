@@ -194,7 +194,7 @@ impl Options {
             return Ok(MountKind::Remount);
         }
         let kind = mount.kind.as_deref().unwrap_or("");
-        let bind = self.bind.or((kind == "bind").then_some(BindOption::Bind));
+        let bind = self.bind.or_else(|| (kind == "bind").then_some(BindOption::Bind));
         if let Some(bind) = bind {
             return self.bind(at, mount, bind);
         }

@@ -36,6 +36,7 @@ pub(super) fn resources(from: oci::Resources) -> Result<Resources, SpecError> {
 struct Settings(Vec<Setting>);
 
 impl Settings {
+    #[expect(clippy::needless_pass_by_value, reason = "numbers and texts that were just made")]
     fn add(&mut self, file: &str, value: impl ToString) {
         self.push(file.to_owned(), value.to_string(), Absent::Refused);
     }
