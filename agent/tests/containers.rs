@@ -93,7 +93,7 @@ fn ids_groups_capabilities_and_umask_are_those_of_the_specification() {
 fn devices_and_their_links_are_there_and_no_others_can_be_used() {
     block_on(async |host: &mut Host| {
         let script = "for d in null zero full random urandom tty; do stat -c '%n %F %t:%T %a' /dev/$d; done
-            readlink /dev/fd /dev/stdin /dev/stdout /dev/stderr /dev/ptmx
+            for l in fd stdin stdout stderr ptmx; do readlink /dev/$l; done
             head -c 4 /dev/zero | od -An -tx1
             mknod /dev/mem c 1 1 && ! cat /dev/mem 2>/dev/null && echo denied";
         let seen = output(host, script, |_| {}).await;
@@ -168,7 +168,7 @@ fn links_of_an_image_never_lead_out_of_its_root_b30_b35() {
             .await;
         assert_eq!(seen, "1\n1\n");
 
-        for (at, reason) in [("/loop/x", "os error 40"), ("/absolute/x", "os error 17")] {
+        for (at, reason) in [("/loop/x", "os error 40"), ("/absolute/x", "os error 2")] {
             let mut spec = busybox_spec(["true"]);
             add_mount(&mut spec, tmpfs(at));
             let text = refusal(host, spec).await;
@@ -279,7 +279,7 @@ fn an_exec_joins_the_container_in_everything() {
             grep -E 'CapEff|NoNew' /proc/self/status; echo $(ps | grep -c sleep)";
         let process = busybox_spec(["sh", "-c", script])["process"].clone();
         let ran = host.run_exec(&id, &process).await;
-        let expected = "inside\n/tmp/here\nCapEff:\t000000000800056b\nNoNewPrivs:\t1\n";
+        let expected = "inside\n/tmp/here\nCapEff:\t00000000080005eb\nNoNewPrivs:\t1\n";
         assert!(ran.stdout.starts_with(expected), "{} {}", ran.stdout, ran.stderr);
 
         let missing = busybox_spec(["nope"])["process"].clone();
@@ -381,7 +381,7 @@ fn a_terminal_is_the_console_and_can_be_resized() {
         let id = host.create(busybox_spec(["sh", "-c", script]), stdio).await.unwrap();
         host.start_container(&id).await.unwrap();
         let mut seen = String::new();
-        while !seen.contains("1\r\n") {
+        while !seen.contains("\r\n1\r\n") {
             let mut bytes = [0; 256];
             let length = stdout.read(&mut bytes).await.unwrap();
             seen.push_str(std::str::from_utf8(&bytes[..length]).unwrap());

@@ -4,7 +4,7 @@
 //! attached to a descriptor that was resolved inside the container's root.
 
 use std::{
-    io::{self, Read},
+    io::{self, ErrorKind::PermissionDenied, Read},
     os::fd::OwnedFd,
     path::Path,
 };
@@ -21,7 +21,7 @@ use rustix::{
 use super::{
     Doing, Error, Result,
     paths::Root,
-    rootfs::{clone_tree, file_type, move_to, refuse_procfs},
+    rootfs::{READONLY, clone_tree, file_type, move_to, refuse_procfs},
 };
 use crate::{
     spec::plan::{Attributes, Filesystem, Mount, MountKind},
@@ -64,9 +64,8 @@ pub(super) fn mount_all(root: &Root, mounts: &[Mount], own_user: bool) -> Result
 
 /// Ends the time in which mounts could be filled.
 pub(super) fn make_readonly(mounts: Vec<OwnedFd>) -> Result<()> {
-    let readonly = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
     for mount in mounts {
-        sys::set_mount_attributes(&mount, false, readonly).doing("make a tmpfs read-only")?;
+        sys::set_mount_attributes(&mount, false, READONLY).doing("make a tmpfs read-only")?;
     }
     Ok(())
 }
@@ -119,25 +118,29 @@ fn destination(root: &Root, mount: &Mount, tree: &OwnedFd) -> Result<OwnedFd> {
     Ok(onto)
 }
 
-/// A new file system, mounted nowhere yet.
+/// A file system of the container's own, mounted nowhere yet.
 fn filesystem(
     fs: Filesystem,
     data: &[(String, Option<String>)],
     own_user: bool,
 ) -> io::Result<OwnedFd> {
-    let context = fsopen(fs.name(), FsOpenFlags::FSOPEN_CLOEXEC)?;
-    let result = configure(&context, fs, data);
-    match result {
-        Ok(()) => {
-            let flags = FsMountFlags::FSMOUNT_CLOEXEC;
-            Ok(fsmount(&context, flags, MountAttrFlags::empty())?)
-        }
+    match new_filesystem(fs, data) {
         // The network namespace is the guest's, so a container with users of
         // its own may see its devices only through the guest's own mount.
-        Err(Errno::PERM) if own_user && fs == Filesystem::Sysfs => {
+        Err(e) if own_user && fs == Filesystem::Sysfs && e.kind() == PermissionDenied => {
             let flags = OFlags::PATH | OFlags::CLOEXEC;
-            clone_tree(rustix::fs::open("/sys", flags, Mode::empty())?, true)
+            let tree = clone_tree(rustix::fs::open("/sys", flags, Mode::empty())?, true)?;
+            sys::set_mount_attributes(&tree, true, READONLY)?;
+            Ok(tree)
         }
+        result => result,
+    }
+}
+
+fn new_filesystem(fs: Filesystem, data: &[(String, Option<String>)]) -> io::Result<OwnedFd> {
+    let context = fsopen(fs.name(), FsOpenFlags::FSOPEN_CLOEXEC)?;
+    match configure(&context, fs, data) {
+        Ok(()) => Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?),
         Err(errno) => Err(with_kernel_log(context, errno)),
     }
 }

@@ -18,7 +18,8 @@ use rustix::{
 use super::{Doing, Error, Result, paths::Root};
 use crate::{spec::plan::Attributes, sys};
 
-const READONLY: Attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
+/// What makes a mount read-only.
+pub(super) const READONLY: Attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
 
 /// Makes the rootfs a mount of its own, cut off from every other namespace.
 pub(super) fn attach(rootfs: &Path) -> Result<Root> {
