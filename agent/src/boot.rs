@@ -49,7 +49,10 @@ trait Doing<T> {
 
 impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
     fn doing(self, what: impl Into<String>) -> Result<T> {
-        self.map_err(|e| Error::Step { doing: what.into(), source: e.into() })
+        self.map_err(|e| Error::Step {
+            doing: what.into(),
+            source: e.into(),
+        })
     }
 }
 
@@ -91,8 +94,14 @@ fn move_to_tmpfs() -> Result<()> {
     const DOING: &str = "move to a tmpfs root";
     rustix::process::umask(Mode::empty());
     make_dir(ROOT)?;
-    mount("tmpfs", ROOT, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=755")
-        .doing(DOING)?;
+    mount(
+        "tmpfs",
+        ROOT,
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NODEV,
+        c"mode=755",
+    )
+    .doing(DOING)?;
     chdir(ROOT).doing(DOING)?;
     mount_move(".", "/").doing(DOING)?;
     chroot(".").doing(DOING)?;
@@ -103,9 +112,21 @@ fn mount_kernel_trees() -> Result<()> {
     let quiet = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_at("proc", "/proc", "proc", quiet, c"")?;
     mount_at("sysfs", "/sys", "sysfs", quiet, c"")?;
-    mount_at("devtmpfs", "/dev", "devtmpfs", MountFlags::NOSUID, c"mode=755")?;
+    mount_at(
+        "devtmpfs",
+        "/dev",
+        "devtmpfs",
+        MountFlags::NOSUID,
+        c"mode=755",
+    )?;
     mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", quiet, c"")?;
-    mount_at("tmpfs", "/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=755")
+    mount_at(
+        "tmpfs",
+        "/run",
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NODEV,
+        c"mode=755",
+    )
 }
 
 /// The share of the pod; a guest that was started without one has none.
@@ -159,8 +180,14 @@ fn set_up_cgroups() -> Result<()> {
     for cgroup in ["/sys/fs/cgroup", CONTAINER_CGROUPS] {
         let available = format!("{cgroup}/cgroup.controllers");
         let available = fs::read_to_string(&available).doing(format!("read {available}"))?;
-        let enable: Vec<_> = available.split_whitespace().map(|name| format!("+{name}")).collect();
-        write(&format!("{cgroup}/cgroup.subtree_control"), &enable.join(" "))?;
+        let enable: Vec<_> = available
+            .split_whitespace()
+            .map(|name| format!("+{name}"))
+            .collect();
+        write(
+            &format!("{cgroup}/cgroup.subtree_control"),
+            &enable.join(" "),
+        )?;
     }
     Ok(())
 }
@@ -186,7 +213,10 @@ async fn serve() -> Result<End> {
     let host = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, AGENT_PORT))
         .await
         .doing(format!("connect to the host's vsock port {AGENT_PORT}"))?;
-    let config = Config { helper: SELF.into(), cgroups: CONTAINER_CGROUPS.into() };
+    let config = Config {
+        helper: SELF.into(),
+        cgroups: CONTAINER_CGROUPS.into(),
+    };
     Ok(rpc::serve(config, host, streams.incoming()).await?)
 }
 

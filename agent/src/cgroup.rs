@@ -34,7 +34,10 @@ impl Cgroup {
     pub(crate) fn create(parent: &Path, id: &str, resources: &Resources) -> Result<Self, Error> {
         let path = parent.join(id);
         fs::create_dir(&path).doing("make the container's cgroup")?;
-        let mut cgroup = Self { path, directory: None };
+        let mut cgroup = Self {
+            path,
+            directory: None,
+        };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(&cgroup.path, flags, Mode::empty())
             .doing("open the container's cgroup")?;
@@ -55,7 +58,9 @@ impl Cgroup {
             .open(self.path.join(&setting.file))
             .and_then(|mut file| io::Write::write_all(&mut file, setting.value.as_bytes()))
         {
-            Err(e) if e.kind() == io::ErrorKind::NotFound && setting.absent == Absent::Kept => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && setting.absent == Absent::Kept => {
+                Ok(())
+            }
             result => result.map_err(|source| Error::Limit {
                 file: setting.file.clone(),
                 value: setting.value.clone(),
@@ -66,7 +71,10 @@ impl Cgroup {
 
     /// The directory, to clone processes into.
     pub(crate) fn directory(&self) -> io::Result<BorrowedFd<'_>> {
-        self.directory.as_ref().map(AsFd::as_fd).ok_or_else(|| io::ErrorKind::NotFound.into())
+        self.directory
+            .as_ref()
+            .map(AsFd::as_fd)
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     /// The processes in it and below it, by their ids in the guest.
@@ -177,7 +185,8 @@ fn gone(error: &io::Error) -> bool {
 
 /// The number after `key` in a file of `key value` lines.
 fn value(text: &str, key: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.parse().ok())
+    text.lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.parse().ok())
 }
 
 #[cfg(test)]

@@ -84,8 +84,12 @@ pub(crate) struct Failure {
 
 /// Makes a channel: the agent's end (not blocking) and the helper's.
 pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (ours, theirs) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     rustix::io::ioctl_fionbio(&ours, true)?;
     Ok((ours, theirs))
 }
@@ -128,7 +132,10 @@ impl Channel {
     /// the process gets its own.
     pub(crate) fn from_stdin() -> io::Result<Self> {
         const AFTER_STDIO: i32 = 3;
-        Ok(Self(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), AFTER_STDIO)?))
+        Ok(Self(rustix::io::fcntl_dupfd_cloexec(
+            rustix::stdio::stdin(),
+            AFTER_STDIO,
+        )?))
     }
 
     /// Receives the job.
@@ -142,14 +149,24 @@ impl Channel {
         let stdio = [next()?, next()?, next()?];
         let mut json = Vec::new();
         memfd.read_to_end(&mut json)?;
-        Ok((serde_json::from_slice(&json)?, Fds { stdio, cgroup, container: fds.next() }))
+        Ok((
+            serde_json::from_slice(&json)?,
+            Fds {
+                stdio,
+                cgroup,
+                container: fds.next(),
+            },
+        ))
     }
 
     /// Sends a report, with a descriptor if there is one.
     pub(crate) fn report(&self, report: &Report, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let mut bytes = serde_json::to_vec(report)?;
         if bytes.len() > REPORT_BYTES_MAX {
-            let failure = Failure { text: "The cause is too long to tell".into(), executable: false };
+            let failure = Failure {
+                text: "The cause is too long to tell".into(),
+                executable: false,
+            };
             bytes = serde_json::to_vec(&Report::Failed(failure))?;
         }
         send(&self.0, &bytes, fd.as_slice())
@@ -160,7 +177,10 @@ impl Channel {
     /// A plain read, since a system call filter may be in force already.
     pub(crate) fn wait_for_start(&self) -> bool {
         let mut byte = [0];
-        matches!(rustix::io::retry_on_intr(|| rustix::io::read(&self.0, &mut byte)), Ok(1))
+        matches!(
+            rustix::io::retry_on_intr(|| rustix::io::read(&self.0, &mut byte)),
+            Ok(1)
+        )
     }
 }
 

@@ -97,7 +97,12 @@ struct Process {
 impl Containers {
     /// None yet.
     pub fn new(config: Config, reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
-        Self { config, reaper, streams, all: Mutex::default() }
+        Self {
+            config,
+            reaper,
+            streams,
+            all: Mutex::default(),
+        }
     }
 
     /// Creates a container; its first process waits for [`Containers::start`].
@@ -110,8 +115,8 @@ impl Containers {
         seccomp: Option<Seccomp>,
     ) -> Result<u32, Error> {
         check_id(id)?;
-        let making = Making::new(&self.all, id)
-            .ok_or_else(|| Error::ContainerExists(id.to_owned()))?;
+        let making =
+            Making::new(&self.all, id).ok_or_else(|| Error::ContainerExists(id.to_owned()))?;
         let mut plan = spec::container(spec, seccomp)?;
         plan.process.terminal = terminal_size(stdio)?;
         let cgroup = Cgroup::create(&self.config.cgroups, id, &plan.resources)?;
@@ -138,7 +143,11 @@ impl Containers {
         cgroup: &Cgroup,
     ) -> Result<Container, Error> {
         let (stdio, prepared) = prepare(stdio, &self.streams)?;
-        let fds = Fds { stdio, cgroup: cgroup_fd(cgroup)?, container: None };
+        let fds = Fds {
+            stdio,
+            cgroup: cgroup_fd(cgroup)?,
+            container: None,
+        };
         let (own_user, seccomp) = (plan.namespaces.own_user, plan.process.seccomp.clone());
         let job = Job::Create(Box::new(plan));
         let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
@@ -181,10 +190,21 @@ impl Containers {
         let mut plan: ProcessPlan = spec::process(process, container.seccomp.clone())?;
         plan.terminal = terminal_size(stdio)?;
         let (stdio, prepared) = prepare(stdio, &self.streams)?;
-        let init = container.init.pidfd.try_clone().doing("refer to the container")?;
+        let init = container
+            .init
+            .pidfd
+            .try_clone()
+            .doing("refer to the container")?;
         let cgroup = cgroup_fd(&*container.cgroup()?)?;
-        let fds = Fds { stdio, cgroup, container: Some(init) };
-        let job = Job::Exec { process: Box::new(plan), own_user: container.own_user };
+        let fds = Fds {
+            stdio,
+            cgroup,
+            container: Some(init),
+        };
+        let job = Job::Exec {
+            process: Box::new(plan),
+            own_user: container.own_user,
+        };
         let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
         let (process, waiting) = Process::new(launched, prepared)?;
         waiting.start().await?;
@@ -200,7 +220,9 @@ impl Containers {
         let exit = ended(process.exit.clone()).await.ok_or(Error::InitKilled)?;
         // Not an error: what is not out by now may still come.
         let _ = timeout(DRAIN_MAX, process.pumps.drained()).await;
-        let oom_killed = container.cgroup().is_ok_and(|cgroup| cgroup.oom_kills() > 0);
+        let oom_killed = container
+            .cgroup()
+            .is_ok_and(|cgroup| cgroup.oom_kills() > 0);
         Ok(Ended { exit, oom_killed })
     }
 
@@ -224,7 +246,9 @@ impl Containers {
         let cgroup = container.cgroup()?;
         let pids = cgroup.pids().doing("list the processes")?;
         if pids.is_empty() {
-            return Err(Error::Ended { pid: container.init.pid });
+            return Err(Error::Ended {
+                pid: container.init.pid,
+            });
         }
         if signal == libc::SIGKILL {
             return cgroup.kill().doing("kill the container");
@@ -267,7 +291,10 @@ impl Containers {
 
     /// The processes of a container, by their ids in the guest.
     pub fn pids(&self, id: &str) -> Result<Vec<u32>, Error> {
-        self.container(id)?.cgroup()?.pids().doing("list the processes")
+        self.container(id)?
+            .cgroup()?
+            .pids()
+            .doing("list the processes")
     }
 
     /// Ends a process's standard input.
@@ -279,10 +306,17 @@ impl Containers {
     /// Sets the size of a process's terminal.
     pub fn resize(&self, id: &str, exec_id: &str, columns: u32, rows: u32) -> Result<(), Error> {
         let process = self.container(id)?.process(exec_id)?;
-        let terminal =
-            process.terminal.as_ref().ok_or(Error::NoTerminal { pid: process.pid })?;
+        let terminal = process
+            .terminal
+            .as_ref()
+            .ok_or(Error::NoTerminal { pid: process.pid })?;
         let (ws_col, ws_row) = size(columns, rows)?;
-        let size = Winsize { ws_col, ws_row, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = Winsize {
+            ws_col,
+            ws_row,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         tcsetwinsize(terminal, size).doing("set the terminal's size")
     }
 
@@ -315,7 +349,11 @@ impl Container {
         if state.allows(op) {
             Ok(())
         } else {
-            Err(Error::WrongState { id: self.id.clone(), state, op })
+            Err(Error::WrongState {
+                id: self.id.clone(),
+                state,
+                op,
+            })
         }
     }
 
@@ -329,7 +367,9 @@ impl Container {
     }
 
     fn cgroup(&self) -> Result<Arc<Cgroup>, Error> {
-        lock(&self.cgroup).clone().ok_or_else(|| Error::NoContainer(self.id.clone()))
+        lock(&self.cgroup)
+            .clone()
+            .ok_or_else(|| Error::NoContainer(self.id.clone()))
     }
 
     fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
@@ -381,7 +421,10 @@ impl<'a, T> Making<'a, T> {
             return None;
         }
         entries.insert(id.to_owned(), Entry::Making);
-        Some(Self { map, id: Some(id.to_owned()) })
+        Some(Self {
+            map,
+            id: Some(id.to_owned()),
+        })
     }
 
     fn done(mut self, made: T) {
@@ -415,9 +458,16 @@ fn check_id(id: &str) -> Result<(), Error> {
     const BYTES_MAX: usize = 128;
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     let good = id.len() <= BYTES_MAX
-        && id.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
+        && id
+            .bytes()
+            .next()
+            .is_some_and(|first| first.is_ascii_alphanumeric())
         && id.bytes().all(plain);
-    if good { Ok(()) } else { Err(Error::BadId(id.chars().take(BYTES_MAX).collect())) }
+    if good {
+        Ok(())
+    } else {
+        Err(Error::BadId(id.chars().take(BYTES_MAX).collect()))
+    }
 }
 
 fn check_signal(signal: u32) -> Result<i32, Error> {
@@ -428,7 +478,11 @@ fn check_signal(signal: u32) -> Result<i32, Error> {
 }
 
 fn terminal_size(stdio: &Stdio) -> Result<Option<(u16, u16)>, Error> {
-    if stdio.terminal { size(stdio.columns, stdio.rows).map(Some) } else { Ok(None) }
+    if stdio.terminal {
+        size(stdio.columns, stdio.rows).map(Some)
+    } else {
+        Ok(None)
+    }
 }
 
 fn size(columns: u32, rows: u32) -> Result<(u16, u16), Error> {
@@ -449,7 +503,9 @@ mod tests {
             assert!(check_id(good).is_ok(), "{good}");
         }
         let too_long = "a".repeat(129);
-        for bad in ["", ".", "..", "../x", "a/b", "-a", "_a", "a\0", "a\n", "é", "%n", &too_long] {
+        for bad in [
+            "", ".", "..", "../x", "a/b", "-a", "_a", "a\0", "a\n", "é", "%n", &too_long,
+        ] {
             assert!(matches!(check_id(bad), Err(Error::BadId(_))), "{bad}");
         }
     }

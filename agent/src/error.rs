@@ -148,6 +148,9 @@ pub(crate) trait Doing<T> {
 
 impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
     fn doing(self, doing: &'static str) -> Result<T, Error> {
-        self.map_err(|e| Error::System { doing, source: e.into() })
+        self.map_err(|e| Error::System {
+            doing,
+            source: e.into(),
+        })
     }
 }

@@ -73,7 +73,10 @@ trait Doing<T> {
 
 impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
     fn doing(self, what: impl Display) -> Result<T> {
-        self.map_err(|e| Error::Step { doing: what.to_string(), source: e.into() })
+        self.map_err(|e| Error::Step {
+            doing: what.to_string(),
+            source: e.into(),
+        })
     }
 }
 
@@ -87,7 +90,10 @@ pub fn main() -> ExitCode {
         Err(Error::Gone) => ExitCode::FAILURE,
         Err(error) => {
             let executable = matches!(error, Error::Executable { .. });
-            let failure = Failure { text: error.to_string(), executable };
+            let failure = Failure {
+                text: error.to_string(),
+                executable,
+            };
             // If the agent cannot be told, it learns from the closed channel.
             let _ = channel.report(&Report::Failed(failure), None);
             ExitCode::FAILURE
@@ -133,13 +139,19 @@ fn clone_and_run(
         Cloned::Child => {
             drop(let_go);
             // Without a byte the helper has failed, and has told the agent why.
-            File::from(go).read_exact(&mut [0]).map_err(|_| Error::Gone)?;
+            File::from(go)
+                .read_exact(&mut [0])
+                .map_err(|_| Error::Gone)?;
             steps().map(Helper::from)
         }
         Cloned::Parent(pid) => {
             prepare(pid)?;
-            channel.report(&Report::Cloned { pid }, None).doing("report the process")?;
-            File::from(let_go).write_all(&[0]).doing("let the process go")?;
+            channel
+                .report(&Report::Cloned { pid }, None)
+                .doing("report the process")?;
+            File::from(let_go)
+                .write_all(&[0])
+                .doing("let the process go")?;
             Ok(Helper::Done)
         }
     }

@@ -85,21 +85,37 @@ async fn wait_until_ready(
         .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?))
         .doing("refer to the new process")?;
     let pidfd = Arc::new(pidfd);
-    let mut waiting = Waiting { pidfd: Some(Arc::clone(&pidfd)), channel: None };
+    let mut waiting = Waiting {
+        pidfd: Some(Arc::clone(&pidfd)),
+        channel: None,
+    };
     let terminal = match next_report(&channel).await? {
         (Report::Ready, terminal) => terminal,
         (report, _) => return Err(unexpected(report)),
     };
     waiting.channel = Some(channel);
-    Ok(Launched { pid, pidfd, exit, terminal, waiting })
+    Ok(Launched {
+        pid,
+        pidfd,
+        exit,
+        terminal,
+        waiting,
+    })
 }
 
 async fn next_report(channel: &AsyncFd<OwnedFd>) -> Result<(Report, Option<OwnedFd>), Error> {
-    receive(channel).await.doing("hear from the helper")?.ok_or(Error::InitKilled)
+    receive(channel)
+        .await
+        .doing("hear from the helper")?
+        .ok_or(Error::InitKilled)
 }
 
 async fn receive(channel: &AsyncFd<OwnedFd>) -> io::Result<Option<(Report, Option<OwnedFd>)>> {
-    channel.async_io(Interest::READABLE, |channel| channel::receive_report(channel)).await
+    channel
+        .async_io(Interest::READABLE, |channel| {
+            channel::receive_report(channel)
+        })
+        .await
 }
 
 fn unexpected(report: Report) -> Error {

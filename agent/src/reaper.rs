@@ -32,7 +32,10 @@ pub type ExitWatch = watch::Receiver<Option<Exit>>;
 
 /// Waits until the process has ended; `None` if it is no longer watched.
 pub async fn ended(mut exit: ExitWatch) -> Option<Exit> {
-    exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit)
+    exit.wait_for(Option::is_some)
+        .await
+        .ok()
+        .and_then(|exit| *exit)
 }
 
 /// Collects exits.
@@ -75,8 +78,14 @@ impl Reaper {
     fn collect(&self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             let signal = status.terminating_signal().map(|signal| 128 + signal);
-            let status = status.exit_status().or(signal).and_then(|n| u32::try_from(n).ok());
-            let exit = Exit { status: status.unwrap_or(255), at_ns: now_ns() };
+            let status = status
+                .exit_status()
+                .or(signal)
+                .and_then(|n| u32::try_from(n).ok());
+            let exit = Exit {
+                status: status.unwrap_or(255),
+                at_ns: now_ns(),
+            };
             let pid = pid.as_raw_nonzero().get().unsigned_abs();
             if let Some(watcher) = self.lock().remove(&pid) {
                 watcher.send_replace(Some(exit));
@@ -90,6 +99,8 @@ impl Reaper {
 }
 
 fn now_ns() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -59,10 +59,16 @@ where
     let reaper = Reaper::start().doing("collect exits")?;
     let meeting_point = Streams::new();
     tokio::spawn(accept(streams, Arc::clone(&meeting_point)));
-    connection.write_all(GREETING.as_bytes()).await.doing("greet the host")?;
+    connection
+        .write_all(GREETING.as_bytes())
+        .await
+        .doing("greet the host")?;
 
     let host_gone = Arc::new(Notify::new());
-    let connection = Watched { inner: connection, end: Arc::clone(&host_gone) };
+    let connection = Watched {
+        inner: connection,
+        end: Arc::clone(&host_gone),
+    };
     let shutdown = Arc::new(Notify::new());
     let service = Service {
         containers: Containers::new(config, reaper, meeting_point),
@@ -72,7 +78,11 @@ where
     let mut server = Server::new()
         .add_listener(Listener::new(stream::iter([Ok(connection)])))
         .register_service(create_agent(Arc::new(service)));
-    server.start().await.map_err(io::Error::other).doing("serve the host")?;
+    server
+        .start()
+        .await
+        .map_err(io::Error::other)
+        .doing("serve the host")?;
 
     tokio::select! {
         () = host_gone.notified() => Ok(End::HostGone),
@@ -110,8 +120,14 @@ struct Service {
 impl Agent for Service {
     async fn create(&self, _: &TtrpcContext, r: CreateRequest) -> ttrpc::Result<ProcessResponse> {
         let seccomp = spec::seccomp(&r.seccomp_filter, r.seccomp_flags).map_err(Error::from)?;
-        let pid = self.containers.create(&r.container_id, &r.spec, &r.stdio, seccomp).await?;
-        Ok(ProcessResponse { pid, ..Default::default() })
+        let pid = self
+            .containers
+            .create(&r.container_id, &r.spec, &r.stdio, seccomp)
+            .await?;
+        Ok(ProcessResponse {
+            pid,
+            ..Default::default()
+        })
     }
 
     async fn start(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {
@@ -120,8 +136,14 @@ impl Agent for Service {
     }
 
     async fn exec(&self, _: &TtrpcContext, r: ExecRequest) -> ttrpc::Result<ProcessResponse> {
-        let pid = self.containers.exec(&r.container_id, &r.exec_id, &r.process, &r.stdio).await?;
-        Ok(ProcessResponse { pid, ..Default::default() })
+        let pid = self
+            .containers
+            .exec(&r.container_id, &r.exec_id, &r.process, &r.stdio)
+            .await?;
+        Ok(ProcessResponse {
+            pid,
+            ..Default::default()
+        })
     }
 
     async fn wait(&self, _: &TtrpcContext, r: ProcessRequest) -> ttrpc::Result<WaitResponse> {
@@ -138,7 +160,8 @@ impl Agent for Service {
         if r.all {
             self.containers.kill_all(&r.container_id, r.signal)?;
         } else {
-            self.containers.kill(&r.container_id, &r.exec_id, r.signal)?;
+            self.containers
+                .kill(&r.container_id, &r.exec_id, r.signal)?;
         }
         Ok(Empty::default())
     }
@@ -150,7 +173,10 @@ impl Agent for Service {
 
     async fn pids(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<PidsResponse> {
         let pids = self.containers.pids(&r.container_id)?;
-        Ok(PidsResponse { pids, ..Default::default() })
+        Ok(PidsResponse {
+            pids,
+            ..Default::default()
+        })
     }
 
     async fn close_stdin(&self, _: &TtrpcContext, r: ProcessRequest) -> ttrpc::Result<Empty> {
@@ -159,7 +185,8 @@ impl Agent for Service {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, r: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        self.containers.resize(&r.container_id, &r.exec_id, r.columns, r.rows)?;
+        self.containers
+            .resize(&r.container_id, &r.exec_id, r.columns, r.rows)?;
         Ok(Empty::default())
     }
 

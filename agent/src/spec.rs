@@ -42,12 +42,19 @@ pub enum SpecError {
 }
 
 impl SpecError {
-    #[expect(clippy::needless_pass_by_value, reason = "numbers and texts that were just made")]
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "numbers and texts that were just made"
+    )]
     fn value(field: impl Into<String>, value: impl ToString, reason: &'static str) -> Self {
         const SHOWN_CHARS: usize = 128;
         let value = value.to_string();
         let cut: String = value.chars().take(SHOWN_CHARS).collect();
-        Self::Value { field: field.into(), value: cut, reason }
+        Self::Value {
+            field: field.into(),
+            value: cut,
+            reason,
+        }
     }
 }
 
@@ -68,12 +75,15 @@ pub fn seccomp(filter: &[u8], flags: u32) -> Result<Option<Seccomp>, SpecError> 
 
 fn parse<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, SpecError> {
     let mut deserializer = serde_json::Deserializer::from_slice(json);
-    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|e| {
-        SpecError::Json { path: e.path().to_string(), text: e.inner().to_string() }
+    let value =
+        serde_path_to_error::deserialize(&mut deserializer).map_err(|e| SpecError::Json {
+            path: e.path().to_string(),
+            text: e.inner().to_string(),
+        })?;
+    deserializer.end().map_err(|e| SpecError::Json {
+        path: ".".into(),
+        text: e.to_string(),
     })?;
-    deserializer
-        .end()
-        .map_err(|e| SpecError::Json { path: ".".into(), text: e.to_string() })?;
     Ok(value)
 }
 

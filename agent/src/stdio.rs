@@ -49,7 +49,13 @@ pub(crate) fn prepare(
     stdio: &Stdio,
     streams: &Arc<Streams>,
 ) -> Result<([OwnedFd; 3], Prepared), Error> {
-    let claim = |id| if id == 0 { Ok(None) } else { streams.claim(id).map(Some) };
+    let claim = |id| {
+        if id == 0 {
+            Ok(None)
+        } else {
+            streams.claim(id).map(Some)
+        }
+    };
     let (stdin, stdout) = (claim(stdio.stdin)?, claim(stdio.stdout)?);
     if stdio.terminal {
         let prepared = Prepared {
@@ -59,7 +65,10 @@ pub(crate) fn prepare(
         };
         return Ok(([null()?, null()?, null()?], prepared));
     }
-    let mut prepared = Prepared { stdin: None, outputs: Vec::new() };
+    let mut prepared = Prepared {
+        stdin: None,
+        outputs: Vec::new(),
+    };
     let for_process = [
         match stdin {
             None => null()?,
@@ -102,7 +111,11 @@ pub(crate) struct Pumps {
 
 impl Prepared {
     /// Starts to copy. `terminal` is the master of the process's terminal.
-    pub(crate) fn start(self, terminal: Option<&OwnedFd>, exit: &ExitWatch) -> Result<Pumps, Error> {
+    pub(crate) fn start(
+        self,
+        terminal: Option<&OwnedFd>,
+        exit: &ExitWatch,
+    ) -> Result<Pumps, Error> {
         let pumps = self.pumps(terminal, exit);
         pumps.doing("set up the standard streams")
     }
@@ -129,7 +142,10 @@ impl Prepared {
                 drop(running);
             });
         }
-        Ok(Pumps { close_stdin, outputs })
+        Ok(Pumps {
+            close_stdin,
+            outputs,
+        })
     }
 }
 

@@ -43,7 +43,10 @@ pub struct Streams {
 #[derive(Debug)]
 enum Slot {
     /// The connection is there; it counts as unclaimed.
-    Arrived(BoxStream, #[expect(dead_code, reason = "held")] OwnedSemaphorePermit),
+    Arrived(
+        BoxStream,
+        #[expect(dead_code, reason = "held")] OwnedSemaphorePermit,
+    ),
     /// A process waits for it.
     Claimed(oneshot::Sender<BoxStream>),
 }
@@ -118,7 +121,11 @@ impl Streams {
                 slots.insert(id, Slot::Claimed(sender));
             }
         }
-        Ok(Claim { id, streams: Arc::clone(self), receiver })
+        Ok(Claim {
+            id,
+            streams: Arc::clone(self),
+            receiver,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Slot>> {

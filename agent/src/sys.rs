@@ -16,7 +16,11 @@ use tokio::io::{Interest, unix::AsyncFd};
 use crate::spec::plan::{Attributes, Seccomp};
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// Where [`clone_process`] returned.
@@ -45,7 +49,11 @@ pub(crate) unsafe fn clone_process(namespaces: i32, cgroup: impl AsFd) -> io::Re
     // SAFETY: `args` is a whole clone_args; without CLONE_VM the child has a
     // copy of this stack, and the caller promises that there is one thread.
     let result = unsafe {
-        libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>())
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            size_of::<libc::clone_args>(),
+        )
     };
     match u32::try_from(check(result)?) {
         Ok(0) => Ok(Cloned::Child),
@@ -124,7 +132,11 @@ pub(crate) fn join_new_session_keyring() -> io::Result<()> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
     // SAFETY: a null name asks for an anonymous keyring; no memory is passed.
     let result = unsafe {
-        libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, ptr::null::<libc::c_char>())
+        libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_JOIN_SESSION_KEYRING,
+            ptr::null::<libc::c_char>(),
+        )
     };
     match check(result) {
         Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
@@ -148,7 +160,10 @@ pub(crate) fn set_io_priority(priority: i32) -> io::Result<()> {
 
 /// `prlimit(2)` on the calling process.
 pub(crate) fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
-    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    let limit = libc::rlimit {
+        rlim_cur: soft,
+        rlim_max: hard,
+    };
     // SAFETY: `limit` is a whole rlimit that the kernel only reads.
     check(unsafe { libc::setrlimit(resource, &raw const limit) }.into()).map(drop)
 }
@@ -195,7 +210,12 @@ pub(crate) fn unshare_cgroup_namespace() -> io::Result<()> {
 pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: with this flag the call closes nothing now.
     let result = unsafe {
-        libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
     };
     check(result).map(drop)
 }
@@ -225,9 +245,7 @@ pub(crate) fn bring_up_interface(name: &CStr) -> io::Result<()> {
     }
     request.ifr_ifru.ifru_flags = UP;
     // SAFETY: `request` is a whole ifreq that the kernel only reads.
-    let result = unsafe {
-        libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request)
-    };
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
     check(result.into()).map(drop)
 }
 
@@ -279,7 +297,12 @@ pub(crate) fn load_device_program(program: &[BpfInstruction]) -> io::Result<Owne
     // SAFETY: `load` is the head of a bpf_attr, whose rest the kernel takes as
     // zero; it names `program` and a C string, which outlive the call.
     let result = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>())
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_LOAD,
+            &raw const load,
+            size_of::<Load>(),
+        )
     };
     let fd = RawFd::try_from(check(result)?).map_err(|_| io::ErrorKind::InvalidData)?;
     // SAFETY: the kernel just returned `fd`, so it is open and nothing else
@@ -309,7 +332,12 @@ pub(crate) fn attach_device_program(cgroup: impl AsFd, program: impl AsFd) -> io
     // SAFETY: `attach` is the head of a bpf_attr, whose rest the kernel takes
     // as zero; it holds numbers only.
     let result = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<Attach>())
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_ATTACH,
+            &raw const attach,
+            size_of::<Attach>(),
+        )
     };
     check(result).map(drop)
 }

@@ -23,7 +23,12 @@ async fn output(host: &Host, script: &str, change: impl FnOnce(&mut Value)) -> S
     let mut spec = busybox_spec(["sh", "-c", script]);
     change(&mut spec);
     let ran = host.run(spec).await;
-    assert_eq!((ran.status, &*ran.stderr), (0, ""), "{script}: {}", ran.stdout);
+    assert_eq!(
+        (ran.status, &*ran.stderr),
+        (0, ""),
+        "{script}: {}",
+        ran.stdout
+    );
     ran.stdout
 }
 
@@ -44,12 +49,25 @@ fn add_mount(spec: &mut Value, mount: Value) {
 #[test]
 fn a_container_runs_its_program_and_reports_its_exit() {
     block_on(async |host: &mut Host| {
-        let ran = host.run(busybox_spec(["sh", "-c", "echo out; echo err >&2; exit 42"])).await;
-        assert_eq!((ran.status, &*ran.stdout, &*ran.stderr), (42, "out\n", "err\n"));
+        let ran = host
+            .run(busybox_spec([
+                "sh",
+                "-c",
+                "echo out; echo err >&2; exit 42",
+            ]))
+            .await;
+        assert_eq!(
+            (ran.status, &*ran.stdout, &*ran.stderr),
+            (42, "out\n", "err\n")
+        );
         // The first process of a pid namespace is deaf to its own signals.
-        let ran = host.run(busybox_spec(["sh", "-c", "kill -9 $$; true"])).await;
+        let ran = host
+            .run(busybox_spec(["sh", "-c", "kill -9 $$; true"]))
+            .await;
         assert_eq!(ran.status, 0);
-        let ran = host.run(busybox_spec(["sh", "-c", "sh -c 'kill -9 $$'; exit $?"])).await;
+        let ran = host
+            .run(busybox_spec(["sh", "-c", "sh -c 'kill -9 $$'; exit $?"]))
+            .await;
         assert_eq!(ran.status, 137);
         assert!(!ran.oom_killed);
     });
@@ -72,7 +90,8 @@ fn a_container_has_namespaces_of_its_own() {
 #[test]
 fn ids_groups_capabilities_and_umask_are_those_of_the_specification() {
     block_on(async |host: &mut Host| {
-        let script = "id -u; id -g; id -G; umask; echo $HOME; grep -E 'Cap|NoNew' /proc/self/status";
+        let script =
+            "id -u; id -g; id -G; umask; echo $HOME; grep -E 'Cap|NoNew' /proc/self/status";
         let seen = output(host, script, |spec| {
             spec["process"]["user"] =
                 json!({"uid": 1000, "gid": 1000, "additionalGids": [5, 1000], "umask": 0o27});
@@ -92,7 +111,8 @@ fn ids_groups_capabilities_and_umask_are_those_of_the_specification() {
 #[test]
 fn devices_and_their_links_are_there_and_no_others_can_be_used() {
     block_on(async |host: &mut Host| {
-        let script = "for d in null zero full random urandom tty; do stat -c '%n %F %t:%T %a' /dev/$d; done
+        let script =
+            "for d in null zero full random urandom tty; do stat -c '%n %F %t:%T %a' /dev/$d; done
             for l in fd stdin stdout stderr ptmx; do readlink /dev/$l; done
             head -c 4 /dev/zero | od -An -tx1
             mknod /dev/mem c 1 1 && ! cat /dev/mem 2>/dev/null && echo denied";
@@ -124,18 +144,32 @@ fn mounts_have_their_options_and_masked_paths_show_nothing_b15() {
             grep -E ' /(data|tmp|dev/shm) ' /proc/mounts | tr ' ' '\\n' | grep -E '^/|rw|ro'";
         let seen = output(host, script, |spec| {
             let source = source.to_str().unwrap();
-            add_mount(spec, json!({"destination": "/data", "type": "bind", "source": source,
-                "options": ["rbind", "ro", "nosuid", "rprivate"]}));
-            add_mount(spec, json!({"destination": "/rw/", "source": source, "options": ["bind"]}));
-            add_mount(spec, json!({"destination": "/one", "type": "bind",
-                "source": format!("{source}/file"), "options": ["bind", "rro"]}));
-            add_mount(spec, json!({"destination": "/tmp", "type": "tmpfs",
-                "options": ["ro", "noexec", "size=1m"]}));
+            add_mount(
+                spec,
+                json!({"destination": "/data", "type": "bind", "source": source,
+                "options": ["rbind", "ro", "nosuid", "rprivate"]}),
+            );
+            add_mount(
+                spec,
+                json!({"destination": "/rw/", "source": source, "options": ["bind"]}),
+            );
+            add_mount(
+                spec,
+                json!({"destination": "/one", "type": "bind",
+                "source": format!("{source}/file"), "options": ["bind", "rro"]}),
+            );
+            add_mount(
+                spec,
+                json!({"destination": "/tmp", "type": "tmpfs",
+                "options": ["ro", "noexec", "size=1m"]}),
+            );
             spec["root"]["readonly"] = true.into();
         })
         .await;
         assert!(
-            seen.starts_with("from outside\nfrom outside\nread-only\nwritable\n0\n0\nro-sys\nro-root\n"),
+            seen.starts_with(
+                "from outside\nfrom outside\nread-only\nwritable\n0\n0\nro-sys\nro-root\n"
+            ),
             "{seen}"
         );
         assert!(seen.contains("/dev/shm\nrw,nosuid,nodev,noexec"), "{seen}");
@@ -160,12 +194,15 @@ fn links_of_an_image_never_lead_out_of_its_root_b30_b35() {
         symlink("/run", root.join("var/run")).unwrap();
         let tmpfs = |at: &str| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"});
 
-        let seen = output(host, "grep -c ' /run/x ' /proc/mounts; grep -c ' /etc/y ' /proc/mounts",
+        let seen = output(
+            host,
+            "grep -c ' /run/x ' /proc/mounts; grep -c ' /etc/y ' /proc/mounts",
             |spec| {
                 add_mount(spec, tmpfs("/var/run/x"));
                 add_mount(spec, tmpfs("/climbing/y"));
-            })
-            .await;
+            },
+        )
+        .await;
         assert_eq!(seen, "1\n1\n");
 
         for (at, reason) in [("/loop/x", "os error 40"), ("/absolute/x", "os error 2")] {
@@ -189,7 +226,11 @@ fn a_program_that_cannot_be_executed_is_named_in_the_known_words() {
         let check = async |program: &str, expected: &str| {
             assert_eq!(refusal(host, busybox_spec([program])).await, expected);
         };
-        check("nope", r#"exec: "nope": executable file not found in $PATH"#).await;
+        check(
+            "nope",
+            r#"exec: "nope": executable file not found in $PATH"#,
+        )
+        .await;
         check("/nope", r#"exec: "/nope": no such file or directory"#).await;
         check("/etc/passwd", r#"exec: "/etc/passwd": permission denied"#).await;
     });
@@ -202,28 +243,46 @@ fn a_creation_that_fails_at_any_step_leaves_nothing_and_says_why() {
             let mut spec = busybox_spec(["true"]);
             change(&mut spec);
             let text = refusal(host, spec).await;
-            assert!(text.contains(expected), "{text:?} does not say {expected:?}");
+            assert!(
+                text.contains(expected),
+                "{text:?} does not say {expected:?}"
+            );
         };
         check("/nowhere", &|s| s["root"]["path"] = "/nowhere".into()).await;
         check("mount source /nowhere", &|s| {
-            add_mount(s, json!({"destination": "/x", "type": "bind", "source": "/nowhere"}));
+            add_mount(
+                s,
+                json!({"destination": "/x", "type": "bind", "source": "/nowhere"}),
+            );
         })
         .await;
         check("/dev/null: only files and directories", &|s| {
-            add_mount(s, json!({"destination": "/x", "type": "bind", "source": "/dev/null"}));
+            add_mount(
+                s,
+                json!({"destination": "/x", "type": "bind", "source": "/dev/null"}),
+            );
         })
         .await;
         check("nonsense", &|s| {
-            add_mount(s, json!({"destination": "/x", "type": "tmpfs", "options": ["nonsense=1"]}));
+            add_mount(
+                s,
+                json!({"destination": "/x", "type": "tmpfs", "options": ["nonsense=1"]}),
+            );
         })
         .await;
         check("nothing can be mounted inside /proc", &|s| {
             add_mount(s, json!({"destination": "/proc/self/x", "type": "tmpfs"}));
         })
         .await;
-        check("sysctl", &|s| s["linux"]["sysctl"] = json!({"kernel.nope": "1"})).await;
+        check("sysctl", &|s| {
+            s["linux"]["sysctl"] = json!({"kernel.nope": "1"})
+        })
+        .await;
         check("cwd", &|s| s["process"]["cwd"] = "/etc/passwd".into()).await;
-        check("CAP_NOPE", &|s| s["process"]["capabilities"]["bounding"] = json!(["CAP_NOPE"])).await;
+        check("CAP_NOPE", &|s| {
+            s["process"]["capabilities"]["bounding"] = json!(["CAP_NOPE"])
+        })
+        .await;
         check("memory.nope", &|s| {
             s["linux"]["resources"]["unified"] = json!({"memory.nope": "1"});
         })
@@ -243,19 +302,42 @@ fn the_order_of_requests_is_kept_b25_b26() {
             other => panic!("{:?}", other.map(|_: bulkhead_agent_api::agent::Empty| ())),
         };
         let process = busybox_spec(["true"])["process"].clone();
-        let id = host.create(busybox_spec(["sleep", "100"]), Stdio::default()).await.unwrap();
-        let early = host.exec(&id, "e", &process, Stdio::default()).await.map(|_| Default::default());
+        let id = host
+            .create(busybox_spec(["sleep", "100"]), Stdio::default())
+            .await
+            .unwrap();
+        let early = host
+            .exec(&id, "e", &process, Stdio::default())
+            .await
+            .map(|_| Default::default());
         assert_eq!(code(early), ttrpc::Code::FAILED_PRECONDITION);
-        assert_eq!(code(host.delete(&id, "").await), ttrpc::Code::FAILED_PRECONDITION);
+        assert_eq!(
+            code(host.delete(&id, "").await),
+            ttrpc::Code::FAILED_PRECONDITION
+        );
         host.kill(&id, "", 0).await.unwrap();
         host.start_container(&id).await.unwrap();
-        assert_eq!(code(host.start_container(&id).await), ttrpc::Code::FAILED_PRECONDITION);
+        assert_eq!(
+            code(host.start_container(&id).await),
+            ttrpc::Code::FAILED_PRECONDITION
+        );
         assert_eq!(host.pids(&id).await.len(), 1);
-        assert_eq!(code(host.kill(&id, "", 65).await), ttrpc::Code::INVALID_ARGUMENT);
-        assert_eq!(code(host.resize(&id, 1, 1).await), ttrpc::Code::FAILED_PRECONDITION);
-        host.exec(&id, "e", &process, Stdio::default()).await.unwrap();
+        assert_eq!(
+            code(host.kill(&id, "", 65).await),
+            ttrpc::Code::INVALID_ARGUMENT
+        );
+        assert_eq!(
+            code(host.resize(&id, 1, 1).await),
+            ttrpc::Code::FAILED_PRECONDITION
+        );
+        host.exec(&id, "e", &process, Stdio::default())
+            .await
+            .unwrap();
         assert_eq!(host.wait(&id, "e").await.unwrap().exit_status, 0);
-        let again = host.exec(&id, "e", &process, Stdio::default()).await.map(|_| Default::default());
+        let again = host
+            .exec(&id, "e", &process, Stdio::default())
+            .await
+            .map(|_| Default::default());
         assert_eq!(code(again), ttrpc::Code::ALREADY_EXISTS);
         host.delete(&id, "e").await.unwrap();
         host.kill(&id, "", 9).await.unwrap();
@@ -280,11 +362,24 @@ fn an_exec_joins_the_container_in_everything() {
         let process = busybox_spec(["sh", "-c", script])["process"].clone();
         let ran = host.run_exec(&id, &process).await;
         let expected = "inside\n/tmp/here\nCapEff:\t00000000080005eb\nNoNewPrivs:\t1\n";
-        assert!(ran.stdout.starts_with(expected), "{} {}", ran.stdout, ran.stderr);
+        assert!(
+            ran.stdout.starts_with(expected),
+            "{} {}",
+            ran.stdout,
+            ran.stderr
+        );
 
         let missing = busybox_spec(["nope"])["process"].clone();
-        let error = host.exec(&id, "x", &missing, Stdio::default()).await.unwrap_err();
-        assert!(error.to_string().contains("executable file not found in $PATH"), "{error}");
+        let error = host
+            .exec(&id, "x", &missing, Stdio::default())
+            .await
+            .unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("executable file not found in $PATH"),
+            "{error}"
+        );
         host.kill_all(&id, 9).await.unwrap();
         assert_eq!(host.wait(&id, "").await.unwrap().exit_status, 137);
         host.delete(&id, "").await.unwrap();
@@ -298,7 +393,9 @@ fn sixty_four_mebibytes_pass_both_ways_unharmed() {
         let mut data = vec![0; LENGTH];
         let mut state = 1u64;
         for byte in data.chunks_mut(8) {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             byte.copy_from_slice(&state.to_le_bytes());
         }
         let (stdio, [mut stdin, mut stdout, _stderr]) = host.pipes().await;
@@ -323,7 +420,10 @@ fn sixty_four_mebibytes_pass_both_ways_unharmed() {
 #[test]
 fn a_background_child_does_not_hold_up_the_wait_b73() {
     block_on(async |host: &mut Host| {
-        let id = host.create(busybox_spec(["sleep", "100"]), Stdio::default()).await.unwrap();
+        let id = host
+            .create(busybox_spec(["sleep", "100"]), Stdio::default())
+            .await
+            .unwrap();
         host.start_container(&id).await.unwrap();
         let process = busybox_spec(["sh", "-c", "sleep 50 & echo done"])["process"].clone();
         let (stdio, [_stdin, mut stdout, _stderr]) = host.pipes().await;
@@ -346,7 +446,10 @@ fn a_reader_that_goes_away_does_not_end_the_process_f60() {
     block_on(async |host: &mut Host| {
         let (stdio, [stdin, mut stdout, _stderr]) = host.pipes().await;
         let script = "seq 1000000; cat >/dev/null; exit 7";
-        let id = host.create(busybox_spec(["sh", "-c", script]), stdio).await.unwrap();
+        let id = host
+            .create(busybox_spec(["sh", "-c", script]), stdio)
+            .await
+            .unwrap();
         host.start_container(&id).await.unwrap();
         stdout.read_exact(&mut [0; 10]).await.unwrap();
         drop(stdout);
@@ -378,7 +481,10 @@ fn a_terminal_is_the_console_and_can_be_resized() {
         let script = "tty; stty size; ls -l /dev/console | tr -s ' ' | grep -c '136,'; \
             read line; stty size; echo got $line";
         let (stdio, [mut stdin, mut stdout]) = host.terminal(91, 33).await;
-        let id = host.create(busybox_spec(["sh", "-c", script]), stdio).await.unwrap();
+        let id = host
+            .create(busybox_spec(["sh", "-c", script]), stdio)
+            .await
+            .unwrap();
         host.start_container(&id).await.unwrap();
         let mut seen = String::new();
         while !seen.contains("\r\n1\r\n") {
@@ -395,10 +501,15 @@ fn a_terminal_is_the_console_and_can_be_resized() {
         host.delete(&id, "").await.unwrap();
 
         // A further process gets a terminal of its own.
-        let id = host.create(busybox_spec(["sleep", "100"]), Stdio::default()).await.unwrap();
+        let id = host
+            .create(busybox_spec(["sleep", "100"]), Stdio::default())
+            .await
+            .unwrap();
         host.start_container(&id).await.unwrap();
         let (stdio, [_stdin, mut stdout]) = host.terminal(0, 0).await;
-        host.exec(&id, "e", &busybox_spec(["tty"])["process"], stdio).await.unwrap();
+        host.exec(&id, "e", &busybox_spec(["tty"])["process"], stdio)
+            .await
+            .unwrap();
         let mut seen = String::new();
         stdout.read_to_string(&mut seen).await.unwrap();
         assert_eq!(seen, "/dev/pts/0\r\n");
@@ -443,7 +554,8 @@ fn no_mkdir() -> Vec<u8> {
 fn the_system_call_filter_holds_for_the_container_and_its_execs() {
     block_on(async |host: &mut Host| {
         for no_new_privileges in [true, false] {
-            let script = "mkdir /tmp/$$ 2>/dev/null || grep Seccomp: /proc/self/status; exec sleep 99";
+            let script =
+                "mkdir /tmp/$$ 2>/dev/null || grep Seccomp: /proc/self/status; exec sleep 99";
             let mut spec = busybox_spec(["sh", "-c", script]);
             spec["process"]["noNewPrivileges"] = no_new_privileges.into();
             let process = {
@@ -481,17 +593,26 @@ fn a_user_namespace_maps_ids_and_an_exec_joins_it() {
         let script = "id -u; head -c 21 /proc/self/uid_map | tr -s ' '; echo; touch /new;
             stat -c %u /new; echo > /dev/null && echo null; exec sleep 100";
         let mut spec = busybox_spec(["sh", "-c", script]);
-        spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+        spec["linux"]["namespaces"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"type": "user"}));
         let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
         spec["linux"]["uidMappings"] = map.clone();
         spec["linux"]["gidMappings"] = map;
         let (stdio, [_in, mut stdout, mut stderr]) = host.pipes().await;
         let id = host.create(spec, stdio).await.unwrap();
         host.start_container(&id).await.unwrap();
-        let process = busybox_spec(["sh", "-c", "id -u; readlink /proc/self/ns/user"])["process"].clone();
+        let process =
+            busybox_spec(["sh", "-c", "id -u; readlink /proc/self/ns/user"])["process"].clone();
         let ran = host.run_exec(&id, &process).await;
         let ours = std::fs::read_link("/proc/self/ns/user").unwrap();
-        assert!(ran.stdout.starts_with("0\nuser:"), "{} {}", ran.stdout, ran.stderr);
+        assert!(
+            ran.stdout.starts_with("0\nuser:"),
+            "{} {}",
+            ran.stdout,
+            ran.stderr
+        );
         assert!(!ran.stdout.contains(ours.to_str().unwrap()));
         host.kill(&id, "", 9).await.unwrap();
         host.wait(&id, "").await.unwrap();
@@ -506,7 +627,10 @@ fn a_user_namespace_maps_ids_and_an_exec_joins_it() {
 #[test]
 fn a_container_can_share_another_ones_namespaces() {
     block_on(async |host: &mut Host| {
-        let id = host.create(busybox_spec(["sleep", "100"]), Stdio::default()).await.unwrap();
+        let id = host
+            .create(busybox_spec(["sleep", "100"]), Stdio::default())
+            .await
+            .unwrap();
         host.start_container(&id).await.unwrap();
         let pid = host.pids(&id).await[0];
         let seen = output(host, "ps | grep -c 'sleep 100'; echo $$", |spec| {
@@ -515,7 +639,10 @@ fn a_container_can_share_another_ones_namespaces() {
             }
         })
         .await;
-        assert!(!seen.starts_with("0\n") && !seen.ends_with("\n1\n"), "{seen}");
+        assert!(
+            !seen.starts_with("0\n") && !seen.ends_with("\n1\n"),
+            "{seen}"
+        );
         host.kill(&id, "", 9).await.unwrap();
         host.wait(&id, "").await.unwrap();
         host.delete(&id, "").await.unwrap();
@@ -525,11 +652,17 @@ fn a_container_can_share_another_ones_namespaces() {
 #[test]
 fn a_shutdown_kills_and_ends_the_service() {
     block_on(async |host: &mut Host| {
-        let id = host.create(busybox_spec(["sleep", "100"]), Stdio::default()).await.unwrap();
+        let id = host
+            .create(busybox_spec(["sleep", "100"]), Stdio::default())
+            .await
+            .unwrap();
         host.start_container(&id).await.unwrap();
         host.shutdown().await.unwrap();
         assert_eq!(host.wait(&id, "").await.unwrap().exit_status, 137);
         host.delete(&id, "").await.unwrap();
-        assert_eq!((&mut host.agent).await.unwrap(), bulkhead_agent::rpc::End::Shutdown);
+        assert_eq!(
+            (&mut host.agent).await.unwrap(),
+            bulkhead_agent::rpc::End::Shutdown
+        );
     });
 }

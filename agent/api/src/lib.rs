@@ -17,7 +17,12 @@
 //!    end of a stream is the shutdown of the vsock connection in its direction.
 
 #[expect(missing_debug_implementations, reason = "generated code")]
-#[expect(clippy::all, clippy::pedantic, clippy::restriction, reason = "generated code")]
+#[expect(
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    reason = "generated code"
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }

@@ -33,7 +33,13 @@ const fn allow(
     minor: Option<u32>,
     access: u32,
 ) -> DeviceRule {
-    DeviceRule { allow: true, kind: Some(kind), major, minor, access }
+    DeviceRule {
+        allow: true,
+        kind: Some(kind),
+        major,
+        minor,
+        access,
+    }
 }
 
 /// Registers: r1 holds `struct bpf_cgroup_dev_ctx` at the start.
@@ -114,19 +120,37 @@ fn block(rule: &DeviceRule) -> Vec<BpfInstruction> {
 }
 
 fn answer(allow: bool) -> [BpfInstruction; 2] {
-    [constant(op::MOVE_CONST, R0, allow.into()), constant(op::EXIT, R0, 0)]
+    [
+        constant(op::MOVE_CONST, R0, allow.into()),
+        constant(op::EXIT, R0, 0),
+    ]
 }
 
 const fn load(to: u8, offset: i16) -> BpfInstruction {
-    BpfInstruction { code: op::LOAD_WORD, registers: to | (1 << 4), offset, immediate: 0 }
+    BpfInstruction {
+        code: op::LOAD_WORD,
+        registers: to | (1 << 4),
+        offset,
+        immediate: 0,
+    }
 }
 
 const fn move_register(to: u8, from: u8) -> BpfInstruction {
-    BpfInstruction { code: op::MOVE, registers: to | (from << 4), offset: 0, immediate: 0 }
+    BpfInstruction {
+        code: op::MOVE,
+        registers: to | (from << 4),
+        offset: 0,
+        immediate: 0,
+    }
 }
 
 const fn constant(code: u8, register: u8, value: u32) -> BpfInstruction {
-    BpfInstruction { code, registers: register, offset: 0, immediate: value.cast_signed() }
+    BpfInstruction {
+        code,
+        registers: register,
+        offset: 0,
+        immediate: value.cast_signed(),
+    }
 }
 
 #[cfg(test)]
@@ -144,7 +168,11 @@ mod tests {
 
     /// Does what the kernel does with the few operations that we use.
     fn run(program: &[BpfInstruction], asked: Access) -> bool {
-        let context = [asked.access << 16 | asked.kind as u32, asked.major, asked.minor];
+        let context = [
+            asked.access << 16 | asked.kind as u32,
+            asked.major,
+            asked.minor,
+        ];
         let mut registers = [0u32; 6];
         let mut next = 0;
         loop {
@@ -175,7 +203,15 @@ mod tests {
 
     fn check(rules: &[DeviceRule], asked: (DeviceKind, u32, u32, u32), expected: bool) {
         let (kind, major, minor, access) = asked;
-        let answer = run(&program(rules), Access { kind, major, minor, access });
+        let answer = run(
+            &program(rules),
+            Access {
+                kind,
+                major,
+                minor,
+                access,
+            },
+        );
         assert_eq!(answer, expected, "{asked:?} under {rules:?}");
     }
 

@@ -26,9 +26,9 @@ impl State {
     /// Whether `op` is legal.
     pub fn allows(self, op: Op) -> bool {
         match (self, op) {
-            (Self::Created, Op::Start) | (Self::Running, Op::Exec) | (Self::Stopped, Op::Delete) => {
-                true
-            }
+            (Self::Created, Op::Start)
+            | (Self::Running, Op::Exec)
+            | (Self::Stopped, Op::Delete) => true,
             (Self::Created, Op::Exec | Op::Delete)
             | (Self::Running, Op::Start | Op::Delete)
             | (Self::Stopped, Op::Start | Op::Exec) => false,

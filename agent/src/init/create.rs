@@ -101,14 +101,19 @@ fn write_id_maps(proc: &GuestProc, pid: u32, plan: &ContainerPlan) -> Result<()>
         }
         let line = |map: &IdMap| format!("{} {} {}\n", map.container_id, map.guest_id, map.size);
         let text: String = maps.iter().map(line).collect();
-        proc.write(&format!("{pid}/{file}"), &text).doing(format!("write the {file}"))?;
+        proc.write(&format!("{pid}/{file}"), &text)
+            .doing(format!("write the {file}"))?;
     }
     Ok(())
 }
 
 /// In a user namespace of its own the process is nobody until it says who.
 fn become_root(plan: &ContainerPlan) -> Result<()> {
-    if plan.namespaces.own_user { process::become_root() } else { Ok(()) }
+    if plan.namespaces.own_user {
+        process::become_root()
+    } else {
+        Ok(())
+    }
 }
 
 fn own_cgroup_namespace() -> Result<()> {
@@ -139,7 +144,8 @@ fn set_names(plan: &ContainerPlan) -> Result<()> {
 fn write_sysctls(proc: &GuestProc, sysctls: &[(PathBuf, String)]) -> Result<()> {
     for (path, value) in sysctls {
         let path = path.display();
-        proc.write(&format!("sys/{path}"), value).doing(format!("set the sysctl {path}"))?;
+        proc.write(&format!("sys/{path}"), value)
+            .doing(format!("set the sysctl {path}"))?;
     }
     Ok(())
 }

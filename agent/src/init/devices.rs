@@ -90,9 +90,20 @@ fn make(root: &Root, device: &DeviceNode) -> Result<()> {
 
 fn give_to(parent: &OwnedFd, name: &std::ffi::OsStr, device: &DeviceNode) -> io::Result<()> {
     let (uid, gid) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
-    rustix::fs::chownat(parent, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+    rustix::fs::chownat(
+        parent,
+        name,
+        Some(uid),
+        Some(gid),
+        AtFlags::SYMLINK_NOFOLLOW,
+    )?;
     // A change of the owner can clear bits of the mode.
-    Ok(rustix::fs::chmodat(parent, name, Mode::from_raw_mode(device.mode), AtFlags::empty())?)
+    Ok(rustix::fs::chmodat(
+        parent,
+        name,
+        Mode::from_raw_mode(device.mode),
+        AtFlags::empty(),
+    )?)
 }
 
 /// The guest's node with the same number.

@@ -39,12 +39,18 @@ pub(super) fn error(name: &str, source: &io::Error) -> Error {
         Some(libc::ENOEXEC) => "exec format error".into(),
         _ => source.to_string(),
     };
-    Error::Executable { name: name.to_owned(), reason }
+    Error::Executable {
+        name: name.to_owned(),
+        reason,
+    }
 }
 
 fn search(name: &str, env: &[String]) -> Option<PathBuf> {
     // As in a shell, the last of several counts.
-    let path = env.iter().rev().find_map(|entry| entry.strip_prefix("PATH="))?;
+    let path = env
+        .iter()
+        .rev()
+        .find_map(|entry| entry.strip_prefix("PATH="))?;
     std::env::split_paths(OsStr::new(path))
         .map(|directory| match directory.as_os_str().is_empty() {
             true => Path::new(".").join(name),
@@ -67,10 +73,14 @@ pub(super) fn home(root: &Root, uid: u32) -> String {
     const PASSWD_BYTES_MAX: u64 = 1 << 20;
     let mut text = Vec::new();
     let flags = OFlags::RDONLY | OFlags::NONBLOCK;
-    let read = root
-        .open(Path::new("/etc/passwd"), flags)
-        .and_then(|file| File::from(file).take(PASSWD_BYTES_MAX).read_to_end(&mut text));
-    let found = read.ok().and_then(|_| home_in(&String::from_utf8_lossy(&text), uid));
+    let read = root.open(Path::new("/etc/passwd"), flags).and_then(|file| {
+        File::from(file)
+            .take(PASSWD_BYTES_MAX)
+            .read_to_end(&mut text)
+    });
+    let found = read
+        .ok()
+        .and_then(|_| home_in(&String::from_utf8_lossy(&text), uid));
     found.unwrap_or_else(|| "/".to_owned())
 }
 
@@ -90,7 +100,11 @@ mod tests {
     #[test]
     fn the_home_is_that_of_the_first_line_with_the_uid() {
         let check = |passwd, uid, expected: Option<&str>| {
-            assert_eq!(home_in(passwd, uid).as_deref(), expected, "{passwd:?} {uid}");
+            assert_eq!(
+                home_in(passwd, uid).as_deref(),
+                expected,
+                "{passwd:?} {uid}"
+            );
         };
         check("root:x:0:0:root:/root:/bin/sh\n", 0, Some("/root"));
         check("a:x:5:5::/a:\nb:x:5:5::/b:\n", 5, Some("/a"));
@@ -107,10 +121,26 @@ mod tests {
             let error = executable(name, &env).unwrap_err().to_string();
             assert_eq!(error, expected);
         };
-        check("nope", "/usr/bin", r#"exec: "nope": executable file not found in $PATH"#);
-        check("passwd", "/etc", r#"exec: "passwd": executable file not found in $PATH"#);
-        check("/nope/a", "", r#"exec: "/nope/a": no such file or directory"#);
-        check("/etc/passwd", "", r#"exec: "/etc/passwd": permission denied"#);
+        check(
+            "nope",
+            "/usr/bin",
+            r#"exec: "nope": executable file not found in $PATH"#,
+        );
+        check(
+            "passwd",
+            "/etc",
+            r#"exec: "passwd": executable file not found in $PATH"#,
+        );
+        check(
+            "/nope/a",
+            "",
+            r#"exec: "/nope/a": no such file or directory"#,
+        );
+        check(
+            "/etc/passwd",
+            "",
+            r#"exec: "/etc/passwd": permission denied"#,
+        );
         check("/etc", "", r#"exec: "/etc": permission denied"#);
         let no_path = executable("sh", &[]).unwrap_err().to_string();
         assert_eq!(no_path, r#"exec: "sh": executable file not found in $PATH"#);
@@ -118,7 +148,10 @@ mod tests {
 
     #[test]
     fn the_last_path_counts_and_a_name_with_a_slash_needs_none() {
-        let env = ["PATH=/nowhere".to_owned(), "PATH=/nowhere:/bin:/usr/bin".to_owned()];
+        let env = [
+            "PATH=/nowhere".to_owned(),
+            "PATH=/nowhere:/bin:/usr/bin".to_owned(),
+        ];
         assert_eq!(executable("sh", &env).unwrap(), c"/bin/sh".to_owned());
         assert_eq!(executable("/bin/sh", &[]).unwrap(), c"/bin/sh".to_owned());
     }

@@ -84,8 +84,14 @@ fn set_attributes(tree: &OwnedFd, own: Attributes, mount: &Mount) -> io::Result<
 fn bind_source(source: &Path, recursive: bool) -> Result<OwnedFd> {
     let doing = format!("open the mount source {}", source.display());
     let how = ResolveFlags::NO_SYMLINKS;
-    let there = openat2(CWD, source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), how)
-        .doing(&doing)?;
+    let there = openat2(
+        CWD,
+        source,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        how,
+    )
+    .doing(&doing)?;
     match file_type(&there).doing(&doing)? {
         FileType::Directory | FileType::RegularFile => {}
         _ => {
@@ -107,7 +113,10 @@ fn destination(root: &Root, mount: &Mount, tree: &OwnedFd) -> Result<OwnedFd> {
     let is_dir = file_type(tree).doing(&doing)? == FileType::Directory;
     let onto = match &mount.kind {
         // An image must not decide where the kernel's own trees appear.
-        MountKind::Filesystem { fs: Filesystem::Proc | Filesystem::Sysfs, .. } => {
+        MountKind::Filesystem {
+            fs: Filesystem::Proc | Filesystem::Sysfs,
+            ..
+        } => {
             return root.plain_dir(path).doing(&doing);
         }
         _ if is_dir => root.make_dir(path),
@@ -140,7 +149,11 @@ fn filesystem(
 fn new_filesystem(fs: Filesystem, data: &[(String, Option<String>)]) -> io::Result<OwnedFd> {
     let context = fsopen(fs.name(), FsOpenFlags::FSOPEN_CLOEXEC)?;
     match configure(&context, fs, data) {
-        Ok(()) => Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?),
+        Ok(()) => Ok(fsmount(
+            &context,
+            FsMountFlags::FSMOUNT_CLOEXEC,
+            MountAttrFlags::empty(),
+        )?),
         Err(errno) => Err(with_kernel_log(context, errno)),
     }
 }
@@ -166,9 +179,11 @@ fn with_kernel_log(context: OwnedFd, errno: Errno) -> io::Error {
     match std::fs::File::from(context).read(&mut line) {
         Ok(length) if length > 0 => {
             let text = String::from_utf8_lossy(&line[..length]);
-            io::Error::new(io::Error::from(errno).kind(), format!("{errno}: {}", text.trim_end()))
+            io::Error::new(
+                io::Error::from(errno).kind(),
+                format!("{errno}: {}", text.trim_end()),
+            )
         }
         _ => errno.into(),
     }
 }
-

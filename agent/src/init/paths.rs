@@ -39,7 +39,11 @@ impl Root {
 
     /// The root of the calling process.
     pub(super) fn of_this_process() -> io::Result<Self> {
-        Ok(Self(rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?))
+        Ok(Self(rustix::fs::open(
+            "/",
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?))
     }
 
     /// Opens what is there.
@@ -50,7 +54,11 @@ impl Root {
     /// Refers to a directory that is reached without any link.
     pub(super) fn plain_dir(&self, path: &Path) -> io::Result<OwnedFd> {
         self.make_dir(path)?;
-        self.resolve(path, OFlags::PATH | OFlags::DIRECTORY, ResolveFlags::NO_SYMLINKS)
+        self.resolve(
+            path,
+            OFlags::PATH | OFlags::DIRECTORY,
+            ResolveFlags::NO_SYMLINKS,
+        )
     }
 
     /// Refers to a directory; makes it, and those above it, if missing.
@@ -59,7 +67,11 @@ impl Root {
         match self.open(path, FLAGS) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let (parent, name) = self.make_parent(path)?;
-                unless_there(rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755)))?;
+                unless_there(rustix::fs::mkdirat(
+                    &parent,
+                    name,
+                    Mode::from_raw_mode(0o755),
+                ))?;
                 self.open(path, FLAGS)
             }
             result => result,

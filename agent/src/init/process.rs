@@ -16,12 +16,7 @@ use rustix::{
     process::{Resource, getrlimit},
 };
 
-use super::{
-    Doing, Error, Result, lookup,
-    paths::Root,
-    privileges,
-    terminal::Terminal,
-};
+use super::{Doing, Error, Result, lookup, paths::Root, privileges, terminal::Terminal};
 use crate::{
     channel::{Channel, Report},
     spec::plan::ProcessPlan,
@@ -45,13 +40,18 @@ impl GuestProc {
         let flags = OFlags::WRONLY | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.0, path, flags, Mode::empty())?;
         let written = rustix::io::write(&file, text.as_bytes())?;
-        if written == text.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+        if written == text.len() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::WriteZero.into())
+        }
     }
 
     /// The agent is the last to be killed for want of memory; its children
     /// must not be. Before anything else, as the owner of the file changes.
     pub(super) fn set_oom_score_adj(&self, value: i32) -> Result<()> {
-        self.write("self/oom_score_adj", &value.to_string()).doing("set oom_score_adj")
+        self.write("self/oom_score_adj", &value.to_string())
+            .doing("set oom_score_adj")
     }
 }
 
@@ -87,7 +87,9 @@ pub(super) fn become_program(
     let args = c_strings(&plan.args)?;
     sys::close_on_exec_from(3).doing("mark descriptors")?;
 
-    channel.report(&Report::Ready, master.as_ref().map(AsFd::as_fd)).map_err(|_| Error::Gone)?;
+    channel
+        .report(&Report::Ready, master.as_ref().map(AsFd::as_fd))
+        .map_err(|_| Error::Gone)?;
     drop(master);
     if !channel.wait_for_start() {
         return Err(Error::Gone);
@@ -167,7 +169,9 @@ fn set_attributes(plan: &ProcessPlan) -> Result<()> {
 
 fn enter_cwd(root: &Root, cwd: &Path) -> Result<()> {
     let doing = format!("chdir to cwd ({cwd:?}) set in config.json");
-    let directory = root.open(cwd, OFlags::PATH | OFlags::DIRECTORY).doing(&doing)?;
+    let directory = root
+        .open(cwd, OFlags::PATH | OFlags::DIRECTORY)
+        .doing(&doing)?;
     rustix::process::fchdir(directory).doing(&doing)
 }
 
@@ -190,7 +194,11 @@ fn environment(root: &Root, plan: &ProcessPlan) -> Result<Vec<CString>> {
 
 fn c_strings(texts: &[String]) -> Result<Vec<CString>> {
     let convert = |text: &String| CString::new(text.as_bytes());
-    texts.iter().map(convert).collect::<std::result::Result<_, _>>().doing("pass the arguments")
+    texts
+        .iter()
+        .map(convert)
+        .collect::<std::result::Result<_, _>>()
+        .doing("pass the arguments")
 }
 
 /// Undoes what the Rust runtime of the helper did to signals.

@@ -19,13 +19,19 @@ use super::{Doing, Error, Result, paths::Root};
 use crate::{spec::plan::Attributes, sys};
 
 /// What makes a mount read-only.
-pub(super) const READONLY: Attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
+pub(super) const READONLY: Attributes = Attributes {
+    set: libc::MOUNT_ATTR_RDONLY,
+    clear: 0,
+};
 
 /// Makes the rootfs a mount of its own, cut off from every other namespace.
 pub(super) fn attach(rootfs: &Path) -> Result<Root> {
     let doing = format!("attach the rootfs {}", rootfs.display());
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-        .doing("make the mounts private")?;
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )
+    .doing("make the mounts private")?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = openat2(CWD, rootfs, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)
         .doing(format!("open the rootfs {}", rootfs.display()))?;
@@ -82,7 +88,11 @@ pub(super) fn mask_paths(root: &Root, paths: &[PathBuf]) -> Result<()> {
 fn empty_directory() -> io::Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_create(&context)?;
-    Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY)?)
+    Ok(fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::MOUNT_ATTR_RDONLY,
+    )?)
 }
 
 fn null_device(root: &Root) -> io::Result<OwnedFd> {
@@ -91,7 +101,9 @@ fn null_device(root: &Root) -> io::Result<OwnedFd> {
     if FileType::from_raw_mode(stat.st_mode) != FileType::CharacterDevice
         || stat.st_rdev != rustix::fs::makedev(1, 3)
     {
-        return Err(io::Error::other("/dev/null of the container is something else"));
+        return Err(io::Error::other(
+            "/dev/null of the container is something else",
+        ));
     }
     clone_tree(&null, false)
 }
@@ -122,14 +134,15 @@ pub(super) fn clone_tree(from: impl AsFd, recursive: bool) -> io::Result<OwnedFd
 
 /// Mounts a detached mount on what `onto` refers to.
 pub(super) fn move_to(mount: impl AsFd, onto: impl AsFd) -> io::Result<()> {
-    let flags =
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     Ok(move_mount(mount, "", onto, "", flags)?)
 }
 
 /// Refuses a mount point in `/proc` that is not known to be harmless.
 pub(super) fn refuse_procfs(onto: impl AsFd, path: &Path) -> Result<()> {
-    let kind = rustix::fs::fstatfs(onto).doing(format!("look at {}", path.display()))?.f_type;
+    let kind = rustix::fs::fstatfs(onto)
+        .doing(format!("look at {}", path.display()))?
+        .f_type;
     if kind == libc::PROC_SUPER_MAGIC && !crate::spec::allowed_in_proc(path) {
         return Err(Error::Refused {
             what: format!("mount on {}", path.display()),

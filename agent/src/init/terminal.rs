@@ -49,7 +49,12 @@ pub(super) fn open(root: &Root, plan: &ProcessPlan) -> Result<Option<Terminal>> 
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let slave = ioctl_tiocgptpeer(&master, flags).doing(DOING)?;
     if columns != 0 || rows != 0 {
-        let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = Winsize {
+            ws_col: columns,
+            ws_row: rows,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         tcsetwinsize(&slave, size).doing("set the terminal's size")?;
     }
     Ok(Some(Terminal { master, slave }))

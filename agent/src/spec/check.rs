@@ -31,16 +31,32 @@ pub(super) fn container(
     seccomp: Option<Seccomp>,
 ) -> Result<ContainerPlan, SpecError> {
     if !spec.oci_version.starts_with("1.") {
-        return Err(SpecError::value("ociVersion", spec.oci_version, "only 1.x is supported"));
+        return Err(SpecError::value(
+            "ociVersion",
+            spec.oci_version,
+            "only 1.x is supported",
+        ));
     }
     let linux = spec.linux;
     if linux.seccomp.is_some() && seccomp.is_none() {
-        return Err(SpecError::value("linux.seccomp", "set", "the request has no filter for it"));
+        return Err(SpecError::value(
+            "linux.seccomp",
+            "set",
+            "the request has no filter for it",
+        ));
     }
     refuse_unsupported(&linux)?;
     let namespaces = namespaces(&linux.namespaces)?;
-    let uid_maps = id_maps("linux.uidMappings", &linux.uid_mappings, namespaces.own_user)?;
-    let gid_maps = id_maps("linux.gidMappings", &linux.gid_mappings, namespaces.own_user)?;
+    let uid_maps = id_maps(
+        "linux.uidMappings",
+        &linux.uid_mappings,
+        namespaces.own_user,
+    )?;
+    let gid_maps = id_maps(
+        "linux.gidMappings",
+        &linux.gid_mappings,
+        namespaces.own_user,
+    )?;
     let mut process = process(spec.process, seccomp)?;
     process.personality = linux.personality.map(|p| personality(&p)).transpose()?;
     Ok(ContainerPlan {
@@ -86,7 +102,11 @@ pub(super) fn process(
         }
     }
     if from.args.first().is_none_or(String::is_empty) {
-        return Err(SpecError::value("process.args", "[]", "there is no program to run"));
+        return Err(SpecError::value(
+            "process.args",
+            "[]",
+            "there is no program to run",
+        ));
     }
     no_nul("process.args", &from.args)?;
     no_nul("process.env", &from.env)?;
@@ -125,10 +145,17 @@ pub(super) fn seccomp(filter: &[u8], flags: u32) -> Result<Option<Seccomp>, Spec
         | libc::SECCOMP_FILTER_FLAG_LOG
         | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
     if libc::c_ulong::from(flags) & !FLAGS_ALLOWED != 0 {
-        return Err(SpecError::value("seccomp_flags", flags, "only TSYNC, LOG and SPEC_ALLOW"));
+        return Err(SpecError::value(
+            "seccomp_flags",
+            flags,
+            "only TSYNC, LOG and SPEC_ALLOW",
+        ));
     }
     Ok((!instructions.is_empty()).then(|| Seccomp {
-        filter: instructions.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect(),
+        filter: instructions
+            .iter()
+            .map(|bytes| u64::from_le_bytes(*bytes))
+            .collect(),
         flags,
     }))
 }
@@ -160,18 +187,22 @@ fn no_label(field: &str, label: Option<String>) -> Result<(), SpecError> {
     match label {
         None => Ok(()),
         Some(label) if label.is_empty() => Ok(()),
-        Some(label) => {
-            Err(SpecError::value(field, label, "the guest has no such security module"))
-        }
+        Some(label) => Err(SpecError::value(
+            field,
+            label,
+            "the guest has no such security module",
+        )),
     }
 }
 
 fn no_nul(field: &str, texts: &[String]) -> Result<(), SpecError> {
     match texts.iter().position(|text| text.contains('\0')) {
         None => Ok(()),
-        Some(n) => {
-            Err(SpecError::value(format!("{field}[{n}]"), &texts[n], "it must not contain NUL"))
-        }
+        Some(n) => Err(SpecError::value(
+            format!("{field}[{n}]"),
+            &texts[n],
+            "it must not contain NUL",
+        )),
     }
 }
 
@@ -193,7 +224,10 @@ fn paths(field: &str, paths: Vec<PathBuf>) -> Result<Vec<PathBuf>, SpecError> {
 
 fn user(user: oci::User) -> Result<oci::User, SpecError> {
     // The kernel reads -1 as "leave it as it is".
-    for (field, id) in [("process.user.uid", user.uid), ("process.user.gid", user.gid)] {
+    for (field, id) in [
+        ("process.user.uid", user.uid),
+        ("process.user.gid", user.gid),
+    ] {
         if id == u32::MAX {
             return Err(SpecError::value(field, id, "it is not an id"));
         }
@@ -201,13 +235,25 @@ fn user(user: oci::User) -> Result<oci::User, SpecError> {
     let groups = user.additional_gids.len();
     if groups > GROUPS_MAX {
         let text = format!("{groups} groups");
-        return Err(SpecError::value("process.user.additionalGids", text, "65536 is the most"));
+        return Err(SpecError::value(
+            "process.user.additionalGids",
+            text,
+            "65536 is the most",
+        ));
     }
     if user.additional_gids.contains(&u32::MAX) {
-        return Err(SpecError::value("process.user.additionalGids", u32::MAX, "it is not an id"));
+        return Err(SpecError::value(
+            "process.user.additionalGids",
+            u32::MAX,
+            "it is not an id",
+        ));
     }
     if let Some(umask) = user.umask.filter(|umask| *umask > 0o777) {
-        return Err(SpecError::value("process.user.umask", umask, "it is more than 0777"));
+        return Err(SpecError::value(
+            "process.user.umask",
+            umask,
+            "it is more than 0777",
+        ));
     }
     Ok(user)
 }
@@ -227,24 +273,40 @@ fn io_priority(from: &oci::IoPriority) -> Result<i32, SpecError> {
         "IOPRIO_CLASS_BE" => 2,
         "IOPRIO_CLASS_IDLE" => 3,
         other => {
-            return Err(SpecError::value("process.ioPriority.class", other, "it is not a class"));
+            return Err(SpecError::value(
+                "process.ioPriority.class",
+                other,
+                "it is not a class",
+            ));
         }
     };
     if !(0..8).contains(&from.priority) {
         let reason = "it must be between 0 and 7";
-        return Err(SpecError::value("process.ioPriority.priority", from.priority, reason));
+        return Err(SpecError::value(
+            "process.ioPriority.priority",
+            from.priority,
+            reason,
+        ));
     }
     Ok((class << 13) | from.priority)
 }
 
 fn personality(from: &oci::Personality) -> Result<u32, SpecError> {
     if let Some(flag) = from.flags.first() {
-        return Err(SpecError::value("linux.personality.flags", flag, "it is not supported"));
+        return Err(SpecError::value(
+            "linux.personality.flags",
+            flag,
+            "it is not supported",
+        ));
     }
     match from.domain.as_str() {
         "LINUX" => Ok(0),
         "LINUX32" => Ok(8),
-        other => Err(SpecError::value("linux.personality.domain", other, "it is not a domain")),
+        other => Err(SpecError::value(
+            "linux.personality.domain",
+            other,
+            "it is not a domain",
+        )),
     }
 }
 
@@ -296,10 +358,13 @@ const CAPABILITIES: [&str; 41] = [
 fn capabilities(from: &oci::Capabilities) -> Result<Capabilities, SpecError> {
     let set = |field: &str, names: &[String]| {
         names.iter().try_fold(0u64, |bits, name| {
-            let number = CAPABILITIES.iter().position(|known| known == name).ok_or_else(|| {
-                let field = format!("process.capabilities.{field}");
-                SpecError::value(field, name, "it is not a capability")
-            })?;
+            let number = CAPABILITIES
+                .iter()
+                .position(|known| known == name)
+                .ok_or_else(|| {
+                    let field = format!("process.capabilities.{field}");
+                    SpecError::value(field, name, "it is not a capability")
+                })?;
             Ok(bits | 1 << number)
         })
     };
@@ -339,15 +404,27 @@ fn rlimits(from: &[oci::Rlimit]) -> Result<Vec<Rlimit>, SpecError> {
         let field = format!("process.rlimits.{}", limit.name);
         let number = RLIMITS.iter().position(|known| *known == limit.name);
         let Some(resource) = number.and_then(|n| u32::try_from(n).ok()) else {
-            return Err(SpecError::value("process.rlimits", &limit.name, "it is not a limit"));
+            return Err(SpecError::value(
+                "process.rlimits",
+                &limit.name,
+                "it is not a limit",
+            ));
         };
         if !seen.insert(resource) {
             return Err(SpecError::value(field, limit.soft, "it is given twice"));
         }
         if limit.soft > limit.hard {
-            return Err(SpecError::value(field, limit.soft, "the soft limit is above the hard"));
+            return Err(SpecError::value(
+                field,
+                limit.soft,
+                "the soft limit is above the hard",
+            ));
         }
-        limits.push(Rlimit { resource, soft: limit.soft, hard: limit.hard });
+        limits.push(Rlimit {
+            resource,
+            soft: limit.soft,
+            hard: limit.hard,
+        });
     }
     Ok(limits)
 }
@@ -362,9 +439,16 @@ fn namespaces(from: &[oci::Namespace]) -> Result<Namespaces, SpecError> {
     let mut seen = HashSet::new();
     for namespace in from {
         let kind = namespace.kind.as_str();
-        let path = namespace.path.as_deref().filter(|path| !path.as_os_str().is_empty());
+        let path = namespace
+            .path
+            .as_deref()
+            .filter(|path| !path.as_os_str().is_empty());
         if !seen.insert(kind) {
-            return Err(SpecError::value("linux.namespaces", kind, "it is given twice"));
+            return Err(SpecError::value(
+                "linux.namespaces",
+                kind,
+                "it is given twice",
+            ));
         }
         match (kind, path) {
             ("pid", path) => found.pid = own_or_joined(kind, path)?,
@@ -375,16 +459,34 @@ fn namespaces(from: &[oci::Namespace]) -> Result<Namespaces, SpecError> {
             ("mount" | "cgroup", None) | ("network", _) => {}
             ("mount" | "cgroup" | "user", Some(path)) => {
                 let field = format!("linux.namespaces.{kind}");
-                return Err(SpecError::value(field, path.display(), "it cannot be shared"));
+                return Err(SpecError::value(
+                    field,
+                    path.display(),
+                    "it cannot be shared",
+                ));
             }
-            _ => return Err(SpecError::value("linux.namespaces", kind, "it is not supported")),
+            _ => {
+                return Err(SpecError::value(
+                    "linux.namespaces",
+                    kind,
+                    "it is not supported",
+                ));
+            }
         }
     }
     if !seen.contains("mount") {
-        return Err(SpecError::value("linux.namespaces", "no mount", "it must be the container's"));
+        return Err(SpecError::value(
+            "linux.namespaces",
+            "no mount",
+            "it must be the container's",
+        ));
     }
     if found.pid == Namespace::Guest {
-        return Err(SpecError::value("linux.namespaces", "no pid", "it cannot be the guest's"));
+        return Err(SpecError::value(
+            "linux.namespaces",
+            "no pid",
+            "it cannot be the guest's",
+        ));
     }
     Ok(found)
 }
@@ -415,17 +517,35 @@ fn id_maps(field: &str, from: &[oci::IdMapping], own_user: bool) -> Result<Vec<I
     match (own_user, from.len()) {
         (true, 1..=ID_MAPS_MAX) | (false, 0) => {}
         (true, _) => {
-            return Err(SpecError::value(field, entries, "a user namespace needs 1 to 340"));
+            return Err(SpecError::value(
+                field,
+                entries,
+                "a user namespace needs 1 to 340",
+            ));
         }
-        (false, _) => return Err(SpecError::value(field, entries, "there is no user namespace")),
+        (false, _) => {
+            return Err(SpecError::value(
+                field,
+                entries,
+                "there is no user namespace",
+            ));
+        }
     }
     from.iter()
         .map(|map| {
             let in_range = |first: u32| map.size > 0 && first.checked_add(map.size).is_some();
             if !in_range(map.container_id) || !in_range(map.host_id) {
-                return Err(SpecError::value(field, map.size, "the range is not one of ids"));
+                return Err(SpecError::value(
+                    field,
+                    map.size,
+                    "the range is not one of ids",
+                ));
             }
-            Ok(IdMap { container_id: map.container_id, guest_id: map.host_id, size: map.size })
+            Ok(IdMap {
+                container_id: map.container_id,
+                guest_id: map.host_id,
+                size: map.size,
+            })
         })
         .collect()
 }
@@ -441,11 +561,22 @@ fn host_name(
     if name.len() > HOSTNAME_BYTES_MAX {
         return Err(SpecError::value(field, name, "64 bytes is the most"));
     }
-    if name.bytes().any(|byte| byte.is_ascii_control() || byte == b' ') {
-        return Err(SpecError::value(field, name, "it contains a control character or a space"));
+    if name
+        .bytes()
+        .any(|byte| byte.is_ascii_control() || byte == b' ')
+    {
+        return Err(SpecError::value(
+            field,
+            name,
+            "it contains a control character or a space",
+        ));
     }
     if namespaces.uts == Namespace::Guest {
-        return Err(SpecError::value(field, name, "there is no UTS namespace to set it in"));
+        return Err(SpecError::value(
+            field,
+            name,
+            "there is no UTS namespace to set it in",
+        ));
     }
     Ok(Some(name))
 }
@@ -459,10 +590,16 @@ fn sysctls(
             let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
             let parts: Vec<_> = name.split('.').collect();
             if parts.len() < 2 || parts.iter().any(|p| p.is_empty() || !p.bytes().all(plain)) {
-                return Err(SpecError::value("linux.sysctl", name, "it is not a parameter's name"));
+                return Err(SpecError::value(
+                    "linux.sysctl",
+                    name,
+                    "it is not a parameter's name",
+                ));
             }
             let of_ipc = name.starts_with("fs.mqueue.")
-                || ["kernel.msg", "kernel.sem", "kernel.shm"].iter().any(|p| name.starts_with(p));
+                || ["kernel.msg", "kernel.sem", "kernel.shm"]
+                    .iter()
+                    .any(|p| name.starts_with(p));
             if of_ipc && namespaces.ipc == Namespace::Guest {
                 let reason = "there is no IPC namespace to set it in";
                 return Err(SpecError::value("linux.sysctl", name, reason));
@@ -492,9 +629,11 @@ fn device_node(n: usize, from: oci::Device) -> Result<DeviceNode, SpecError> {
     let numbers = format!("{} {}:{}", from.kind, from.major, from.minor);
     let harmless = matches!(from.kind.as_str(), "c" | "u")
         && HARMLESS_DEVICES.contains(&(from.major, from.minor));
-    let (true, Ok(major), Ok(minor)) =
-        (harmless, u32::try_from(from.major), u32::try_from(from.minor))
-    else {
+    let (true, Ok(major), Ok(minor)) = (
+        harmless,
+        u32::try_from(from.major),
+        u32::try_from(from.minor),
+    ) else {
         let reason = "the guest has no such device for containers";
         return Err(SpecError::value(field("type"), numbers, reason));
     };

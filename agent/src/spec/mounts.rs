@@ -121,10 +121,19 @@ fn plain(path: &Path) -> PathBuf {
 /// that nothing trusts (lxcfs covers them).
 pub(crate) fn allowed_in_proc(path: &Path) -> bool {
     const ALLOWED: [&str; 9] = [
-        "cpuinfo", "diskstats", "loadavg", "meminfo", "net/dev", "slabinfo", "stat", "swaps",
+        "cpuinfo",
+        "diskstats",
+        "loadavg",
+        "meminfo",
+        "net/dev",
+        "slabinfo",
+        "stat",
+        "swaps",
         "uptime",
     ];
-    plain(path).strip_prefix("/proc").is_ok_and(|rest| ALLOWED.iter().any(|file| rest == *file))
+    plain(path)
+        .strip_prefix("/proc")
+        .is_ok_and(|rest| ALLOWED.iter().any(|file| rest == *file))
 }
 
 /// The options of one mount, sorted by what they are for.
@@ -194,7 +203,9 @@ impl Options {
             return Ok(MountKind::Remount);
         }
         let kind = mount.kind.as_deref().unwrap_or("");
-        let bind = self.bind.or_else(|| (kind == "bind").then_some(BindOption::Bind));
+        let bind = self
+            .bind
+            .or_else(|| (kind == "bind").then_some(BindOption::Bind));
         if let Some(bind) = bind {
             return self.bind(at, mount, bind);
         }
@@ -213,7 +224,10 @@ impl Options {
                 ));
             }
         };
-        Ok(MountKind::Filesystem { fs, data: self.data.clone() })
+        Ok(MountKind::Filesystem {
+            fs,
+            data: self.data.clone(),
+        })
     }
 
     fn bind(&self, at: &str, mount: &oci::Mount, bind: BindOption) -> Result<MountKind, SpecError> {
@@ -232,6 +246,9 @@ impl Options {
                 "it is not an option of a bind mount",
             ));
         }
-        Ok(MountKind::Bind { source, recursive: bind == BindOption::Rbind })
+        Ok(MountKind::Bind {
+            source,
+            recursive: bind == BindOption::Rbind,
+        })
     }
 }

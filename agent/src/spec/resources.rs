@@ -29,20 +29,30 @@ pub(super) fn resources(from: oci::Resources) -> Result<Resources, SpecError> {
         .enumerate()
         .map(|(n, rule)| device_rule(n, &rule))
         .collect::<Result<_, _>>()?;
-    Ok(Resources { settings: settings.0, devices })
+    Ok(Resources {
+        settings: settings.0,
+        devices,
+    })
 }
 
 #[derive(Default)]
 struct Settings(Vec<Setting>);
 
 impl Settings {
-    #[expect(clippy::needless_pass_by_value, reason = "numbers and texts that were just made")]
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "numbers and texts that were just made"
+    )]
     fn add(&mut self, file: &str, value: impl ToString) {
         self.push(file.to_owned(), value.to_string(), Absent::Refused);
     }
 
     fn push(&mut self, file: String, value: String, absent: Absent) {
-        self.0.push(Setting { file, value, absent });
+        self.0.push(Setting {
+            file,
+            value,
+            absent,
+        });
     }
 }
 
@@ -50,13 +60,28 @@ fn refuse_what_is_on_the_host(from: &oci::Resources) -> Result<(), SpecError> {
     let io = &from.block_io;
     let lists = [
         ("blockIO.weightDevice", io.weight_device.len()),
-        ("blockIO.throttleReadBpsDevice", io.throttle_read_bps_device.len()),
-        ("blockIO.throttleWriteBpsDevice", io.throttle_write_bps_device.len()),
-        ("blockIO.throttleReadIOPSDevice", io.throttle_read_iops_device.len()),
-        ("blockIO.throttleWriteIOPSDevice", io.throttle_write_iops_device.len()),
+        (
+            "blockIO.throttleReadBpsDevice",
+            io.throttle_read_bps_device.len(),
+        ),
+        (
+            "blockIO.throttleWriteBpsDevice",
+            io.throttle_write_bps_device.len(),
+        ),
+        (
+            "blockIO.throttleReadIOPSDevice",
+            io.throttle_read_iops_device.len(),
+        ),
+        (
+            "blockIO.throttleWriteIOPSDevice",
+            io.throttle_write_iops_device.len(),
+        ),
         ("rdma", from.rdma.len()),
         ("network.priorities", from.network.priorities.len()),
-        ("network.classID", usize::from(from.network.class_id.is_some_and(|id| id != 0))),
+        (
+            "network.classID",
+            usize::from(from.network.class_id.is_some_and(|id| id != 0)),
+        ),
     ];
     for (name, entries) in lists {
         if entries > 0 {
@@ -72,7 +97,11 @@ fn refuse_what_is_on_the_host(from: &oci::Resources) -> Result<(), SpecError> {
 
 /// A limit in bytes as v2 writes it; 0 is "not set", negative "no limit".
 fn bytes(limit: i64) -> String {
-    if limit < 0 { "max".to_owned() } else { limit.to_string() }
+    if limit < 0 {
+        "max".to_owned()
+    } else {
+        limit.to_string()
+    }
 }
 
 fn memory(to: &mut Settings, from: &oci::Memory) -> Result<(), SpecError> {
@@ -173,7 +202,10 @@ fn block_io(to: &mut Settings, from: &oci::BlockIo) -> Result<(), SpecError> {
 }
 
 fn hugepages(to: &mut Settings, n: usize, from: &oci::HugepageLimit) -> Result<(), SpecError> {
-    let digits = from.page_size.trim_end_matches("B").trim_end_matches(['K', 'M', 'G']);
+    let digits = from
+        .page_size
+        .trim_end_matches("B")
+        .trim_end_matches(['K', 'M', 'G']);
     let well_formed = from.page_size.ends_with("B")
         && !digits.is_empty()
         && digits.bytes().all(|byte| byte.is_ascii_digit());
@@ -192,12 +224,22 @@ fn hugepages(to: &mut Settings, n: usize, from: &oci::HugepageLimit) -> Result<(
 fn unified(to: &mut Settings, file: String, value: String) -> Result<(), SpecError> {
     let field = || format!("linux.resources.unified.{file}");
     let plain = file.contains('.')
-        && file.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+        && file
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
     if !plain {
-        return Err(SpecError::value(field(), value, "the name is not one of a cgroup file"));
+        return Err(SpecError::value(
+            field(),
+            value,
+            "the name is not one of a cgroup file",
+        ));
     }
     if file.starts_with("cgroup.") {
-        return Err(SpecError::value(field(), value, "the agent alone writes cgroup.* files"));
+        return Err(SpecError::value(
+            field(),
+            value,
+            "the agent alone writes cgroup.* files",
+        ));
     }
     to.push(file, value, Absent::Refused);
     Ok(())
@@ -209,7 +251,13 @@ fn device_rule(n: usize, from: &oci::DeviceRule) -> Result<DeviceRule, SpecError
         None | Some("" | "a") => None,
         Some("b") => Some(DeviceKind::Block),
         Some("c" | "u") => Some(DeviceKind::Char),
-        Some(other) => return Err(SpecError::value(field("type"), other, "it must be a, b or c")),
+        Some(other) => {
+            return Err(SpecError::value(
+                field("type"),
+                other,
+                "it must be a, b or c",
+            ));
+        }
     };
     let number = |name, value: Option<i64>| match value {
         None | Some(-1) => Ok(None),
@@ -218,12 +266,24 @@ fn device_rule(n: usize, from: &oci::DeviceRule) -> Result<DeviceRule, SpecError
             .map_err(|_| SpecError::value(field(name), value, "it is not a device number")),
     };
     let mut access = 0;
-    for letter in from.access.as_deref().filter(|text| !text.is_empty()).unwrap_or("rwm").chars() {
+    for letter in from
+        .access
+        .as_deref()
+        .filter(|text| !text.is_empty())
+        .unwrap_or("rwm")
+        .chars()
+    {
         access |= match letter {
             'r' => DeviceRule::READ,
             'w' => DeviceRule::WRITE,
             'm' => DeviceRule::MKNOD,
-            _ => return Err(SpecError::value(field("access"), letter, "it must be r, w or m")),
+            _ => {
+                return Err(SpecError::value(
+                    field("access"),
+                    letter,
+                    "it must be r, w or m",
+                ));
+            }
         };
     }
     Ok(DeviceRule {

@@ -31,15 +31,15 @@ use tokio::{
     time::timeout,
 };
 use ttrpc::{
-    context,
     r#async::{Client, transport::Socket},
+    context,
 };
 
 /// No test takes this long unless something hangs.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The agent's service and a client of it.
-pub struct Host {
+pub(crate) struct Host {
     pub client: AgentClient,
     pub directory: TempDir,
     pub rootfs: PathBuf,
@@ -51,7 +51,7 @@ pub struct Host {
 
 /// What a finished process left.
 #[derive(Debug)]
-pub struct Ran {
+pub(crate) struct Ran {
     pub status: u32,
     pub stdout: String,
     pub stderr: String,
@@ -59,18 +59,23 @@ pub struct Ran {
 }
 
 /// Runs a test with a host, one at a time, and looks for what it left behind.
-pub fn block_on(test: impl AsyncFnOnce(&mut Host)) {
+pub(crate) fn block_on(test: impl AsyncFnOnce(&mut Host)) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(cgroups) = cgroup_parent() else {
         eprintln!("skipped: needs root and cgroup v2");
         return;
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     runtime.block_on(async {
         let mut host = Host::start(cgroups.clone()).await;
-        timeout(DEADLINE, test(&mut host)).await.expect("the test hangs");
+        timeout(DEADLINE, test(&mut host))
+            .await
+            .expect("the test hangs");
         let left: Vec<_> = fs::read_dir(&cgroups)
             .unwrap()
             .filter_map(Result::ok)
@@ -78,13 +83,19 @@ pub fn block_on(test: impl AsyncFnOnce(&mut Host)) {
             .collect();
         assert!(left.is_empty(), "cgroups left: {left:?}");
     });
-    assert_eq!(fs::read_to_string("/proc/self/mounts").unwrap(), mounts, "mounts left");
+    assert_eq!(
+        fs::read_to_string("/proc/self/mounts").unwrap(),
+        mounts,
+        "mounts left"
+    );
     fs::remove_dir(cgroups).unwrap();
 }
 
 fn cgroup_parent() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
-    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
+    let mount = mounts
+        .lines()
+        .find(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
     let root = Path::new(mount.split(' ').nth(1)?);
     if !rustix::process::geteuid().is_root() {
         return None;
@@ -94,16 +105,28 @@ fn cgroup_parent() -> Option<PathBuf> {
     let parent = root.join(format!("bulkhead-test-{}-{number}", std::process::id()));
     fs::create_dir(&parent).unwrap();
     if let Ok(controllers) = fs::read_to_string(parent.join("cgroup.controllers")) {
-        let enable: Vec<_> = controllers.split_whitespace().map(|c| format!("+{c}")).collect();
+        let enable: Vec<_> = controllers
+            .split_whitespace()
+            .map(|c| format!("+{c}"))
+            .collect();
         fs::write(parent.join("cgroup.subtree_control"), enable.join(" ")).unwrap();
     }
     Some(parent)
 }
 
 /// A specification as containerd would write it, without a rootfs yet.
-pub fn busybox_spec<const N: usize>(args: [&str; N]) -> Value {
-    let caps = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_SETGID",
-        "CAP_SETUID", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_MKNOD"];
+pub(crate) fn busybox_spec<const N: usize>(args: [&str; N]) -> Value {
+    let caps = [
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FOWNER",
+        "CAP_KILL",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_MKNOD",
+    ];
     json!({
         "ociVersion": "1.2.0",
         "process": {
@@ -157,52 +180,83 @@ impl Host {
             Some((connection, listener))
         });
         let helper = PathBuf::from(env!("CARGO_BIN_EXE_bulkhead-agent"));
-        let config = Config { helper, cgroups: cgroups.clone() };
-        let agent =
-            tokio::spawn(async { rpc::serve(config, theirs, accepted).await.unwrap() });
+        let config = Config {
+            helper,
+            cgroups: cgroups.clone(),
+        };
+        let agent = tokio::spawn(async { rpc::serve(config, theirs, accepted).await.unwrap() });
         let mut ours = ours;
         let mut greeting = vec![0; GREETING.len()];
         ours.read_exact(&mut greeting).await.unwrap();
         assert_eq!(greeting, GREETING.as_bytes());
         let client = AgentClient::new(Client::new(Socket::new(ours)));
-        Self { client, directory, rootfs, cgroups, streams, next_id: AtomicU64::new(1), agent }
+        Self {
+            client,
+            directory,
+            rootfs,
+            cgroups,
+            streams,
+            next_id: AtomicU64::new(1),
+            agent,
+        }
     }
 
     /// A fresh id, for a stream or a container.
-    pub fn id(&self) -> u64 {
+    pub(crate) fn id(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Connects a stream that a request names.
-    pub async fn stream(&self, id: u64) -> UnixStream {
+    pub(crate) async fn stream(&self, id: u64) -> UnixStream {
         let mut stream = UnixStream::connect(&self.streams).await.unwrap();
         stream.write_all(&id.to_le_bytes()).await.unwrap();
         stream
     }
 
     /// Streams for a process with pipes: the request's part and our ends.
-    pub async fn pipes(&self) -> (Stdio, [UnixStream; 3]) {
+    pub(crate) async fn pipes(&self) -> (Stdio, [UnixStream; 3]) {
         let [stdin, stdout, stderr] = [self.id(), self.id(), self.id()];
-        let streams =
-            [self.stream(stdin).await, self.stream(stdout).await, self.stream(stderr).await];
-        (Stdio { stdin, stdout, stderr, ..Default::default() }, streams)
+        let streams = [
+            self.stream(stdin).await,
+            self.stream(stdout).await,
+            self.stream(stderr).await,
+        ];
+        (
+            Stdio {
+                stdin,
+                stdout,
+                stderr,
+                ..Default::default()
+            },
+            streams,
+        )
     }
 
     /// Streams for a process with a terminal.
-    pub async fn terminal(&self, columns: u32, rows: u32) -> (Stdio, [UnixStream; 2]) {
+    pub(crate) async fn terminal(&self, columns: u32, rows: u32) -> (Stdio, [UnixStream; 2]) {
         let [stdin, stdout] = [self.id(), self.id()];
         let streams = [self.stream(stdin).await, self.stream(stdout).await];
         let terminal = true;
-        (Stdio { stdin, stdout, terminal, columns, rows, ..Default::default() }, streams)
+        (
+            Stdio {
+                stdin,
+                stdout,
+                terminal,
+                columns,
+                rows,
+                ..Default::default()
+            },
+            streams,
+        )
     }
 
     /// Creates a container of `spec` on the busybox root.
-    pub async fn create(&self, spec: Value, stdio: Stdio) -> ttrpc::Result<String> {
+    pub(crate) async fn create(&self, spec: Value, stdio: Stdio) -> ttrpc::Result<String> {
         self.create_filtered(spec, stdio, Vec::new()).await
     }
 
     /// The same with a system call filter.
-    pub async fn create_filtered(
+    pub(crate) async fn create_filtered(
         &self,
         mut spec: Value,
         stdio: Stdio,
@@ -219,16 +273,23 @@ impl Host {
             seccomp_filter,
             ..Default::default()
         };
-        self.client.create(context::Context::default(), &request).await?;
+        self.client
+            .create(context::Context::default(), &request)
+            .await?;
         Ok(container_id)
     }
 
-    pub async fn start_container(&self, id: &str) -> ttrpc::Result<Empty> {
-        let request = ContainerRequest { container_id: id.into(), ..Default::default() };
-        self.client.start(context::Context::default(), &request).await
+    pub(crate) async fn start_container(&self, id: &str) -> ttrpc::Result<Empty> {
+        let request = ContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.client
+            .start(context::Context::default(), &request)
+            .await
     }
 
-    pub async fn exec(
+    pub(crate) async fn exec(
         &self,
         id: &str,
         exec_id: &str,
@@ -242,51 +303,92 @@ impl Host {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        Ok(self.client.exec(context::Context::default(), &request).await?.pid)
+        Ok(self
+            .client
+            .exec(context::Context::default(), &request)
+            .await?
+            .pid)
     }
 
-    pub async fn wait(&self, id: &str, exec_id: &str) -> ttrpc::Result<WaitResponse> {
-        self.client.wait(context::Context::default(), &process(id, exec_id)).await
+    pub(crate) async fn wait(&self, id: &str, exec_id: &str) -> ttrpc::Result<WaitResponse> {
+        self.client
+            .wait(context::Context::default(), &process(id, exec_id))
+            .await
     }
 
-    pub async fn delete(&self, id: &str, exec_id: &str) -> ttrpc::Result<Empty> {
-        self.client.delete(context::Context::default(), &process(id, exec_id)).await
+    pub(crate) async fn delete(&self, id: &str, exec_id: &str) -> ttrpc::Result<Empty> {
+        self.client
+            .delete(context::Context::default(), &process(id, exec_id))
+            .await
     }
 
-    pub async fn close_stdin(&self, id: &str) {
+    pub(crate) async fn close_stdin(&self, id: &str) {
         let request = process(id, "");
-        self.client.close_stdin(context::Context::default(), &request).await.unwrap();
+        self.client
+            .close_stdin(context::Context::default(), &request)
+            .await
+            .unwrap();
     }
 
-    pub async fn kill(&self, id: &str, exec_id: &str, signal: u32) -> ttrpc::Result<Empty> {
+    pub(crate) async fn kill(&self, id: &str, exec_id: &str, signal: u32) -> ttrpc::Result<Empty> {
         let (container_id, exec_id) = (id.into(), exec_id.into());
-        let request = KillRequest { container_id, exec_id, signal, ..Default::default() };
-        self.client.kill(context::Context::default(), &request).await
+        let request = KillRequest {
+            container_id,
+            exec_id,
+            signal,
+            ..Default::default()
+        };
+        self.client
+            .kill(context::Context::default(), &request)
+            .await
     }
 
-    pub async fn kill_all(&self, id: &str, signal: u32) -> ttrpc::Result<Empty> {
+    pub(crate) async fn kill_all(&self, id: &str, signal: u32) -> ttrpc::Result<Empty> {
         let container_id = id.into();
-        let request = KillRequest { container_id, signal, all: true, ..Default::default() };
-        self.client.kill(context::Context::default(), &request).await
+        let request = KillRequest {
+            container_id,
+            signal,
+            all: true,
+            ..Default::default()
+        };
+        self.client
+            .kill(context::Context::default(), &request)
+            .await
     }
 
-    pub async fn resize(&self, id: &str, columns: u32, rows: u32) -> ttrpc::Result<Empty> {
+    pub(crate) async fn resize(&self, id: &str, columns: u32, rows: u32) -> ttrpc::Result<Empty> {
         let container_id = id.into();
-        let request = ResizePtyRequest { container_id, columns, rows, ..Default::default() };
-        self.client.resize_pty(context::Context::default(), &request).await
+        let request = ResizePtyRequest {
+            container_id,
+            columns,
+            rows,
+            ..Default::default()
+        };
+        self.client
+            .resize_pty(context::Context::default(), &request)
+            .await
     }
 
-    pub async fn shutdown(&self) -> ttrpc::Result<Empty> {
-        self.client.shutdown(context::Context::default(), &Empty::default()).await
+    pub(crate) async fn shutdown(&self) -> ttrpc::Result<Empty> {
+        self.client
+            .shutdown(context::Context::default(), &Empty::default())
+            .await
     }
 
-    pub async fn pids(&self, id: &str) -> Vec<u32> {
-        let request = ContainerRequest { container_id: id.into(), ..Default::default() };
-        self.client.pids(context::Context::default(), &request).await.unwrap().pids
+    pub(crate) async fn pids(&self, id: &str) -> Vec<u32> {
+        let request = ContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.client
+            .pids(context::Context::default(), &request)
+            .await
+            .unwrap()
+            .pids
     }
 
     /// Creates, starts, waits, deletes; no input.
-    pub async fn run(&self, spec: Value) -> Ran {
+    pub(crate) async fn run(&self, spec: Value) -> Ran {
         let (stdio, streams) = self.pipes().await;
         let id = self.create(spec, stdio).await.unwrap();
         self.start_container(&id).await.unwrap();
@@ -296,7 +398,7 @@ impl Host {
     }
 
     /// Runs a further process to its end.
-    pub async fn run_exec(&self, id: &str, process: &Value) -> Ran {
+    pub(crate) async fn run_exec(&self, id: &str, process: &Value) -> Ran {
         let (stdio, streams) = self.pipes().await;
         let exec_id = format!("e{}", self.id());
         self.exec(id, &exec_id, process, stdio).await.unwrap();
@@ -306,7 +408,7 @@ impl Host {
     }
 
     /// Reads the output of a process until it has ended.
-    pub async fn finish(&self, id: &str, exec_id: &str, streams: [UnixStream; 3]) -> Ran {
+    pub(crate) async fn finish(&self, id: &str, exec_id: &str, streams: [UnixStream; 3]) -> Ran {
         let [stdin, mut stdout, mut stderr] = streams;
         let (mut out, mut err) = (String::new(), String::new());
         let (exit, _, _) = tokio::join!(
@@ -316,18 +418,27 @@ impl Host {
         );
         drop(stdin);
         let exit = exit.unwrap();
-        Ran { status: exit.exit_status, stdout: out, stderr: err, oom_killed: exit.oom_killed }
+        Ran {
+            status: exit.exit_status,
+            stdout: out,
+            stderr: err,
+            oom_killed: exit.oom_killed,
+        }
     }
 
     /// Names of the cgroups of containers.
-    pub fn cgroups(&self) -> usize {
+    pub(crate) fn cgroups(&self) -> usize {
         let entries = fs::read_dir(&self.cgroups).unwrap().filter_map(Result::ok);
         entries.filter(|entry| entry.path().is_dir()).count()
     }
 }
 
 fn process(id: &str, exec_id: &str) -> ProcessRequest {
-    ProcessRequest { container_id: id.into(), exec_id: exec_id.into(), ..Default::default() }
+    ProcessRequest {
+        container_id: id.into(),
+        exec_id: exec_id.into(),
+        ..Default::default()
+    }
 }
 
 fn make_rootfs(rootfs: &Path) {
@@ -335,10 +446,40 @@ fn make_rootfs(rootfs: &Path) {
         fs::create_dir_all(rootfs.join(directory)).unwrap();
     }
     install_busybox(rootfs);
-    for name in ["sh", "cat", "echo", "hostname", "id", "ls", "sleep", "stat", "mount", "head",
-        "grep", "stty", "env", "dd", "sha256sum", "touch", "mknod", "mkdir", "seq", "ps", "tr",
-        "readlink", "test", "true", "umount", "od", "wc", "kill", "ulimit", "sort", "tty", "ip"]
-    {
+    for name in [
+        "sh",
+        "cat",
+        "echo",
+        "hostname",
+        "id",
+        "ls",
+        "sleep",
+        "stat",
+        "mount",
+        "head",
+        "grep",
+        "stty",
+        "env",
+        "dd",
+        "sha256sum",
+        "touch",
+        "mknod",
+        "mkdir",
+        "seq",
+        "ps",
+        "tr",
+        "readlink",
+        "test",
+        "true",
+        "umount",
+        "od",
+        "wc",
+        "kill",
+        "ulimit",
+        "sort",
+        "tty",
+        "ip",
+    ] {
         symlink("busybox", rootfs.join("bin").join(name)).unwrap();
     }
     let passwd = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n";
