@@ -8,7 +8,12 @@
 //! The initial root file system cannot be pivoted away from, so the agent moves
 //! onto a tmpfs first; its own executable stays where it was, out of reach.
 
-use std::{fs, io, path::Path, process::ExitCode};
+use std::{
+    fs, io,
+    os::fd::{AsRawFd, IntoRawFd},
+    panic,
+    path::Path,
+};
 
 use bulkhead_agent_api::{AGENT_PORT, SHARE_DIR, SHARE_TAG, STREAM_PORT};
 use rustix::{
@@ -56,12 +61,15 @@ impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
     }
 }
 
-/// Boots the guest and serves the host; returns only if this is not a guest.
-pub fn main() -> ExitCode {
+/// Boots the guest and serves the host; returns, with an exit code, only if this
+/// is not a guest.
+pub fn main() -> i32 {
     if !getpid().is_init() {
         eprintln!("bulkhead-agent is the first process of a guest: it cannot run otherwise");
-        return ExitCode::FAILURE;
+        return 1;
     }
+    // A panic ends PID 1 and so makes the kernel panic: the log has the reason.
+    panic::set_hook(Box::new(|reason| log(Level::Error, &reason.to_string())));
     match run() {
         Ok(End::Shutdown) => log(Level::Info, "Shut down by the host"),
         Ok(End::HostGone) => log(Level::Info, "The host's connection has ended"),
@@ -70,12 +78,13 @@ pub fn main() -> ExitCode {
     rustix::fs::sync();
     // If even this fails, the end of PID 1 makes the kernel panic.
     let _ = reboot(RebootCommand::PowerOff);
-    ExitCode::FAILURE
+    1
 }
 
 fn run() -> Result<End> {
     move_to_tmpfs()?;
     mount_kernel_trees()?;
+    open_standard_streams()?;
     protect_from_oom_killer()?;
     raise_file_limit()?;
     set_up_cgroups()?;
@@ -127,6 +136,20 @@ fn mount_kernel_trees() -> Result<()> {
         MountFlags::NOSUID | MountFlags::NODEV,
         c"mode=755",
     )
+}
+
+/// The kernel gives no streams to PID 1 without a console; until here nothing
+/// has opened a file, so these are descriptors 0, 1 and 2 unless it has.
+fn open_standard_streams() -> Result<()> {
+    const DOING: &str = "open the standard streams";
+    loop {
+        let null = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty()).doing(DOING)?;
+        if null.as_raw_fd() > 2 {
+            return Ok(());
+        }
+        // It stays open for as long as the agent lives.
+        let _ = null.into_raw_fd();
+    }
 }
 
 /// The share of the pod; a guest that was started without one has none.

@@ -37,7 +37,6 @@ use std::{
     fmt::Display,
     fs::File,
     io::{self, Read, Write},
-    process::ExitCode,
 };
 
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -80,14 +79,15 @@ impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
     }
 }
 
-/// Runs the helper; its standard input is the channel to the agent.
-pub fn main() -> ExitCode {
+/// Runs the helper, whose standard input is the channel to the agent; returns
+/// its exit code.
+pub fn main() -> i32 {
     let Ok(channel) = Channel::from_stdin() else {
-        return ExitCode::FAILURE;
+        return 1;
     };
     match run(&channel) {
-        Ok(Helper::Done) => ExitCode::SUCCESS,
-        Err(Error::Gone) => ExitCode::FAILURE,
+        Ok(Helper::Done) => 0,
+        Err(Error::Gone) => 1,
         Err(error) => {
             let executable = matches!(error, Error::Executable { .. });
             let failure = Failure {
@@ -96,7 +96,7 @@ pub fn main() -> ExitCode {
             };
             // If the agent cannot be told, it learns from the closed channel.
             let _ = channel.report(&Report::Failed(failure), None);
-            ExitCode::FAILURE
+            1
         }
     }
 }

@@ -30,3 +30,9 @@ pub mod spec;
 mod stdio;
 pub mod streams;
 mod sys;
+
+/// Makes a write to a pipe without a reader an error, not the end of the
+/// process.
+pub fn ignore_sigpipe() {
+    sys::ignore_sigpipe();
+}

@@ -206,6 +206,25 @@ pub(crate) fn unshare_cgroup_namespace() -> io::Result<()> {
     check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into()).map(drop)
 }
 
+/// Makes a write to a pipe without a reader an error of that write.
+pub(crate) fn ignore_sigpipe() {
+    // SAFETY: SIG_IGN is no handler of ours, and the signal's number is right.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
+
+/// Gives SIGPIPE and the signal mask back what a program expects to find.
+pub(crate) fn reset_signals() -> io::Result<()> {
+    // SAFETY: SIG_DFL is no handler of ours, and the signal's number is right.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    // SAFETY: sigset_t is plain integers, for which all zero is a value.
+    let mut none: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `none` is a sigset_t that the call may write.
+    unsafe { libc::sigemptyset(&raw mut none) };
+    // SAFETY: `none` is an initialised sigset_t, and the old set is not wanted.
+    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) }.into())
+        .map(drop)
+}
+
 /// Sets close-on-exec on every descriptor from `first` on.
 pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: with this flag the call closes nothing now.

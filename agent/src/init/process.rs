@@ -9,7 +9,6 @@ use std::{
     path::Path,
 };
 
-use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, Uid},
     io::Errno,
@@ -95,7 +94,7 @@ pub(super) fn become_program(
         return Err(Error::Gone);
     }
 
-    reset_signals()?;
+    sys::reset_signals().doing("reset signals")?;
     if plan.no_new_privileges {
         load_seccomp(plan)?;
     }
@@ -199,11 +198,4 @@ fn c_strings(texts: &[String]) -> Result<Vec<CString>> {
         .map(convert)
         .collect::<std::result::Result<_, _>>()
         .doing("pass the arguments")
-}
-
-/// Undoes what the Rust runtime of the helper did to signals.
-fn reset_signals() -> Result<()> {
-    // SAFETY: the default action is no handler of ours.
-    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.doing("reset SIGPIPE")?;
-    SigSet::empty().thread_set_mask().doing("unblock signals")
 }

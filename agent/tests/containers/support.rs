@@ -433,6 +433,30 @@ impl Host {
     }
 }
 
+/// What `script` prints in a container whose specification `change` has edited.
+pub(crate) async fn output(host: &Host, script: &str, change: impl FnOnce(&mut Value)) -> String {
+    let mut spec = busybox_spec(["sh", "-c", script]);
+    change(&mut spec);
+    let ran = host.run(spec).await;
+    assert_eq!(
+        (ran.status, &*ran.stderr),
+        (0, ""),
+        "{script}: {}",
+        ran.stdout
+    );
+    ran.stdout
+}
+
+/// The text of the error of a creation that must fail, leaving nothing.
+pub(crate) async fn refusal(host: &Host, spec: Value) -> String {
+    let error = host.create(spec, Stdio::default()).await.unwrap_err();
+    assert_eq!(host.cgroups(), 0, "a cgroup is left after {error}");
+    match error {
+        ttrpc::Error::RpcStatus(status) => status.message,
+        other => panic!("{other}"),
+    }
+}
+
 fn process(id: &str, exec_id: &str) -> ProcessRequest {
     ProcessRequest {
         container_id: id.into(),
