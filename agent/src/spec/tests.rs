@@ -390,13 +390,7 @@ fn only_harmless_devices_are_made_b13() {
     accepted("linux/devices", device("c", 1, 3));
     accepted("linux/devices", device("c", 10, 229));
     accepted("linux/devices", device("p", 0, 0));
-    for (kind, major, minor) in [
-        ("c", 1, 1),
-        ("b", 8, 0),
-        ("c", -1, 0),
-        ("p", 0, 0),
-        ("b", 1, 3),
-    ] {
+    for (kind, major, minor) in [("c", 1, 1), ("b", 8, 0), ("c", -1, 0), ("b", 1, 3)] {
         refused(
             "linux/devices",
             device(kind, major, minor),

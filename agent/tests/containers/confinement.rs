@@ -231,8 +231,12 @@ fn a_user_namespace_maps_ids_and_an_exec_joins_it() {
         let (stdio, [_in, mut stdout, mut stderr]) = host.pipes().await;
         let id = host.create(spec, stdio).await.unwrap();
         host.start_container(&id).await.unwrap();
-        let process =
-            busybox_spec(["sh", "-c", "id -u; readlink /proc/self/ns/user"])["process"].clone();
+        let process = busybox_spec([
+            "sh",
+            "-c",
+            "id -u; readlink /proc/self/ns/user; echo again > /dev/stdout",
+        ])["process"]
+            .clone();
         let ran = host.run_exec(&id, &process).await;
         let ours = std::fs::read_link("/proc/self/ns/user").unwrap();
         assert!(
