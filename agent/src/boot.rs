@@ -16,6 +16,7 @@ use std::{
 };
 
 use bulkhead_agent_api::{AGENT_PORT, SHARE_DIR, SHARE_TAG, STREAM_PORT};
+use futures::{Stream, stream};
 use rustix::{
     fs::{Mode, OFlags},
     mount::{MountFlags, mount, mount_move},
@@ -240,7 +241,22 @@ async fn serve() -> Result<End> {
         helper: SELF.into(),
         cgroups: CONTAINER_CGROUPS.into(),
     };
-    Ok(rpc::serve(config, host, streams.incoming()).await?)
+    Ok(rpc::serve(config, host, from_host(streams)).await?)
+}
+
+/// Only the host brings streams: a container could connect by loopback.
+fn from_host(listener: VsockListener) -> impl Stream<Item = io::Result<VsockStream>> {
+    stream::unfold(listener, |listener| async {
+        loop {
+            match listener.accept().await {
+                Ok((stream, peer)) if peer.cid() == VMADDR_CID_HOST => {
+                    return Some((Ok(stream), listener));
+                }
+                Ok(_) => {}
+                Err(e) => return Some((Err(e), listener)),
+            }
+        }
+    })
 }
 
 fn write(path: &str, text: &str) -> Result<()> {

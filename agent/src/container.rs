@@ -17,7 +17,10 @@ use std::{
 };
 
 use bulkhead_agent_api::agent::Stdio;
-use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::{
+    fs::{FileType, Uid},
+    termios::{Winsize, tcsetwinsize},
+};
 use tokio::time::timeout;
 
 use self::state::{Op, State};
@@ -29,7 +32,7 @@ use crate::{
     reaper::{Exit, ExitWatch, Reaper, ended},
     spec::{
         self,
-        plan::{ContainerPlan, ProcessPlan, Seccomp},
+        plan::{ContainerPlan, IdMap, ProcessPlan, Seccomp},
     },
     stdio::{Prepared, Pumps, prepare},
     streams::Streams,
@@ -82,7 +85,8 @@ struct Container {
     execs: Mutex<HashMap<String, Entry<Arc<Process>>>>,
     waiting: Mutex<Option<Waiting>>,
     seccomp: Option<Seccomp>,
-    own_user: bool,
+    /// Empty without a user namespace of its own.
+    uid_maps: Vec<IdMap>,
 }
 
 #[derive(Debug)]
@@ -148,7 +152,8 @@ impl Containers {
             cgroup: cgroup_fd(cgroup)?,
             container: None,
         };
-        let (own_user, seccomp) = (plan.namespaces.own_user, plan.process.seccomp.clone());
+        give_to_user(&fds.stdio, guest_id(&plan.uid_maps, plan.process.uid))?;
+        let (uid_maps, seccomp) = (plan.uid_maps.clone(), plan.process.seccomp.clone());
         let job = Job::Create(Box::new(plan));
         let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
         let (init, waiting) = Process::new(launched, prepared)?;
@@ -159,7 +164,7 @@ impl Containers {
             execs: Mutex::default(),
             waiting: Mutex::new(Some(waiting)),
             seccomp,
-            own_user,
+            uid_maps,
         })
     }
 
@@ -201,9 +206,10 @@ impl Containers {
             cgroup,
             container: Some(init),
         };
+        give_to_user(&fds.stdio, guest_id(&container.uid_maps, plan.uid))?;
         let job = Job::Exec {
             process: Box::new(plan),
-            own_user: container.own_user,
+            own_user: !container.uid_maps.is_empty(),
         };
         let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
         let (process, waiting) = Process::new(launched, prepared)?;
@@ -453,6 +459,29 @@ fn cgroup_fd(cgroup: &Cgroup) -> Result<OwnedFd, Error> {
         .doing("refer to the container's cgroup")
 }
 
+/// The id in the guest of a user of a container.
+fn guest_id(maps: &[IdMap], id: u32) -> Option<u32> {
+    if maps.is_empty() {
+        return Some(id);
+    }
+    maps.iter().find_map(|map| {
+        let offset = id.checked_sub(map.container_id)?;
+        (offset < map.size).then(|| map.guest_id + offset)
+    })
+}
+
+/// A program may open `/dev/stdout`, which asks for permission anew. A user
+/// that the container does not map is refused by its init.
+fn give_to_user(pipes: &[OwnedFd; 3], uid: Option<u32>) -> Result<(), Error> {
+    for pipe in pipes {
+        let mode = rustix::fs::fstat(pipe).doing("look at a stream")?.st_mode;
+        if FileType::from_raw_mode(mode) == FileType::Fifo {
+            rustix::fs::fchown(pipe, uid.map(Uid::from_raw), None).doing("hand over a stream")?;
+        }
+    }
+    Ok(())
+}
+
 /// Ids become names of cgroups.
 fn check_id(id: &str) -> Result<(), Error> {
     const BYTES_MAX: usize = 128;
@@ -523,6 +552,20 @@ mod tests {
         assert_eq!(size(0, 0).unwrap(), (0, 0));
         assert_eq!(size(65_535, 65_535).unwrap(), (65_535, 65_535));
         assert!(size(65_536, 1).is_err());
+    }
+
+    #[test]
+    fn a_user_of_the_container_has_an_id_in_the_guest() {
+        let map = |container_id, guest_id, size| IdMap {
+            container_id,
+            guest_id,
+            size,
+        };
+        assert_eq!(guest_id(&[], 7), Some(7));
+        let maps = [map(0, 100_000, 10), map(10, 5, 1)];
+        assert_eq!(guest_id(&maps, 9), Some(100_009));
+        assert_eq!(guest_id(&maps, 10), Some(5));
+        assert_eq!(guest_id(&maps, 11), None);
     }
 
     #[test]

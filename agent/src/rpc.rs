@@ -102,11 +102,13 @@ async fn accept<S>(connections: impl Stream<Item = io::Result<S>>, meeting_point
 where
     S: crate::streams::Stream + 'static,
 {
+    const AFTER_FAILURE: Duration = Duration::from_millis(100);
     pin_mut!(connections);
     while let Some(connection) = connections.next().await {
-        // One that failed before it was accepted concerns its peer only.
-        if let Ok(connection) = connection {
-            meeting_point.accept(connection);
+        match connection {
+            Ok(connection) => meeting_point.accept(connection),
+            // Out of descriptors or memory: the same at once if asked at once.
+            Err(_) => sleep(AFTER_FAILURE).await,
         }
     }
 }

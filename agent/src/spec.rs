@@ -10,6 +10,7 @@ mod check;
 mod mounts;
 mod oci;
 pub mod plan;
+mod process;
 mod resources;
 
 pub(crate) use self::mounts::allowed_in_proc;
@@ -65,12 +66,12 @@ pub fn container(json: &[u8], seccomp: Option<Seccomp>) -> Result<ContainerPlan,
 
 /// Reads a `process` object; `seccomp` is the filter of its container.
 pub fn process(json: &[u8], seccomp: Option<Seccomp>) -> Result<ProcessPlan, SpecError> {
-    check::process(parse(json)?, seccomp)
+    process::process(parse(json)?, seccomp)
 }
 
 /// Takes a compiled filter (array of `struct sock_filter`); `None` if empty.
 pub fn seccomp(filter: &[u8], flags: u32) -> Result<Option<Seccomp>, SpecError> {
-    check::seccomp(filter, flags)
+    process::seccomp(filter, flags)
 }
 
 fn parse<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, SpecError> {

@@ -20,7 +20,7 @@ use super::{
     paths::Root,
     rootfs::{clone_tree, move_to, refuse_procfs},
 };
-use crate::spec::plan::DeviceNode;
+use crate::spec::plan::{DeviceNode, NodeKind};
 
 /// What every container gets (OCI runtime specification, config-linux.md,
 /// "Default Devices"), except for the terminals.
@@ -45,8 +45,7 @@ const LINKS: [(&str, &str); 5] = [
 pub(super) fn make_all(root: &Root, devices: &[DeviceNode]) -> Result<()> {
     let default = DEFAULT.iter().map(|(path, major, minor)| DeviceNode {
         path: PathBuf::from(path),
-        major: *major,
-        minor: *minor,
+        kind: NodeKind::Char(*major, *minor),
         mode: 0o666,
         uid: 0,
         gid: 0,
@@ -67,24 +66,27 @@ pub(super) fn make_all(root: &Root, devices: &[DeviceNode]) -> Result<()> {
 }
 
 fn make(root: &Root, device: &DeviceNode) -> Result<()> {
-    // The multiplexer for terminals must be that of the container's devpts.
-    if (device.major, device.minor) == (5, 2) {
-        return Ok(());
-    }
     let doing = format!("make the device {}", device.path.display());
+    let (kind, numbers) = match device.kind {
+        // The multiplexer for terminals must be that of the container's devpts.
+        NodeKind::Char(5, 2) => return Ok(()),
+        NodeKind::Char(major, minor) => (FileType::CharacterDevice, (major, minor)),
+        NodeKind::Fifo => (FileType::Fifo, (0, 0)),
+    };
     let (parent, name) = root.make_parent(&device.path).doing(&doing)?;
     refuse_procfs(&parent, &device.path)?;
-    if rustix::fs::fstatfs(&parent).doing(&doing)?.f_type == libc::TMPFS_MAGIC {
-        let number = rustix::fs::makedev(device.major, device.minor);
+    let in_tmpfs = rustix::fs::fstatfs(&parent).doing(&doing)?.f_type == libc::TMPFS_MAGIC;
+    if in_tmpfs || kind == FileType::Fifo {
+        let number = rustix::fs::makedev(numbers.0, numbers.1);
         let mode = Mode::from_raw_mode(device.mode);
-        match rustix::fs::mknodat(&parent, name, FileType::CharacterDevice, mode, number) {
+        match rustix::fs::mknodat(&parent, name, kind, mode, number) {
             Ok(()) => return give_to(&parent, name, device).doing(&doing),
-            Err(Errno::PERM | Errno::EXIST) => {}
+            Err(Errno::PERM | Errno::EXIST) if kind != FileType::Fifo => {}
             Err(errno) => return Err(errno).doing(&doing),
         }
     }
     let onto = root.make_file(&device.path).doing(&doing)?;
-    let node = guest_node(device)?;
+    let node = guest_node(numbers)?;
     move_to(&clone_tree(&node, false).doing(&doing)?, &onto).doing(&doing)
 }
 
@@ -106,18 +108,18 @@ fn give_to(parent: &OwnedFd, name: &std::ffi::OsStr, device: &DeviceNode) -> io:
     )?)
 }
 
-/// The guest's node with the same number.
-fn guest_node(device: &DeviceNode) -> Result<OwnedFd> {
-    let path = match (device.major, device.minor) {
+/// The guest's node with the same numbers.
+fn guest_node(numbers: (u32, u32)) -> Result<OwnedFd> {
+    let path = match numbers {
         (5, 1) => "/dev/console",
         (10, 200) => "/dev/net/tun",
         (10, 229) => "/dev/fuse",
-        (major, minor) => DEFAULT
+        _ => DEFAULT
             .iter()
-            .find(|known| (known.1, known.2) == (major, minor))
+            .find(|known| (known.1, known.2) == numbers)
             .map(|known| known.0)
             .ok_or_else(|| Error::Refused {
-                what: format!("device {major}:{minor}"),
+                what: format!("device {}:{}", numbers.0, numbers.1),
                 reason: "the guest has no such device",
             })?,
     };

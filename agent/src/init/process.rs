@@ -10,8 +10,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, Uid},
-    io::Errno,
+    fs::{CWD, Mode, OFlags, Uid},
     process::{Resource, getrlimit},
 };
 
@@ -110,35 +109,18 @@ fn take_stdio(
 ) -> Result<Option<OwnedFd>> {
     const DOING: &str = "set up the standard streams";
     let [stdin, stdout, stderr] = match &terminal {
-        Some(terminal) => {
-            rustix::process::ioctl_tiocsctty(&terminal.slave)
+        Some(Terminal { slave, .. }) => {
+            rustix::process::ioctl_tiocsctty(slave)
                 .doing("make the terminal the controlling one")?;
-            [&terminal.slave; 3]
+            rustix::fs::fchown(slave, Some(Uid::from_raw(plan.uid)), None).doing(DOING)?;
+            [slave; 3]
         }
         None => [&stdio[0], &stdio[1], &stdio[2]],
     };
-    for stream in [stdin, stdout, stderr] {
-        give_to_user(stream, plan.uid).doing(DOING)?;
-    }
     rustix::stdio::dup2_stdin(stdin).doing(DOING)?;
     rustix::stdio::dup2_stdout(stdout).doing(DOING)?;
     rustix::stdio::dup2_stderr(stderr).doing(DOING)?;
     Ok(terminal.map(|terminal| terminal.master))
-}
-
-/// A program may open `/dev/stdout`, which asks for permission anew.
-fn give_to_user(stream: &OwnedFd, uid: u32) -> io::Result<()> {
-    let stat = rustix::fs::fstat(stream)?;
-    let is_null = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
-        && stat.st_rdev == rustix::fs::makedev(1, 3);
-    if is_null {
-        return Ok(());
-    }
-    match rustix::fs::fchown(stream, Some(Uid::from_raw(uid)), None) {
-        // A pipe belongs to a user that the user namespace does not know.
-        Err(Errno::INVAL | Errno::PERM) => Ok(()),
-        result => Ok(result?),
-    }
 }
 
 fn set_attributes(plan: &ProcessPlan) -> Result<()> {

@@ -213,6 +213,7 @@ impl Options {
             "proc" => Filesystem::Proc,
             "sysfs" => Filesystem::Sysfs,
             "tmpfs" => Filesystem::Tmpfs,
+            "ramfs" => Filesystem::Ramfs,
             "devpts" => Filesystem::Devpts,
             "mqueue" => Filesystem::Mqueue,
             "cgroup" | "cgroup2" => Filesystem::Cgroup,
@@ -220,7 +221,7 @@ impl Options {
                 return Err(SpecError::value(
                     format!("{at}.type"),
                     kind,
-                    "only bind, proc, sysfs, tmpfs, devpts, mqueue and cgroup are supported",
+                    "only bind, proc, sysfs, tmpfs, ramfs, devpts, mqueue and cgroup are supported",
                 ));
             }
         };

@@ -191,8 +191,10 @@ pub enum Filesystem {
     Proc,
     /// Kernel objects.
     Sysfs,
-    /// Memory.
+    /// Memory, with a size.
     Tmpfs,
+    /// Memory, without.
+    Ramfs,
     /// Pseudo-terminals.
     Devpts,
     /// POSIX message queues.
@@ -208,6 +210,7 @@ impl Filesystem {
             Self::Proc => "proc",
             Self::Sysfs => "sysfs",
             Self::Tmpfs => "tmpfs",
+            Self::Ramfs => "ramfs",
             Self::Devpts => "devpts",
             Self::Mqueue => "mqueue",
             Self::Cgroup => "cgroup2",
@@ -231,21 +234,28 @@ impl Attributes {
     }
 }
 
-/// A character device node.
+/// A special file.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceNode {
     /// Where, absolute in the container.
     pub path: PathBuf,
-    /// Major number.
-    pub major: u32,
-    /// Minor number.
-    pub minor: u32,
+    /// What.
+    pub kind: NodeKind,
     /// Permission bits.
     pub mode: u32,
     /// Owner.
     pub uid: u32,
     /// Group.
     pub gid: u32,
+}
+
+/// What a special file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeKind {
+    /// A character device: major and minor number.
+    Char(u32, u32),
+    /// A named pipe.
+    Fifo,
 }
 
 /// Limits of a container's cgroup.

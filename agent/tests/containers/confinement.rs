@@ -231,8 +231,12 @@ fn a_user_namespace_maps_ids_and_an_exec_joins_it() {
         let (stdio, [_in, mut stdout, mut stderr]) = host.pipes().await;
         let id = host.create(spec, stdio).await.unwrap();
         host.start_container(&id).await.unwrap();
-        let process =
-            busybox_spec(["sh", "-c", "id -u; readlink /proc/self/ns/user"])["process"].clone();
+        let process = busybox_spec([
+            "sh",
+            "-c",
+            "id -u; readlink /proc/self/ns/user; echo again > /dev/stdout",
+        ])["process"]
+            .clone();
         let ran = host.run_exec(&id, &process).await;
         let ours = std::fs::read_link("/proc/self/ns/user").unwrap();
         assert!(
@@ -274,5 +278,70 @@ fn a_container_can_share_another_ones_namespaces() {
         host.kill(&id, "", 9).await.unwrap();
         host.wait(&id, "").await.unwrap();
         host.delete(&id, "").await.unwrap();
+    });
+}
+
+#[test]
+fn a_container_that_takes_too_much_memory_is_killed_and_says_so_f56() {
+    block_on(async |host: &mut Host| {
+        if !host.has_controller("memory") {
+            return;
+        }
+        let script = "cat /sys/fs/cgroup/memory.max; dd if=/dev/zero of=/dev/null bs=64M; exit $?";
+        let mut spec = busybox_spec(["sh", "-c", script]);
+        spec["linux"]["resources"]["memory"] = json!({"limit": 16 << 20, "swap": 16 << 20});
+        let ran = host.run(spec).await;
+        assert_eq!(
+            (ran.status, &*ran.stdout),
+            (137, "16777216\n"),
+            "{}",
+            ran.stderr
+        );
+        assert!(ran.oom_killed);
+        assert!(!host.run(busybox_spec(["true"])).await.oom_killed);
+    });
+}
+
+#[test]
+fn a_fork_bomb_stops_at_the_limit_and_can_be_killed_f58() {
+    block_on(async |host: &mut Host| {
+        if !host.has_controller("pids") {
+            return;
+        }
+        let mut spec = busybox_spec(["sh", "-c", "b() { b | b & b; }; b 2>/dev/null; sleep 100"]);
+        spec["linux"]["resources"]["pids"] = json!({"limit": 32});
+        let id = host.create(spec, Stdio::default()).await.unwrap();
+        host.start_container(&id).await.unwrap();
+        host.kill_all(&id, 9).await.unwrap();
+        assert_eq!(host.wait(&id, "").await.unwrap().exit_status, 137);
+        host.delete(&id, "").await.unwrap();
+    });
+}
+
+#[test]
+fn limits_are_in_force_inside_and_bad_ones_are_refused_b11() {
+    block_on(async |host: &mut Host| {
+        if !host.has_controller("cpu") || !host.has_controller("cpuset") {
+            return;
+        }
+        let seen = output(
+            host,
+            "cd /sys/fs/cgroup; cat cpu.max cpu.weight cpuset.cpus",
+            |spec| {
+                spec["linux"]["resources"]["cpu"] =
+                    json!({"quota": 50_000, "period": 100_000, "shares": 1024, "cpus": "0"});
+            },
+        )
+        .await;
+        assert_eq!(seen, "50000 100000\n39\n0\n");
+        for (cpu, file) in [
+            (json!({"quota": 1}), "cpu.max"),
+            (json!({"cpus": "9999"}), "cpuset"),
+        ] {
+            let mut spec = busybox_spec(["true"]);
+            spec["linux"]["resources"]["cpu"] = cpu;
+            let text = refusal(host, spec).await;
+            assert!(text.contains(file), "{text}");
+        }
     });
 }

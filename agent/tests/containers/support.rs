@@ -426,7 +426,20 @@ impl Host {
         }
     }
 
-    /// Names of the cgroups of containers.
+    /// Whether limits of this controller can be tried here; says so if not.
+    pub(crate) fn has_controller(&self, name: &str) -> bool {
+        let file = self.cgroups.join("cgroup.subtree_control");
+        let has = fs::read_to_string(file)
+            .unwrap()
+            .split_whitespace()
+            .any(|one| one == name);
+        if !has {
+            eprintln!("skipped: there is no {name} controller in cgroup v2");
+        }
+        has
+    }
+
+    /// How many containers have a cgroup.
     pub(crate) fn cgroups(&self) -> usize {
         let entries = fs::read_dir(&self.cgroups).unwrap().filter_map(Result::ok);
         entries.filter(|entry| entry.path().is_dir()).count()
@@ -514,7 +527,9 @@ fn make_rootfs(rootfs: &Path) {
 fn install_busybox(rootfs: &Path) {
     const BUSYBOX: &str = "/bin/busybox";
     fs::copy(BUSYBOX, rootfs.join("bin/busybox")).expect("busybox is installed");
-    let list = Command::new("ldd").arg(BUSYBOX).output().unwrap();
+    let Ok(list) = Command::new("ldd").arg(BUSYBOX).output() else {
+        return;
+    };
     let list = String::from_utf8(list.stdout).unwrap();
     for library in list.split_whitespace().filter(|word| word.starts_with('/')) {
         let to = rootfs.join(library.trim_start_matches('/'));
