@@ -112,7 +112,8 @@ pub fn sweep(dir: &StateDir) -> io::Result<()> {
     }
     let processes = dir.processes();
     if let Some(shim) = processes.shim
-        && shim.open()?.is_some()
+        && let Some(process) = shim.open()?
+        && !ended(&process, 0)
     {
         let text = format!("it is in use by a shim with pid {}", shim.pid);
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));

@@ -65,15 +65,21 @@ pub fn open_source(path: &Path) -> io::Result<OwnedFd> {
     )?)
 }
 
-/// Makes a detached copy of the mount at `place`.
-pub fn clone_tree(place: &OwnedFd, scope: Scope) -> io::Result<OwnedFd> {
+/// Makes a detached copy of the mount at `place`, inert, with further attributes.
+pub fn clone_tree(
+    place: &OwnedFd,
+    scope: Scope,
+    attributes: MountAttrFlags,
+) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
     if scope == Scope::Recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    Ok(open_tree(place, c"", flags)?)
+    let tree = open_tree(place, c"", flags)?;
+    set_attributes(&tree, attributes | INERT, scope)?;
+    Ok(tree)
 }
 
 /// Sets attributes of a mount, or of a tree of mounts.
@@ -108,6 +114,12 @@ pub fn set_attributes<Fd: AsFd>(mount: Fd, set: MountAttrFlags, scope: Scope) ->
         Err(io::Error::last_os_error())
     }
 }
+
+/// What every mount of a share is given: a device node, a set-user-id bit or a
+/// program in it means something in the guest, nothing on the host.
+const INERT: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV
+    .union(MountAttrFlags::MOUNT_ATTR_NOSUID)
+    .union(MountAttrFlags::MOUNT_ATTR_NOEXEC);
 
 /// Attaches a detached mount at `target`.
 pub fn attach(mount: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
@@ -190,7 +202,7 @@ pub fn overlay(options: &[&str]) -> io::Result<OwnedFd> {
     Ok(fsmount(
         &context,
         FsMountFlags::FSMOUNT_CLOEXEC,
-        attributes,
+        attributes | INERT,
     )?)
 }
 
@@ -228,13 +240,9 @@ pub fn overlay_classic(options: &[&str], target: &OwnedFd) -> io::Result<()> {
         rustix::mount::MountFlags::empty(),
         data.as_c_str(),
     )?;
-    if !attributes.is_empty() {
-        // What is mounted on the target, not the target.
-        let mounted =
-            rustix::fs::open(path.as_str(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        set_attributes(&mounted, attributes, Scope::Top)?;
-    }
-    Ok(())
+    // What is mounted on the target, not the target.
+    let mounted = rustix::fs::open(path.as_str(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    set_attributes(&mounted, attributes | INERT, Scope::Top)
 }
 
 /// Opens a path that must stay below `dir` and pass no symlink.

@@ -66,7 +66,7 @@ impl Source {
                     }
                 };
                 let place = open_root(bundle, path).map_err(failed("open the root file system"))?;
-                let tree = mount::clone_tree(&place, Scope::Recursive)
+                let tree = mount::clone_tree(&place, Scope::Recursive, MountAttrFlags::empty())
                     .map_err(failed("clone the mount of the root file system"))?;
                 on(&tree, target)
             }
@@ -139,12 +139,12 @@ fn attach(request: &Mount, target: &Path) -> Result<()> {
         } else {
             Scope::Top
         };
-        let tree = mount::clone_tree(&place, scope)
+        let attributes = match options.contains(&"ro") {
+            true => MountAttrFlags::MOUNT_ATTR_RDONLY,
+            false => MountAttrFlags::empty(),
+        };
+        let tree = mount::clone_tree(&place, scope, attributes)
             .map_err(failed("clone the mount of the root file system"))?;
-        if options.contains(&"ro") {
-            mount::set_attributes(&tree, MountAttrFlags::MOUNT_ATTR_RDONLY, scope)
-                .map_err(failed("make read-only the root file system"))?;
-        }
         return on(&tree, target);
     }
     let failed = |source| Error::Path {

@@ -178,11 +178,12 @@ impl ContainerShare {
         } else {
             Scope::Top
         };
-        let tree = mount::clone_tree(&place, scope).map_err(failed("clone the mount of"))?;
-        if volume.read_only {
-            mount::set_attributes(&tree, MountAttrFlags::MOUNT_ATTR_RDONLY, scope)
-                .map_err(failed("make read-only the mount of"))?;
-        }
+        let attributes = match volume.read_only {
+            true => MountAttrFlags::MOUNT_ATTR_RDONLY,
+            false => MountAttrFlags::empty(),
+        };
+        let tree =
+            mount::clone_tree(&place, scope, attributes).map_err(failed("clone the mount of"))?;
         match leaf {
             Leaf::Directory => make_dir(&target)?,
             Leaf::File => {

@@ -40,6 +40,15 @@ mod stats;
 /// Name of the service in version 2.
 const TASK_V2: &str = "containerd.task.v2.Task";
 
+/// Services that callers try and that are not there. Registered without a method,
+/// they answer Unimplemented, by which callers fall back; the library answers
+/// another code for a service of which it knows nothing.
+const ABSENT: [&str; 3] = [
+    "containerd.runtime.sandbox.v1.Sandbox",
+    "containerd.services.streaming.v1.Streaming",
+    "containerd.services.transfer.v1.Transfer",
+];
+
 /// Answers requests for one pod.
 #[derive(Clone, Debug)]
 pub struct TaskService {
@@ -68,6 +77,11 @@ impl TaskService {
                 .into_values()
                 .map(|service| (TASK_V2.to_owned(), service)),
         );
+        let empty = || Service {
+            methods: HashMap::new(),
+            streams: HashMap::new(),
+        };
+        services.extend(ABSENT.map(|name| (name.to_owned(), empty())));
         services
     }
 
