@@ -95,7 +95,7 @@ pub fn ensure(cache: &Path, progress: &dyn Progress) -> Result<Kernel> {
     }
 
     progress.step(&format!(
-        "Downloading {} {}",
+        "Fetching and unpacking {} {}",
         source::PACKAGE,
         package.version
     ));
