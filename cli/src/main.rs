@@ -35,11 +35,20 @@ fn main() -> ExitCode {
         Err(error) => {
             // Help and version are no failure.
             let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { error::OWN_FAILURE } else { 0 });
+            return ExitCode::from(if error.use_stderr() {
+                error::OWN_FAILURE
+            } else {
+                0
+            });
         }
     };
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
+        Command::Exec(_)
+        | Command::Kill(_)
+        | Command::Rm(_)
+        | Command::List(_)
+        | Command::Check(_) => Ok(125),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => man(dir),
     };
@@ -56,7 +65,9 @@ fn main() -> ExitCode {
 fn completions(shell: clap_complete::Shell) -> Result<u8> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "bulkhead", &mut text);
-    std::io::stdout().write_all(&text).map_err(host("write the completions"))?;
+    std::io::stdout()
+        .write_all(&text)
+        .map_err(host("write the completions"))?;
     Ok(0)
 }
 
