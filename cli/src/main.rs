@@ -8,8 +8,10 @@
 
 mod args;
 mod attach;
+mod check;
 mod client;
 mod error;
+mod exec;
 mod image;
 mod paths;
 mod record;
@@ -44,11 +46,11 @@ fn main() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
-        Command::Exec(_)
-        | Command::Kill(_)
-        | Command::Rm(_)
-        | Command::List(_)
-        | Command::Check(_) => Ok(125),
+        Command::Exec(args) => exec::exec(args),
+        Command::Kill(args) => exec::kill(args),
+        Command::Rm(args) => exec::rm(args),
+        Command::List(args) => exec::list(args),
+        Command::Check(args) => check::check(args),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => man(dir),
     };
