@@ -6,7 +6,12 @@ use clap::{Args, Parser, Subcommand};
 
 /// Run containers, each in a virtual machine of its own.
 #[derive(Debug, Parser)]
-#[command(name = "bulkhead", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(
+    name = "bulkhead",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
 pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -132,7 +137,12 @@ pub(crate) struct Exec {
     /// The container.
     pub(crate) id: ContainerId,
     /// The command and its arguments.
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD")]
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "CMD"
+    )]
     pub(crate) command: Vec<String>,
 }
 
@@ -202,7 +212,10 @@ impl FromStr for ContainerId {
         if !text.as_bytes().first().is_some_and(plain) {
             return Err("an id begins with a letter or digit".to_owned());
         }
-        if !text.bytes().all(|byte| plain(&byte) || b"_.-".contains(&byte)) {
+        if !text
+            .bytes()
+            .all(|byte| plain(&byte) || b"_.-".contains(&byte))
+        {
             return Err("an id has only letters, digits, '_', '.' and '-'".to_owned());
         }
         Ok(ContainerId(text.to_owned()))
@@ -246,9 +259,15 @@ impl FromStr for Volume {
             return Err("the source is empty; name a directory or file of the host".to_owned());
         }
         if !destination.starts_with('/') {
-            return Err(format!("the destination {destination:?} is not an absolute path"));
+            return Err(format!(
+                "the destination {destination:?} is not an absolute path"
+            ));
         }
-        Ok(Volume { source: source.into(), destination: destination.to_owned(), access })
+        Ok(Volume {
+            source: source.into(),
+            destination: destination.to_owned(),
+            access,
+        })
     }
 }
 
@@ -265,12 +284,24 @@ impl FromStr for Cpus {
     fn from_str(text: &str) -> Result<Self, String> {
         let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
         let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-        if text.is_empty() || whole.is_empty() || fraction.len() > 3 || !digits(whole) || !digits(fraction) {
+        if text.is_empty()
+            || whole.is_empty()
+            || fraction.len() > 3
+            || !digits(whole)
+            || !digits(fraction)
+        {
             return Err("give a number such as 2 or 0.5".to_owned());
         }
-        let whole: u32 = whole.parse().map_err(|_| "at most 64 processors".to_owned())?;
-        let fraction: u32 = format!("{fraction:0<3}").parse().map_err(|_| "give a number".to_owned())?;
-        match whole.checked_mul(1000).and_then(|whole| whole.checked_add(fraction)) {
+        let whole: u32 = whole
+            .parse()
+            .map_err(|_| "at most 64 processors".to_owned())?;
+        let fraction: u32 = format!("{fraction:0<3}")
+            .parse()
+            .map_err(|_| "give a number".to_owned())?;
+        match whole
+            .checked_mul(1000)
+            .and_then(|whole| whole.checked_add(fraction))
+        {
             Some(thousandths @ 10..=64_000) => Ok(Cpus { thousandths }),
             _ => Err("it must lie between 0.01 and 64".to_owned()),
         }
@@ -288,7 +319,9 @@ impl FromStr for Memory {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let end = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
         let (number, unit) = text.split_at(end);
         let shift = match unit.to_ascii_lowercase().as_str() {
             "" | "b" => 0,
@@ -298,7 +331,10 @@ impl FromStr for Memory {
             "t" | "tb" | "ti" | "tib" => 40,
             _ => return Err(format!("{unit:?} is no unit; give a number and k, m or g")),
         };
-        let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+        let bytes = number
+            .parse::<u64>()
+            .ok()
+            .and_then(|number| number.checked_mul(1 << shift));
         match bytes {
             Some(bytes) if bytes >> 60 != 0 => Err("that is more than any machine has".to_owned()),
             Some(bytes) if bytes < 4 << 20 => Err("a container needs at least 4m".to_owned()),
@@ -321,10 +357,24 @@ mod tests {
 
     #[test]
     fn memory_is_counted_in_powers_of_1024() {
-        for (text, bytes) in [("4194304", 4 << 20), ("512m", 512 << 20), ("2G", 2 << 30), ("1GiB", 1 << 30)] {
+        for (text, bytes) in [
+            ("4194304", 4 << 20),
+            ("512m", 512 << 20),
+            ("2G", 2 << 30),
+            ("1GiB", 1 << 30),
+        ] {
             assert_eq!(text.parse(), Ok(Memory { bytes }), "{text}");
         }
-        for text in ["", "m", "-1m", "1e9", "12EiB", "1k", "99999999999999999999", "16777216t"] {
+        for text in [
+            "",
+            "m",
+            "-1m",
+            "1e9",
+            "12EiB",
+            "1k",
+            "99999999999999999999",
+            "16777216t",
+        ] {
             assert!(text.parse::<Memory>().is_err(), "{text}");
         }
     }
@@ -334,7 +384,17 @@ mod tests {
         for (text, thousandths) in [("1", 1000), ("0.5", 500), ("2.25", 2250), ("0.01", 10)] {
             assert_eq!(text.parse(), Ok(Cpus { thousandths }), "{text}");
         }
-        for text in ["", "0", "-1", "1e3", "NaN", ".5", "65", "0.0001", "9999999999"] {
+        for text in [
+            "",
+            "0",
+            "-1",
+            "1e3",
+            "NaN",
+            ".5",
+            "65",
+            "0.0001",
+            "9999999999",
+        ] {
             assert!(text.parse::<Cpus>().is_err(), "{text}");
         }
     }
@@ -344,7 +404,17 @@ mod tests {
         for id in ["a", "web-1.x_2", &"a".repeat(128)] {
             assert!(id.parse::<ContainerId>().is_ok(), "{id}");
         }
-        for id in ["", "../../x", "-x", ".", "a/b", "a\0", "%n", "ä", &"a".repeat(129)] {
+        for id in [
+            "",
+            "../../x",
+            "-x",
+            ".",
+            "a/b",
+            "a\0",
+            "%n",
+            "ä",
+            &"a".repeat(129),
+        ] {
             assert!(id.parse::<ContainerId>().is_err(), "{id}");
         }
     }
@@ -352,7 +422,10 @@ mod tests {
     #[test]
     fn volumes_that_are_not_understood_are_refused() {
         let volume: Volume = "a/b:/c:ro".parse().unwrap();
-        assert_eq!((volume.destination.as_str(), volume.access), ("/c", Access::ReadOnly));
+        assert_eq!(
+            (volume.destination.as_str(), volume.access),
+            ("/c", Access::ReadOnly)
+        );
         for text in ["", "/a", "/a:b", ":/b", "/a:/b:x", "/a:/b:ro:ro"] {
             assert!(text.parse::<Volume>().is_err(), "{text}");
         }

@@ -1,7 +1,14 @@
 //! One process, from its start to its end, joined to our own streams, terminal and
 //! signals. The same for the first process of a container and for an exec.
 
-use std::{future::pending, io};
+use std::{
+    future::pending,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use tokio::{
     select,
@@ -17,8 +24,14 @@ use crate::{
 };
 
 /// Signals that the process gets in our place.
-const FORWARDED: [i32; 6] =
-    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
+const FORWARDED: [i32; 6] = [
+    libc::SIGINT,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+];
 
 /// So many of the same signal end the container though it ignores them.
 const PATIENCE: u8 = 3;
@@ -30,19 +43,32 @@ const BROKEN_PIPE: u32 = 141;
 #[derive(Debug)]
 pub(crate) struct Signals {
     streams: Vec<(i32, Signal)>,
-    resized: Signal,
 }
 
 impl Signals {
     /// Takes the signals over. Needs a runtime.
     pub(crate) fn take() -> Result<Self> {
         let on = |number| signal(SignalKind::from_raw(number)).map_err(host("handle signals"));
-        let streams = FORWARDED.iter().map(|&number| Ok((number, on(number)?))).collect::<Result<_>>()?;
-        Ok(Signals { streams, resized: on(libc::SIGWINCH)? })
+        let numbers = FORWARDED.iter().chain(&[libc::SIGWINCH]);
+        Ok(Signals {
+            streams: numbers
+                .map(|&number| Ok((number, on(number)?)))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    /// The next signal that asks for an end.
+    async fn next(&mut self) -> i32 {
+        loop {
+            let number = self.any().await;
+            if number != libc::SIGWINCH {
+                return number;
+            }
+        }
     }
 
     /// The next signal.
-    async fn next(&mut self) -> i32 {
+    async fn any(&mut self) -> i32 {
         std::future::poll_fn(|context| {
             for (number, stream) in &mut self.streams {
                 if stream.poll_recv(context).is_ready() {
@@ -52,6 +78,26 @@ impl Signals {
             std::task::Poll::Pending
         })
         .await
+    }
+
+    /// Does `step` on a thread of its own. A signal sets the flag that it is given,
+    /// and it is waited for: what it makes is undone by its own guards.
+    pub(crate) async fn or_stop<T: Send + 'static>(
+        &mut self,
+        step: impl FnOnce(&AtomicBool) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut work = tokio::task::spawn_blocking({
+            let stop = Arc::clone(&stop);
+            move || step(&stop)
+        });
+        let number = select! {
+            done = &mut work => return done.map_err(io::Error::other).map_err(host("wait for a thread"))?,
+            number = self.next() => number,
+        };
+        stop.store(true, Ordering::Relaxed);
+        drop(work.await);
+        Err(Error::Interrupted(u8::try_from(number).unwrap_or(0)))
     }
 
     /// Does `step`, unless a signal comes first.
@@ -82,11 +128,20 @@ pub(crate) async fn run(
     }
     signals.or(task.start(process)).await?;
     streams.attached();
-    let raw = if has_terminal { terminal::Raw::enter()? } else { None };
-    if has_terminal && !process.exec_id.is_empty() && let Some(size) = terminal::size() {
+    let raw = if has_terminal {
+        terminal::Raw::enter()?
+    } else {
+        None
+    };
+    if has_terminal
+        && !process.exec_id.is_empty()
+        && let Some(size) = terminal::size()
+    {
         let _ = task.resize(process, size).await;
     }
-    let mut outputs = Outputs { rest: streams.copy_output() };
+    let mut outputs = Outputs {
+        rest: streams.copy_output(),
+    };
     let mut stdin = streams.copy_stdin();
     let mut waiting = waiting;
     let mut counts = [0_u8; FORWARDED.len()];
@@ -99,17 +154,18 @@ pub(crate) async fn run(
                 // A process that ended meanwhile is no error.
                 let _ = task.close_stdin(process).await;
             }
-            number = signals.next() => {
+            number = signals.any() => {
+                if number == libc::SIGWINCH {
+                    if has_terminal && let Some(size) = terminal::size() {
+                        let _ = task.resize(process, size).await;
+                    }
+                    continue;
+                }
                 let index = FORWARDED.iter().position(|&known| known == number).unwrap_or(0);
                 let count = counts.get_mut(index).map_or(1, |count| { *count = count.saturating_add(1); *count });
                 let impatient = count >= PATIENCE && [libc::SIGINT, libc::SIGTERM].contains(&number);
                 let number = if impatient { libc::SIGKILL } else { number };
                 let _ = task.kill(process, number.unsigned_abs()).await;
-            }
-            _ = signals.resized.recv(), if has_terminal => {
-                if let Some(size) = terminal::size() {
-                    let _ = task.resize(process, size).await;
-                }
             }
             () = outputs.no_reader(), if !broken => {
                 broken = true;
@@ -169,7 +225,9 @@ impl Outputs {
     async fn one(&mut self) -> Copied {
         std::future::poll_fn(|context| {
             for index in 0..self.rest.len() {
-                let Some(copy) = self.rest.get_mut(index) else { continue };
+                let Some(copy) = self.rest.get_mut(index) else {
+                    continue;
+                };
                 if let std::task::Poll::Ready(copied) = std::pin::Pin::new(copy).poll(context) {
                     self.rest.swap_remove(index);
                     return std::task::Poll::Ready(copied.unwrap_or(Copied::All));

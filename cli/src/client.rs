@@ -14,8 +14,8 @@ use std::{
 
 use containerd_shim_protos::{
     api::{
-        CloseIORequest, CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, ResizePtyRequest,
-        ShutdownRequest, StartRequest, StateRequest, StateResponse, WaitRequest,
+        CloseIORequest, CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest,
+        ResizePtyRequest, ShutdownRequest, StartRequest, StateRequest, StateResponse, WaitRequest,
     },
     shim_async::{Client, TaskClient},
 };
@@ -37,13 +37,18 @@ const SHORT: Duration = Duration::from_secs(60);
 
 /// Finds a binary of ours: beside the running one first, then in PATH.
 pub(crate) fn find_binary(name: &'static str) -> Result<PathBuf> {
-    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.to_owned()));
     let path = std::env::var_os("PATH").unwrap_or_default();
     beside
         .into_iter()
         .chain(std::env::split_paths(&path).filter(|dir| dir.is_absolute()))
         .map(|dir| dir.join(name))
-        .find(|candidate| rustix::fs::access(candidate, rustix::fs::Access::EXEC_OK).is_ok() && candidate.is_file())
+        .find(|candidate| {
+            rustix::fs::access(candidate, rustix::fs::Access::EXEC_OK).is_ok()
+                && candidate.is_file()
+        })
         .ok_or(Error::NoBinary(name))
 }
 
@@ -74,16 +79,25 @@ pub(crate) struct Task {
 
 impl std::fmt::Debug for Task {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Task").field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("Task")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
     }
 }
 
 impl Task {
     /// Connects to the shim at `address`.
     pub(crate) async fn connect(id: &ContainerId, address: &str) -> Result<Self> {
-        let address = if address.contains("://") { address.to_owned() } else { format!("unix://{address}") };
+        let address = if address.contains("://") {
+            address.to_owned()
+        } else {
+            format!("unix://{address}")
+        };
         match Client::connect(&address).await {
-            Ok(client) => Ok(Task { client: TaskClient::new(client), id: id.clone() }),
+            Ok(client) => Ok(Task {
+                client: TaskClient::new(client),
+                id: id.clone(),
+            }),
             Err(error) => Err(failed(id, &error, Phase::Before)),
         }
     }
@@ -91,17 +105,25 @@ impl Task {
     /// Makes the container.
     pub(crate) async fn create(&self, request: &CreateTaskRequest) -> Result<()> {
         let answer = self.client.create(limit(LONG), request).await;
-        answer.map(drop).map_err(|error| failed(&self.id, &error, Phase::Before))
+        answer
+            .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Before))
     }
 
     /// Registers one more process; `spec` is its OCI `process` object.
-    pub(crate) async fn exec(&self, mut request: ExecProcessRequest, spec: &serde_json::Value) -> Result<()> {
+    pub(crate) async fn exec(
+        &self,
+        mut request: ExecProcessRequest,
+        spec: &serde_json::Value,
+    ) -> Result<()> {
         let mut any = protobuf::well_known_types::any::Any::new();
         any.type_url = "types.containerd.io/opencontainers/runtime-spec/1/Process".to_owned();
         any.value = spec.to_string().into_bytes();
         request.spec = Some(any).into();
         let answer = self.client.exec(limit(SHORT), &request).await;
-        answer.map(drop).map_err(|error| failed(&self.id, &error, Phase::Before))
+        answer
+            .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Before))
     }
 
     /// Runs a process that was made.
@@ -110,7 +132,9 @@ impl Task {
         request.id = process.id.to_string();
         request.exec_id.clone_from(&process.exec_id);
         let answer = self.client.start(limit(LONG), &request).await;
-        answer.map(drop).map_err(|error| failed(&self.id, &error, Phase::Before))
+        answer
+            .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Before))
     }
 
     /// Waits for the end of a process; answers its exit code.
@@ -119,7 +143,9 @@ impl Task {
         request.id = process.id.to_string();
         request.exec_id.clone_from(&process.exec_id);
         let answer = self.client.wait(Context::default(), &request).await;
-        answer.map(|answer| answer.exit_status).map_err(|error| failed(&self.id, &error, Phase::Running))
+        answer
+            .map(|answer| answer.exit_status)
+            .map_err(|error| failed(&self.id, &error, Phase::Running))
     }
 
     /// Sends a signal to a process.
@@ -129,7 +155,9 @@ impl Task {
         request.exec_id.clone_from(&process.exec_id);
         request.signal = signal;
         let answer = self.client.kill(limit(SHORT), &request).await;
-        answer.map(drop).map_err(|error| failed(&self.id, &error, Phase::Running))
+        answer
+            .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Running))
     }
 
     /// Tells the size of the terminal.
@@ -140,7 +168,9 @@ impl Task {
         request.width = size.width.into();
         request.height = size.height.into();
         let answer = self.client.resize_pty(limit(SHORT), &request).await;
-        answer.map(drop).map_err(|error| failed(&self.id, &error, Phase::Running))
+        answer
+            .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Running))
     }
 
     /// Says that no more input comes.
@@ -150,7 +180,9 @@ impl Task {
         request.exec_id.clone_from(&process.exec_id);
         request.stdin = true;
         let answer = self.client.close_io(limit(SHORT), &request).await;
-        answer.map(drop).map_err(|error| failed(&self.id, &error, Phase::Running))
+        answer
+            .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Running))
     }
 
     /// What the first process does.
@@ -167,7 +199,9 @@ impl Task {
         request.id = process.id.to_string();
         request.exec_id.clone_from(&process.exec_id);
         let answer = self.client.delete(limit(SHORT), &request).await;
-        answer.map(drop).map_err(|error| failed(&self.id, &error, Phase::Running))
+        answer
+            .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Running))
     }
 
     /// Ends the shim. It may be gone before it answers, so there is no answer.
@@ -206,7 +240,10 @@ fn failed(id: &ContainerId, error: &ttrpc::Error, phase: Phase) -> Error {
                 error => format!("its supervisor is gone ({error})"),
             };
             let reason = reason(id).unwrap_or_else(why);
-            Error::Gone { reason, started: phase == Phase::Running }
+            Error::Gone {
+                reason,
+                started: phase == Phase::Running,
+            }
         }
     }
 }
@@ -214,7 +251,12 @@ fn failed(id: &ContainerId, error: &ttrpc::Error, phase: Phase) -> Error {
 /// Why the pod ended, if the shim could still say so.
 pub(crate) fn reason(id: &ContainerId) -> Option<String> {
     let text = fs::read_to_string(paths::reason(id)).ok()?;
-    let text: String = text.trim().chars().filter(|c| !c.is_control()).take(1000).collect();
+    let text: String = text
+        .trim()
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(1000)
+        .collect();
     (!text.is_empty()).then_some(text)
 }
 
@@ -247,18 +289,31 @@ impl Shim {
     pub(crate) fn start(id: &ContainerId, bundle: &Path) -> Result<Self> {
         let binary = find_binary(SHIM)?;
         // From here on there may be something to delete, whatever `start` says.
-        let mut shim =
-            Shim { binary, id: id.clone(), bundle: bundle.to_owned(), address: String::new(), armed: true };
+        let mut shim = Shim {
+            binary,
+            id: id.clone(),
+            bundle: bundle.to_owned(),
+            address: String::new(),
+            armed: true,
+        };
         let output = shim.call("start")?;
         if !output.status.success() {
             let text = String::from_utf8_lossy(&output.stderr);
             let text = text.trim();
-            let text = if text.is_empty() { output.status.to_string() } else { text.to_owned() };
+            let text = if text.is_empty() {
+                output.status.to_string()
+            } else {
+                text.to_owned()
+            };
             return Err(Error::ShimStart(text));
         }
         let answer = String::from_utf8_lossy(&output.stdout);
-        shim.address = parse_address(answer.trim())
-            .ok_or_else(|| Error::ShimStart(format!("it answered {:?}, which is no address", answer.trim())))?;
+        shim.address = parse_address(answer.trim()).ok_or_else(|| {
+            Error::ShimStart(format!(
+                "it answered {:?}, which is no address",
+                answer.trim()
+            ))
+        })?;
         Ok(shim)
     }
 
@@ -275,16 +330,31 @@ impl Shim {
 
     fn call(&self, action: &str) -> Result<Output> {
         let mut command = Command::new(&self.binary);
-        command.args(["-namespace", paths::NAMESPACE, "-address", "", "-publish-binary", "", "-id"]);
+        command.args([
+            "-namespace",
+            paths::NAMESPACE,
+            "-address",
+            "",
+            "-publish-binary",
+            "",
+            "-id",
+        ]);
         command.arg(self.id.as_str());
         if action == "delete" {
             command.arg("-bundle").arg(&self.bundle);
         }
         command.arg(action).current_dir(&self.bundle).env_clear();
-        command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        command.env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        );
         // Its own group, so that a key of our terminal does not reach it.
         command.stdin(Stdio::null()).process_group(0);
-        command.output().map_err(|source| Error::Path { action: "run", path: self.binary.clone(), source })
+        command.output().map_err(|source| Error::Path {
+            action: "run",
+            path: self.binary.clone(),
+            source,
+        })
     }
 }
 
@@ -301,7 +371,13 @@ impl Drop for Shim {
 /// Removes what a dead shim left behind.
 pub(crate) fn clean_up(id: &ContainerId, bundle: &Path) -> Result<()> {
     let binary = find_binary(SHIM)?;
-    drop(Shim { binary, id: id.clone(), bundle: bundle.to_owned(), address: String::new(), armed: true });
+    drop(Shim {
+        binary,
+        id: id.clone(),
+        bundle: bundle.to_owned(),
+        address: String::new(),
+        armed: true,
+    });
     Ok(())
 }
 
@@ -322,7 +398,10 @@ mod tests {
     #[test]
     fn runcs_phrases_give_the_shells_codes() {
         for (text, code) in [
-            ("OCI runtime: exec: \"nope\": executable file not found in $PATH", Some(127)),
+            (
+                "OCI runtime: exec: \"nope\": executable file not found in $PATH",
+                Some(127),
+            ),
             ("exec: \"/nope\": no such file or directory", Some(127)),
             ("exec: \"/etc/passwd\": permission denied", Some(126)),
             ("Cannot open /dev/kvm: permission denied", None),
@@ -334,8 +413,16 @@ mod tests {
 
     #[test]
     fn every_form_of_an_address_is_understood() {
-        for answer in ["unix:///run/s", "/run/s", r#"{"version":3,"address":"unix:///run/s","protocol":"ttrpc"}"#] {
-            assert_eq!(parse_address(answer).as_deref(), Some("unix:///run/s"), "{answer}");
+        for answer in [
+            "unix:///run/s",
+            "/run/s",
+            r#"{"version":3,"address":"unix:///run/s","protocol":"ttrpc"}"#,
+        ] {
+            assert_eq!(
+                parse_address(answer).as_deref(),
+                Some("unix:///run/s"),
+                "{answer}"
+            );
         }
         for answer in ["", "oops", "{}", "/a\n/b"] {
             assert_eq!(parse_address(answer), None, "{answer}");

@@ -51,7 +51,9 @@ pub(crate) enum Error {
     #[error("Only root can do this; run it with sudo")]
     NotRoot,
     /// The id is taken.
-    #[error("Container {0:?} exists already; remove it with `bulkhead rm {0}` or choose another --name")]
+    #[error(
+        "Container {0:?} exists already; remove it with `bulkhead rm {0}` or choose another --name"
+    )]
     Exists(String),
     /// No such container.
     #[error("There is no container {0:?}; `bulkhead list` shows all")]
@@ -60,10 +62,14 @@ pub(crate) enum Error {
     #[error("Container {0:?} does not run; `bulkhead list` shows its state")]
     NotRunning(String),
     /// It has not ended.
-    #[error("Container {0:?} still runs; end it with `bulkhead kill {0}` or use `bulkhead rm --force {0}`")]
+    #[error(
+        "Container {0:?} still runs; end it with `bulkhead kill {0}` or use `bulkhead rm --force {0}`"
+    )]
     Running(String),
     /// A binary of ours is missing.
-    #[error("Cannot find {0} beside bulkhead or in PATH; install it, or say with `bulkhead check` what else is missing")]
+    #[error(
+        "Cannot find {0} beside bulkhead or in PATH; install it, or say with `bulkhead check` what else is missing"
+    )]
     NoBinary(&'static str),
     /// The shim did not start.
     #[error("The supervisor did not start: {0}")]
@@ -134,10 +140,17 @@ pub(crate) fn at<E: Into<io::Error>>(
     path: impl Into<PathBuf>,
 ) -> impl FnOnce(E) -> Error {
     let path = path.into();
-    move |error| Error::Path { action, path, source: error.into() }
+    move |error| Error::Path {
+        action,
+        path,
+        source: error.into(),
+    }
 }
 
 /// Names the system call that failed.
 pub(crate) fn host<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Error {
-    move |error| Error::Host { action, source: error.into() }
+    move |error| Error::Host {
+        action,
+        source: error.into(),
+    }
 }

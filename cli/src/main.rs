@@ -8,8 +8,10 @@
 
 mod args;
 mod attach;
+mod check;
 mod client;
 mod error;
+mod exec;
 mod image;
 mod paths;
 mod record;
@@ -35,11 +37,20 @@ fn main() -> ExitCode {
         Err(error) => {
             // Help and version are no failure.
             let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { error::OWN_FAILURE } else { 0 });
+            return ExitCode::from(if error.use_stderr() {
+                error::OWN_FAILURE
+            } else {
+                0
+            });
         }
     };
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
+        Command::Exec(args) => exec::exec(args),
+        Command::Kill(args) => exec::kill(args),
+        Command::Rm(args) => exec::rm(args),
+        Command::List(args) => exec::list(args),
+        Command::Check(args) => check::check(args),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => man(dir),
     };
@@ -56,7 +67,9 @@ fn main() -> ExitCode {
 fn completions(shell: clap_complete::Shell) -> Result<u8> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "bulkhead", &mut text);
-    std::io::stdout().write_all(&text).map_err(host("write the completions"))?;
+    std::io::stdout()
+        .write_all(&text)
+        .map_err(host("write the completions"))?;
     Ok(0)
 }
 

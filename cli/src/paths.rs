@@ -28,5 +28,8 @@ pub(crate) fn bundle(id: &ContainerId) -> PathBuf {
 
 /// Where the shim says why a pod ended that nobody ended.
 pub(crate) fn reason(id: &ContainerId) -> PathBuf {
-    PathBuf::from("/run/bulkhead").join(NAMESPACE).join(id.as_str()).join("reason")
+    PathBuf::from("/run/bulkhead")
+        .join(NAMESPACE)
+        .join(id.as_str())
+        .join("reason")
 }

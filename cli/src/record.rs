@@ -53,8 +53,14 @@ impl Record {
         match fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text)
                 .map_err(|error| at::<io::Error>("read the record", &path)(error.into())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::NoContainer(id.to_string())),
-            Err(source) => Err(Error::Path { action: "read", path, source }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(Error::NoContainer(id.to_string()))
+            }
+            Err(source) => Err(Error::Path {
+                action: "read",
+                path,
+                source,
+            }),
         }
     }
 
@@ -68,7 +74,10 @@ impl Record {
         let mut records = Vec::new();
         for entry in entries {
             let entry = entry.map_err(at("read", paths::CONTAINERS))?;
-            let id = entry.file_name().to_str().and_then(|name| name.parse::<ContainerId>().ok());
+            let id = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<ContainerId>().ok());
             // A container that is being made or removed has no record.
             if let Some(Ok(record)) = id.map(|id| Record::load(&id)) {
                 records.push(record);
@@ -81,7 +90,9 @@ impl Record {
 
 /// Now, in seconds since 1970.
 pub(crate) fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs())
 }
 
 /// A directory made exclusively, removed with all in it when this is dropped.
@@ -95,7 +106,10 @@ impl Scratch {
     /// Makes `path`, mode 0700, which must not exist; parents are made too.
     pub(crate) fn make(path: PathBuf) -> io::Result<Self> {
         if let Some(parent) = path.parent() {
-            DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(parent)?;
         }
         DirBuilder::new().mode(0o700).create(&path)?;
         Ok(Scratch { path, armed: true })
@@ -115,7 +129,9 @@ impl Scratch {
     pub(crate) fn remove(mut self) -> Result<()> {
         self.armed = false;
         match fs::remove_dir_all(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", &self.path)(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(at("remove", &self.path)(error))
+            }
             _ => Ok(()),
         }
     }
@@ -141,7 +157,9 @@ impl Container {
         let path = paths::container(id);
         match Scratch::make(path.clone()) {
             Ok(scratch) => Ok(Container { scratch }),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists(id.to_string())),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(Error::Exists(id.to_string()))
+            }
             Err(error) => Err(at("make", path)(error)),
         }
     }
@@ -150,7 +168,10 @@ impl Container {
     pub(crate) fn dir(&self, name: &str) -> Result<PathBuf> {
         let path = self.scratch.path().join(name);
         // The upper directory's mode is that of the container's root.
-        DirBuilder::new().mode(0o755).create(&path).map_err(at("make", &path))?;
+        DirBuilder::new()
+            .mode(0o755)
+            .create(&path)
+            .map_err(at("make", &path))?;
         Ok(path)
     }
 
@@ -181,7 +202,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/b");
         let scratch = Scratch::make(path.clone()).unwrap();
-        assert_eq!(Scratch::make(path.clone()).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(
+            Scratch::make(path.clone()).unwrap_err().kind(),
+            io::ErrorKind::AlreadyExists
+        );
         fs::write(path.join("file"), "x").unwrap();
         drop(scratch);
         assert!(!path.exists());

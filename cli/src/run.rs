@@ -6,7 +6,7 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
     os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown},
     path::{Path, PathBuf},
 };
@@ -39,9 +39,17 @@ pub(crate) fn run(args: &args::Run) -> Result<u8> {
     let runtime = runtime()?;
     runtime.block_on(async {
         let mut signals = Signals::take()?;
+        let image = match args.image.clone() {
+            Some(path) => Some(
+                signals
+                    .or_stop(move |stop| Ok(image::open(&path, Path::new(paths::LAYERS), stop)?))
+                    .await?,
+            ),
+            None => None,
+        };
         let container = Container::make(&id)?;
         let own = Scratch::make(paths::bundle(&id)).map_err(at("make", paths::bundle(&id)))?;
-        let plan = Plan::new(args, &id, &container, own.path())?;
+        let plan = Plan::new(args, image, &id, &container, own.path())?;
         let mut record = plan.record(&id);
         container.save(&record)?;
         let status = supervise(&id, args.interactive, &plan, own.path(), &mut signals).await?;
@@ -57,12 +65,19 @@ pub(crate) fn run(args: &args::Run) -> Result<u8> {
 
 /// Only root can do what follows.
 pub(crate) fn require_root() -> Result<()> {
-    if rustix::process::geteuid().is_root() { Ok(()) } else { Err(Error::NotRoot) }
+    if rustix::process::geteuid().is_root() {
+        Ok(())
+    } else {
+        Err(Error::NotRoot)
+    }
 }
 
 /// One thread is enough for a client.
 pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("set up the event loop"))
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(host("set up the event loop"))
 }
 
 /// The exit code of a process as ours.
@@ -72,9 +87,15 @@ pub(crate) fn exit_code(status: u32) -> u8 {
 
 fn random_id() -> Result<ContainerId> {
     let mut bytes = [0_u8; 6];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+    let mut source = fs::File::open("/dev/urandom").map_err(host("get random bytes"))?;
+    source
+        .read_exact(&mut bytes)
         .map_err(host("get random bytes"))?;
-    hex::encode(bytes).parse().map_err(|reason| Error::Refused { what: "Id", value: String::new(), reason })
+    hex::encode(bytes).parse().map_err(|reason| Error::Refused {
+        what: "Id",
+        value: String::new(),
+        reason,
+    })
 }
 
 /// Starts the supervisor, runs the process to its end and takes all down again.
@@ -85,7 +106,14 @@ async fn supervise(
     own: &Path,
     signals: &mut Signals,
 ) -> Result<u32> {
-    let streams = Streams::new(own, "", Wanted { stdin, terminal: plan.terminal })?;
+    let streams = Streams::new(
+        own,
+        "",
+        Wanted {
+            stdin,
+            terminal: plan.terminal,
+        },
+    )?;
     let shim = Shim::start(id, &plan.bundle)?;
     let address = shim.address().to_owned();
     let task = signals.or(Task::connect(id, &address)).await?;
@@ -99,12 +127,18 @@ async fn supervise(
     request.stdout = stdout;
     request.stderr = stderr;
     signals.or(task.create(&request)).await?;
-    let process = Process { id: id.clone(), exec_id: String::new() };
+    let process = Process {
+        id: id.clone(),
+        exec_id: String::new(),
+    };
     let status = attach::run(&task, &process, streams, plan.terminal, signals).await?;
     // What the shim says of an end that nobody asked for is the cause; afterwards
     // it is gone with the pod.
     if let Some(reason) = client::reason(id) {
-        return Err(Error::Gone { reason, started: true });
+        return Err(Error::Gone {
+            reason,
+            started: true,
+        });
     }
     task.delete(&process).await?;
     shim.close(&task).await;
@@ -134,26 +168,37 @@ impl Drop for Leftover {
 }
 
 impl Plan {
-    fn new(args: &args::Run, id: &ContainerId, container: &Container, own: &Path) -> Result<Self> {
+    fn new(
+        args: &args::Run,
+        image: Option<image::Image>,
+        id: &ContainerId,
+        container: &Container,
+        own: &Path,
+    ) -> Result<Self> {
         if let Some(bundle) = &args.bundle {
             return Plan::of_bundle(bundle);
         }
-        let (rootfs, roots, config, source) = if let Some(dir) = &args.rootfs {
-            let root = directory(dir)?;
+        let (rootfs, roots, config, source) = if let Some(image) = image {
+            let mount = overlay(&image.layers, container)?;
+            let roots = image.layers.iter().rev().cloned().collect();
+            (
+                mount,
+                roots,
+                image.config,
+                args.image.clone().unwrap_or_default(),
+            )
+        } else {
+            let dir = args.rootfs.clone().unwrap_or_default();
+            let root = directory(&dir)?;
             let mut mount = Mount::new();
             mount.type_ = "bind".to_owned();
             mount.source = utf8(&root)?;
             mount.options = ["rbind", "rw"].map(str::to_owned).to_vec();
-            (mount, vec![root], image::Config::default(), dir.display().to_string())
-        } else {
-            let path = args.image.as_deref().unwrap_or(Path::new(""));
-            let image = image::open(path, Path::new(paths::LAYERS))?;
-            let mount = overlay(&image.layers, container)?;
-            let roots = image.layers.iter().rev().cloned().collect();
-            (mount, roots, image.config, path.display().to_string())
+            (mount, vec![root], image::Config::default(), dir)
         };
         let settings = settings(args, id, &roots, &config)?;
-        let text = serde_json::to_vec(&settings.spec()).map_err(|error| at::<std::io::Error>("write", own)(error.into()))?;
+        let text = serde_json::to_vec(&settings.spec())
+            .map_err(|error| at::<std::io::Error>("write", own)(error.into()))?;
         let path = own.join("config.json");
         let mut file = fs::File::options()
             .write(true)
@@ -168,7 +213,7 @@ impl Plan {
             bundle: own.to_owned(),
             rootfs: vec![rootfs],
             terminal: args.tty,
-            source,
+            source: source.display().to_string(),
             command: settings.args,
             env: settings.env,
             cwd: settings.cwd,
@@ -181,12 +226,15 @@ impl Plan {
         let bundle = directory(dir)?;
         let path = bundle.join("config.json");
         let text = fs::read(&path).map_err(at("read", &path))?;
-        let spec: serde_json::Value =
-            serde_json::from_slice(&text).map_err(|error| at::<std::io::Error>("understand", &path)(error.into()))?;
+        let spec: serde_json::Value = serde_json::from_slice(&text)
+            .map_err(|error| at::<std::io::Error>("understand", &path)(error.into()))?;
         let process = spec.get("process");
         let words = |name: &str| -> Vec<String> {
             let list = process.and_then(|process| process.get(name)?.as_array());
-            list.into_iter().flatten().filter_map(|word| word.as_str().map(str::to_owned)).collect()
+            list.into_iter()
+                .flatten()
+                .filter_map(|word| word.as_str().map(str::to_owned))
+                .collect()
         };
         let command = words("args");
         if command.is_empty() {
@@ -196,8 +244,12 @@ impl Plan {
                 reason: "process.args of its config.json names no program to run".to_owned(),
             });
         }
-        let terminal = process.and_then(|process| process.get("terminal")?.as_bool()).unwrap_or(false);
-        let cwd = process.and_then(|process| process.get("cwd")?.as_str()).unwrap_or("/");
+        let terminal = process
+            .and_then(|process| process.get("terminal")?.as_bool())
+            .unwrap_or(false);
+        let cwd = process
+            .and_then(|process| process.get("cwd")?.as_str())
+            .unwrap_or("/");
         Ok(Plan {
             _address: Some(Leftover(bundle.join("address"))),
             bundle,
@@ -224,14 +276,22 @@ impl Plan {
     }
 }
 
-fn settings(args: &args::Run, id: &ContainerId, roots: &[PathBuf], config: &image::Config) -> Result<Settings> {
+fn settings(
+    args: &args::Run,
+    id: &ContainerId,
+    roots: &[PathBuf],
+    config: &image::Config,
+) -> Result<Settings> {
     let user = args.user.as_deref().unwrap_or(&config.user);
     let Identity { user, home } = image::users::look_up(roots, user)?;
     let mut env = config.env.clone();
     spec::merge_env(&mut env, &args.env, own_env);
     spec::default_env(&mut env, "PATH", spec::PATH);
     spec::default_env(&mut env, "HOME", &home);
-    let hostname = args.hostname.clone().unwrap_or_else(|| id.as_str().chars().take(64).collect());
+    let hostname = args
+        .hostname
+        .clone()
+        .unwrap_or_else(|| id.as_str().chars().take(64).collect());
     spec::default_env(&mut env, "HOSTNAME", &hostname);
     if args.tty {
         let term = own_env("TERM").unwrap_or_else(|| "xterm".to_owned());
@@ -240,12 +300,21 @@ fn settings(args: &args::Run, id: &ContainerId, roots: &[PathBuf], config: &imag
     let cwd = match args.workdir.as_deref().unwrap_or(&config.working_dir) {
         "" => "/".to_owned(),
         dir if dir.starts_with('/') => dir.to_owned(),
-        dir => return Err(refused("Working directory", dir, "it must be an absolute path in the container")),
+        dir => {
+            return Err(refused(
+                "Working directory",
+                dir,
+                "it must be an absolute path in the container",
+            ));
+        }
     };
     let command = command(&args.command, config)?;
     let mut volumes = Vec::new();
     for volume in &args.volume {
-        let source = volume.source.canonicalize().map_err(at("use as a volume", &volume.source))?;
+        let source = volume
+            .source
+            .canonicalize()
+            .map_err(at("use as a volume", &volume.source))?;
         volumes.push((utf8(&source)?, volume.destination.clone(), volume.access));
     }
     Ok(Settings {
@@ -268,7 +337,11 @@ fn command(words: &[String], config: &image::Config) -> Result<Vec<String>> {
     let mut command = config.entrypoint.clone();
     command.extend_from_slice(if words.is_empty() { &config.cmd } else { words });
     if command.is_empty() {
-        return Err(refused("Command", "", "the image names none; give one after --"));
+        return Err(refused(
+            "Command",
+            "",
+            "the image names none; give one after --",
+        ));
     }
     Ok(command)
 }
@@ -287,27 +360,44 @@ fn overlay(layers: &[PathBuf], container: &Container) -> Result<Mount> {
     // image's owner and mode.
     if let Some(top) = layers.last() {
         let meta = fs::metadata(top).map_err(at("use the layer", top))?;
-        chown(&upper, Some(meta.uid()), Some(meta.gid())).map_err(at("give an owner to", &upper))?;
+        chown(&upper, Some(meta.uid()), Some(meta.gid()))
+            .map_err(at("give an owner to", &upper))?;
         let mode = fs::Permissions::from_mode(meta.mode() & 0o7777);
         fs::set_permissions(&upper, mode).map_err(at("give a mode to", &upper))?;
     }
-    let lower = layers.iter().rev().map(|layer| utf8(layer)).collect::<Result<Vec<_>>>()?.join(":");
+    let lower = layers
+        .iter()
+        .rev()
+        .map(|layer| utf8(layer))
+        .collect::<Result<Vec<_>>>()?
+        .join(":");
     if lower.len() > MAX_MOUNT_OPTIONS {
         let reason = "the kernel takes about 40 in one mount; squash the image";
-        return Err(refused("Number of layers", &layers.len().to_string(), reason));
+        return Err(refused(
+            "Number of layers",
+            &layers.len().to_string(),
+            reason,
+        ));
     }
     let mut mount = Mount::new();
     mount.type_ = "overlay".to_owned();
     mount.source = "overlay".to_owned();
-    mount.options =
-        vec![format!("lowerdir={lower}"), format!("upperdir={}", utf8(&upper)?), format!("workdir={}", utf8(&work)?)];
+    mount.options = vec![
+        format!("lowerdir={lower}"),
+        format!("upperdir={}", utf8(&upper)?),
+        format!("workdir={}", utf8(&work)?),
+    ];
     Ok(mount)
 }
 
 fn directory(dir: &Path) -> Result<PathBuf> {
     let path = dir.canonicalize().map_err(at("open", dir))?;
     if !path.is_dir() {
-        return Err(refused("Path", &dir.display().to_string(), "it is not a directory"));
+        return Err(refused(
+            "Path",
+            &dir.display().to_string(),
+            "it is not a directory",
+        ));
     }
     Ok(path)
 }
@@ -324,7 +414,11 @@ pub(crate) fn own_env(name: &str) -> Option<String> {
 
 /// A refusal of a value.
 pub(crate) fn refused(what: &'static str, value: &str, reason: &str) -> Error {
-    Error::Refused { what, value: value.to_owned(), reason: reason.to_owned() }
+    Error::Refused {
+        what,
+        value: value.to_owned(),
+        reason: reason.to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -333,10 +427,21 @@ mod tests {
 
     #[test]
     fn the_callers_words_replace_the_images_but_not_its_entry_point() {
-        let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-        let config = image::Config { entrypoint: words(&["e"]), cmd: words(&["c"]), ..image::Config::default() };
+        let words = |list: &[&str]| {
+            list.iter()
+                .map(|word| (*word).to_owned())
+                .collect::<Vec<_>>()
+        };
+        let config = image::Config {
+            entrypoint: words(&["e"]),
+            cmd: words(&["c"]),
+            ..image::Config::default()
+        };
         assert_eq!(command(&[], &config).unwrap(), ["e", "c"]);
-        assert_eq!(command(&words(&["x", "y"]), &config).unwrap(), ["e", "x", "y"]);
+        assert_eq!(
+            command(&words(&["x", "y"]), &config).unwrap(),
+            ["e", "x", "y"]
+        );
         assert!(command(&[], &image::Config::default()).is_err());
     }
 
@@ -349,6 +454,12 @@ mod tests {
             assert!(error.text().contains("process.args"), "{}", error.text());
         }
         fs::write(dir.path().join("config.json"), "nonsense").unwrap();
-        assert!(Plan::of_bundle(dir.path()).err().unwrap().text().contains("config.json"));
+        assert!(
+            Plan::of_bundle(dir.path())
+                .err()
+                .unwrap()
+                .text()
+                .contains("config.json")
+        );
     }
 }

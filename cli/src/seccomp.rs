@@ -110,10 +110,29 @@ mod tests {
         let names: Vec<&str> = ALLOWED.split_whitespace().collect();
         let set: HashSet<&str> = names.iter().copied().collect();
         assert_eq!(set.len(), names.len());
-        for name in ["mount", "umount2", "unshare", "setns", "bpf", "init_module", "kexec_load", "reboot", "settimeofday",
-            "swapon", "add_key", "keyctl", "io_uring_setup", "userfaultfd", "open_by_handle_at", "perf_event_open",
-            "pivot_root", "clone", "clone3", "socket", "personality"]
-        {
+        for name in [
+            "mount",
+            "umount2",
+            "unshare",
+            "setns",
+            "bpf",
+            "init_module",
+            "kexec_load",
+            "reboot",
+            "settimeofday",
+            "swapon",
+            "add_key",
+            "keyctl",
+            "io_uring_setup",
+            "userfaultfd",
+            "open_by_handle_at",
+            "perf_event_open",
+            "pivot_root",
+            "clone",
+            "clone3",
+            "socket",
+            "personality",
+        ] {
             assert!(!set.contains(name), "{name}");
         }
     }

@@ -66,9 +66,14 @@ impl FromStr for Number {
             _ => name
                 .strip_prefix("RTMIN+")
                 .and_then(|rest| Some(34 + offset(rest)?))
-                .or_else(|| name.strip_prefix("RTMAX-").and_then(|rest| Some(64 - offset(rest)?))),
+                .or_else(|| {
+                    name.strip_prefix("RTMAX-")
+                        .and_then(|rest| Some(64 - offset(rest)?))
+                }),
         };
-        number.map(Number).ok_or_else(|| format!("there is no signal {text:?}; `kill -l` lists them"))
+        number
+            .map(Number)
+            .ok_or_else(|| format!("there is no signal {text:?}; `kill -l` lists them"))
     }
 }
 
@@ -78,7 +83,14 @@ mod tests {
 
     #[test]
     fn names_and_numbers_are_understood() {
-        let cases = [("TERM", 15), ("SIGTERM", 15), ("sigint", 2), ("9", 9), ("RTMIN+3", 37), ("SIGRTMAX-1", 63)];
+        let cases = [
+            ("TERM", 15),
+            ("SIGTERM", 15),
+            ("sigint", 2),
+            ("9", 9),
+            ("RTMIN+3", 37),
+            ("SIGRTMAX-1", 63),
+        ];
         for (text, number) in cases {
             assert_eq!(text.parse(), Ok(Number(number)), "{text}");
         }

@@ -73,6 +73,8 @@ pub(crate) struct Settings {
 impl Settings {
     /// `config.json`.
     pub(crate) fn spec(&self) -> Value {
+        let namespaces =
+            ["pid", "ipc", "uts", "mount", "network", "cgroup"].map(|kind| json!({"type": kind}));
         json!({
             "ociVersion": "1.2.0",
             "process": self.process(),
@@ -80,7 +82,7 @@ impl Settings {
             "hostname": self.hostname,
             "mounts": self.mounts(),
             "linux": {
-                "namespaces": ["pid", "ipc", "uts", "mount", "network", "cgroup"].map(|kind| json!({"type": kind})),
+                "namespaces": namespaces,
                 "resources": self.resources(),
                 "seccomp": seccomp::default_profile(),
                 "maskedPaths": [
@@ -125,30 +127,54 @@ impl Settings {
         if let Some(Some(size)) = self.terminal
             && let Some(process) = process.as_object_mut()
         {
-            process.insert("consoleSize".to_owned(), json!({"width": size.width, "height": size.height}));
+            process.insert(
+                "consoleSize".to_owned(),
+                json!({"width": size.width, "height": size.height}),
+            );
         }
         process
     }
 
     fn mounts(&self) -> Vec<Value> {
-        let mount = |destination: &str, kind: &str, options: &[&str]| {
-            json!({"destination": destination, "type": kind, "source": kind, "options": options})
-        };
+        let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
         let mut mounts = vec![
             mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
-            mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+            mount(
+                "/dev",
+                "tmpfs",
+                &["nosuid", "strictatime", "mode=755", "size=65536k"],
+            ),
             mount(
                 "/dev/pts",
                 "devpts",
-                &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+                &[
+                    "nosuid",
+                    "noexec",
+                    "newinstance",
+                    "ptmxmode=0666",
+                    "mode=0620",
+                    "gid=5",
+                ],
             ),
             mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-            mount("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
+            mount(
+                "/sys/fs/cgroup",
+                "cgroup",
+                &["nosuid", "noexec", "nodev", "relatime", "ro"],
+            ),
             mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
-            mount("/dev/shm", "tmpfs", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
+            mount(
+                "/dev/shm",
+                "tmpfs",
+                &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"],
+            ),
         ];
         for (source, destination, access) in &self.volumes {
-            let access = if *access == Access::ReadOnly { "ro" } else { "rw" };
+            let access = if *access == Access::ReadOnly {
+                "ro"
+            } else {
+                "rw"
+            };
             mounts.push(json!({
                 "destination": destination,
                 "type": "bind",
@@ -166,7 +192,10 @@ impl Settings {
         }
         if let Some(thousandths) = self.cpus {
             let quota_us = u64::from(thousandths) * u64::from(PERIOD_US) / 1000;
-            resources.insert("cpu".to_owned(), json!({"quota": quota_us, "period": PERIOD_US}));
+            resources.insert(
+                "cpu".to_owned(),
+                json!({"quota": quota_us, "period": PERIOD_US}),
+            );
         }
         Value::Object(resources)
     }
@@ -174,9 +203,15 @@ impl Settings {
 
 /// Adds `add` to `env`: the last word on each name wins, its place is kept. A name
 /// without a value is taken from `own`, and left out if it is not there.
-pub(crate) fn merge_env(env: &mut Vec<String>, add: &[String], own: impl Fn(&str) -> Option<String>) {
+pub(crate) fn merge_env(
+    env: &mut Vec<String>,
+    add: &[String],
+    own: impl Fn(&str) -> Option<String>,
+) {
     for entry in add {
-        let name = entry.split_once('=').map_or(entry.as_str(), |(name, _)| name);
+        let name = entry
+            .split_once('=')
+            .map_or(entry.as_str(), |(name, _)| name);
         let entry = if entry.contains('=') {
             entry.clone()
         } else {
@@ -185,7 +220,11 @@ pub(crate) fn merge_env(env: &mut Vec<String>, add: &[String], own: impl Fn(&str
                 None => continue,
             }
         };
-        let same = |known: &&mut String| known.split_once('=').is_some_and(|(known, _)| known == name);
+        let same = |known: &&mut String| {
+            known
+                .split_once('=')
+                .is_some_and(|(known, _)| known == name)
+        };
         match env.iter_mut().find(same) {
             Some(known) => *known = entry,
             None => env.push(entry),
@@ -195,7 +234,11 @@ pub(crate) fn merge_env(env: &mut Vec<String>, add: &[String], own: impl Fn(&str
 
 /// Adds `NAME=VALUE` unless the name is set.
 pub(crate) fn default_env(env: &mut Vec<String>, name: &str, value: &str) {
-    if !env.iter().any(|known| known.split_once('=').is_some_and(|(known, _)| known == name)) {
+    if !env.iter().any(|known| {
+        known
+            .split_once('=')
+            .is_some_and(|(known, _)| known == name)
+    }) {
         env.push(format!("{name}={value}"));
     }
 }
@@ -208,7 +251,9 @@ mod tests {
     fn the_last_word_on_a_variable_wins() {
         let mut env = vec!["A=1".to_owned(), "B=2".to_owned()];
         let add = ["A=3", "C", "D", "E=", "B=a=b"].map(str::to_owned);
-        merge_env(&mut env, &add, |name| (name == "C").then(|| "own".to_owned()));
+        merge_env(&mut env, &add, |name| {
+            (name == "C").then(|| "own".to_owned())
+        });
         assert_eq!(env, ["A=3", "B=a=b", "C=own", "E="]);
         default_env(&mut env, "A", "x");
         default_env(&mut env, "Z", "x");
@@ -218,10 +263,17 @@ mod tests {
 
     #[test]
     fn limits_become_cgroup_values() {
-        let settings = Settings { cpus: Some(1500), memory: Some(1 << 29), ..Settings::default() };
+        let settings = Settings {
+            cpus: Some(1500),
+            memory: Some(1 << 29),
+            ..Settings::default()
+        };
         let spec = settings.spec();
         let resources = &spec["linux"]["resources"];
-        assert_eq!(resources["cpu"], json!({"quota": 150_000, "period": 100_000}));
+        assert_eq!(
+            resources["cpu"],
+            json!({"quota": 150_000, "period": 100_000})
+        );
         assert_eq!(resources["memory"]["limit"], 1 << 29);
         assert_eq!(Settings::default().spec()["linux"]["resources"], json!({}));
     }
@@ -229,7 +281,10 @@ mod tests {
     #[test]
     fn volumes_come_last_with_their_access() {
         let volume = ("/a".to_owned(), "/b".to_owned(), Access::ReadOnly);
-        let settings = Settings { volumes: vec![volume], ..Settings::default() };
+        let settings = Settings {
+            volumes: vec![volume],
+            ..Settings::default()
+        };
         let spec = settings.spec();
         let last = spec["mounts"].as_array().unwrap().last().unwrap();
         assert_eq!(last["options"], json!(["rbind", "rprivate", "ro"]));

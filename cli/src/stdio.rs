@@ -74,8 +74,13 @@ impl End {
         let ours = fifo.open(direction)?;
         // Only the open must not block; the thread that copies shall.
         let flags = rustix::fs::fcntl_getfl(&ours).map_err(host("read the flags of a FIFO"))?;
-        rustix::fs::fcntl_setfl(&ours, flags - OFlags::NONBLOCK).map_err(host("set the flags of a FIFO"))?;
-        Ok(End { fifo, ours: Some(ours.into()), keeper: Some(keeper) })
+        rustix::fs::fcntl_setfl(&ours, flags - OFlags::NONBLOCK)
+            .map_err(host("set the flags of a FIFO"))?;
+        Ok(End {
+            fifo,
+            ours: Some(ours.into()),
+            keeper: Some(keeper),
+        })
     }
 }
 
@@ -110,15 +115,25 @@ impl Streams {
         } else {
             Some(End::new(dir, &format!("{prefix}stderr"), OFlags::RDONLY)?)
         };
-        Ok(Streams { stdin, stdout, stderr })
+        Ok(Streams {
+            stdin,
+            stdout,
+            stderr,
+        })
     }
 
     /// Paths of stdin, stdout and stderr; empty for none.
     pub(crate) fn names(&self) -> [String; 3] {
         let name = |end: Option<&End>| {
-            end.map_or_else(String::new, |end| end.fifo.path.to_string_lossy().into_owned())
+            end.map_or_else(String::new, |end| {
+                end.fifo.path.to_string_lossy().into_owned()
+            })
         };
-        [name(self.stdin.as_ref()), name(Some(&self.stdout)), name(self.stderr.as_ref())]
+        [
+            name(self.stdin.as_ref()),
+            name(Some(&self.stdout)),
+            name(self.stderr.as_ref()),
+        ]
     }
 
     /// The shim holds its ends: ours that kept them open go.
@@ -149,8 +164,15 @@ impl Streams {
 
     /// Starts to pass output on; the answers come when all of it was.
     pub(crate) fn copy_output(&mut self) -> Vec<oneshot::Receiver<Copied>> {
-        let stderr = self.stderr.as_mut().and_then(|end| Some((end.ours.take()?, unbuffered(io::stderr().as_fd()))));
-        let stdout = self.stdout.ours.take().map(|fifo| (fifo, unbuffered(io::stdout().as_fd())));
+        let stderr = self
+            .stderr
+            .as_mut()
+            .and_then(|end| Some((end.ours.take()?, unbuffered(io::stderr().as_fd()))));
+        let stdout = self
+            .stdout
+            .ours
+            .take()
+            .map(|fifo| (fifo, unbuffered(io::stdout().as_fd())));
         let mut answers = Vec::new();
         for (fifo, sink) in stdout.into_iter().chain(stderr) {
             let (done, ended) = oneshot::channel();
@@ -219,7 +241,10 @@ mod tests {
     #[test]
     fn a_read_ends_when_the_shims_end_is_closed_and_not_before() {
         let dir = tempfile::tempdir().unwrap();
-        let wanted = Wanted { stdin: true, terminal: false };
+        let wanted = Wanted {
+            stdin: true,
+            terminal: false,
+        };
         let mut streams = Streams::new(dir.path(), "", wanted).unwrap();
         let [_, stdout, stderr] = streams.names();
         assert!(!stderr.is_empty());
@@ -228,16 +253,36 @@ mod tests {
         shim.write_all(b"all of it").unwrap();
         drop(shim);
         let mut text = String::new();
-        streams.stdout.ours.take().unwrap().read_to_string(&mut text).unwrap();
+        streams
+            .stdout
+            .ours
+            .take()
+            .unwrap()
+            .read_to_string(&mut text)
+            .unwrap();
         assert_eq!(text, "all of it");
     }
 
     #[test]
     fn nothing_hangs_if_the_shim_never_opens_its_end() {
         let dir = tempfile::tempdir().unwrap();
-        let mut streams = Streams::new(dir.path(), "x-", Wanted { stdin: false, terminal: true }).unwrap();
+        let mut streams = Streams::new(
+            dir.path(),
+            "x-",
+            Wanted {
+                stdin: false,
+                terminal: true,
+            },
+        )
+        .unwrap();
         streams.attached();
-        assert_eq!(copy(streams.stdout.ours.take().unwrap(), &File::create("/dev/null").unwrap()), Copied::All);
+        assert_eq!(
+            copy(
+                streams.stdout.ours.take().unwrap(),
+                &File::create("/dev/null").unwrap()
+            ),
+            Copied::All
+        );
         drop(streams);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }

@@ -39,6 +39,11 @@ impl Drop for Raw {
 
 /// The size of the terminal, of standard output or else of standard input.
 pub(crate) fn size() -> Option<Size> {
-    let size = tcgetwinsize(io::stdout()).or_else(|_| tcgetwinsize(io::stdin())).ok()?;
-    (size.ws_col != 0 && size.ws_row != 0).then_some(Size { width: size.ws_col, height: size.ws_row })
+    let size = tcgetwinsize(io::stdout())
+        .or_else(|_| tcgetwinsize(io::stdin()))
+        .ok()?;
+    (size.ws_col != 0 && size.ws_row != 0).then_some(Size {
+        width: size.ws_col,
+        height: size.ws_row,
+    })
 }

@@ -12,6 +12,7 @@ pub(crate) mod users;
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
 };
 
 use serde::Deserialize;
@@ -48,7 +49,9 @@ pub(crate) enum Error {
         reason: String,
     },
     /// Content that is not what its digest says.
-    #[error("The image's {what} has the digest {found}, but should have {expected}; fetch the image again")]
+    #[error(
+        "The image's {what} has the digest {found}, but should have {expected}; fetch the image again"
+    )]
     Digest {
         /// Its name.
         what: String,
@@ -124,11 +127,15 @@ pub(crate) struct Image {
 }
 
 /// Opens the image at `path`, and unpacks into `store` the layers it lacks.
-pub(crate) fn open(path: &Path, store: &Path) -> Result<Image> {
+/// Ends early once `stop` is set.
+pub(crate) fn open(path: &Path, store: &Path, stop: &AtomicBool) -> Result<Image> {
     let source = archive::Source::open(path)?;
     let description = layout::describe(&source)?;
-    let layers = store::provide(store, &source, &description)?;
-    Ok(Image { layers, config: description.config })
+    let layers = store::provide(store, &source, &description, stop)?;
+    Ok(Image {
+        layers,
+        config: description.config,
+    })
 }
 
 /// A digest of an image: SHA-256 only, which all builders write.
@@ -152,9 +159,14 @@ impl TryFrom<String> for Digest {
         let hex = text.strip_prefix("sha256:").unwrap_or_default();
         let lower = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
         if hex.len() == 64 && hex.bytes().all(lower) {
-            Ok(Digest { hex: hex.to_owned() })
+            Ok(Digest {
+                hex: hex.to_owned(),
+            })
         } else {
-            Err(format!("{:?} is no SHA-256 digest", text.chars().take(100).collect::<String>()))
+            Err(format!(
+                "{:?} is no SHA-256 digest",
+                text.chars().take(100).collect::<String>()
+            ))
         }
     }
 }

@@ -35,29 +35,49 @@ pub(crate) fn look_up(roots: &[PathBuf], text: &str) -> Result<Identity> {
     let user = if user.is_empty() { "0" } else { user };
     let passwd = read(roots, "etc/passwd")?;
     let groups = read(roots, "etc/group")?;
-    resolve(user, group, &passwd, &groups).map_err(|reason| Error::User { user: text.to_owned(), reason })
+    resolve(user, group, &passwd, &groups).map_err(|reason| Error::User {
+        user: text.to_owned(),
+        reason,
+    })
 }
 
-fn resolve(user: &str, group: Option<&str>, passwd: &str, groups: &str) -> Result<Identity, String> {
+fn resolve(
+    user: &str,
+    group: Option<&str>,
+    passwd: &str,
+    groups: &str,
+) -> Result<Identity, String> {
     let number = user.parse::<u32>().ok();
     let entry = passwd.lines().find_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
         let (name, uid) = (*fields.first()?, fields.get(2)?.parse::<u32>().ok()?);
         let gid = fields.get(3)?.parse::<u32>().ok()?;
         let home = fields.get(5).copied().unwrap_or_default();
-        let same = if number.is_some() { number == Some(uid) } else { name == user };
+        let same = if number.is_some() {
+            number == Some(uid)
+        } else {
+            name == user
+        };
         same.then_some((name, uid, gid, home))
     });
     let (name, uid, mut gid, home) = match (entry, number) {
         (Some((name, uid, gid, home)), _) => (Some(name), uid, gid, home),
         (None, Some(uid)) if uid != u32::MAX => (None, uid, 0, ""),
         (None, Some(_)) => return Err("4294967295 is no user".to_owned()),
-        (None, None) => return Err(format!("{user:?} is not in the image's /etc/passwd; give a number")),
+        (None, None) => {
+            return Err(format!(
+                "{user:?} is not in the image's /etc/passwd; give a number"
+            ));
+        }
     };
     let entries = groups.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
         let gid = fields.get(2)?.parse::<u32>().ok()?;
-        Some((*fields.first()?, gid, fields.get(3).copied().unwrap_or_default()))
+        Some((
+            *fields.first()?,
+            gid,
+            fields.get(3).copied().unwrap_or_default(),
+        ))
     });
     let mut further = Vec::new();
     if let Some(group) = group {
@@ -67,19 +87,30 @@ fn resolve(user: &str, group: Option<&str>, passwd: &str, groups: &str) -> Resul
             Err(_) => entries
                 .clone()
                 .find_map(|(name, gid, _)| (name == group).then_some(gid))
-                .ok_or_else(|| format!("{group:?} is not in the image's /etc/group; give a number"))?,
+                .ok_or_else(|| {
+                    format!("{group:?} is not in the image's /etc/group; give a number")
+                })?,
         };
     } else if let Some(name) = name {
         // A group that was asked for stands alone, as with Docker.
         further = entries
-            .filter(|(_, other, members)| *other != gid && members.split(',').any(|member| member == name))
+            .filter(|(_, other, members)| {
+                *other != gid && members.split(',').any(|member| member == name)
+            })
             .map(|(_, gid, _)| gid)
             .collect();
         further.sort_unstable();
         further.dedup();
     }
     let home = if home.starts_with('/') { home } else { "/" };
-    Ok(Identity { user: User { uid, gid, groups: further }, home: home.to_owned() })
+    Ok(Identity {
+        user: User {
+            uid,
+            gid,
+            groups: further,
+        },
+        home: home.to_owned(),
+    })
 }
 
 /// The text of `name` in the uppermost layer that has it; empty if none has.
@@ -90,14 +121,23 @@ fn read(roots: &[PathBuf], name: &'static str) -> Result<String> {
     };
     for root in roots {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = openat(CWD, root, flags, Mode::empty()).map_err(|error| failed(root)(error.into()))?;
+        let dir =
+            openat(CWD, root, flags, Mode::empty()).map_err(|error| failed(root)(error.into()))?;
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         // What is opened for good is known to be a regular file: a device node of an
         // image is not touched.
-        let place = match openat2(&dir, name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve) {
+        let place = match openat2(
+            &dir,
+            name,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+            resolve,
+        ) {
             Ok(place) => place,
-            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => continue,
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => {
+                continue;
+            }
             Err(error) => return Err(failed(root)(error.into())),
         };
         let stat = rustix::fs::fstat(&place).map_err(|error| failed(root)(error.into()))?;
@@ -107,9 +147,13 @@ fn read(roots: &[PathBuf], name: &'static str) -> Result<String> {
             FileType::CharacterDevice => return Ok(String::new()),
             _ => continue,
         }
-        let file = openat2(&dir, name, flags, Mode::empty(), resolve).map_err(|error| failed(root)(error.into()))?;
+        let file = openat2(&dir, name, flags, Mode::empty(), resolve)
+            .map_err(|error| failed(root)(error.into()))?;
         let mut bytes = Vec::new();
-        File::from(file).take(MAX_BYTES).read_to_end(&mut bytes).map_err(failed(root))?;
+        File::from(file)
+            .take(MAX_BYTES)
+            .read_to_end(&mut bytes)
+            .map_err(failed(root))?;
         return Ok(String::from_utf8_lossy(&bytes).into_owned());
     }
     Ok(String::new())
@@ -131,11 +175,23 @@ mod tests {
 
     #[test]
     fn names_and_numbers_are_looked_up() {
-        assert_eq!(who("web", None), Ok((33, 34, vec![4], "/var/www".to_owned())));
-        assert_eq!(who("33", None), Ok((33, 34, vec![4], "/var/www".to_owned())));
-        assert_eq!(who("web", Some("mail")), Ok((33, 8, vec![], "/var/www".to_owned())));
+        assert_eq!(
+            who("web", None),
+            Ok((33, 34, vec![4], "/var/www".to_owned()))
+        );
+        assert_eq!(
+            who("33", None),
+            Ok((33, 34, vec![4], "/var/www".to_owned()))
+        );
+        assert_eq!(
+            who("web", Some("mail")),
+            Ok((33, 8, vec![], "/var/www".to_owned()))
+        );
         assert_eq!(who("1000", None), Ok((1000, 0, vec![], "/".to_owned())));
-        assert_eq!(who("1000", Some("7")), Ok((1000, 7, vec![], "/".to_owned())));
+        assert_eq!(
+            who("1000", Some("7")),
+            Ok((1000, 7, vec![], "/".to_owned()))
+        );
     }
 
     #[test]
@@ -151,7 +207,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("etc")).unwrap();
         symlink("/etc/passwd", dir.path().join("etc/group")).unwrap();
-        symlink("../../../../../../etc/passwd", dir.path().join("etc/passwd")).unwrap();
+        symlink(
+            "../../../../../../etc/passwd",
+            dir.path().join("etc/passwd"),
+        )
+        .unwrap();
         let roots = [dir.path().to_owned()];
         assert_eq!(read(&roots, "etc/passwd").unwrap(), "");
         assert_eq!(read(&roots, "etc/group").unwrap(), "");
