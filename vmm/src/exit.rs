@@ -68,6 +68,42 @@ pub struct Report {
     /// Last lines of the guest's console, escaped, if there was one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub console: Vec<String>,
+    /// What it took, if the machine came to run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stats: Option<Stats>,
+}
+
+/// Costs of a machine's life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Exits to the VMM, by kind.
+    pub exits: Exits,
+    /// CLOCK_MONOTONIC in µs when `main` began.
+    pub main_us: u64,
+    /// CLOCK_MONOTONIC in µs just before the first processor entered the guest.
+    pub first_run_us: u64,
+    /// CLOCK_MONOTONIC in µs when the end was seen.
+    pub end_us: u64,
+}
+
+/// Exits from the guest to the VMM's process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exits {
+    /// To I/O ports.
+    pub port: u64,
+    /// To device registers and unassigned addresses.
+    pub mmio: u64,
+    /// Not exits: register writes that came along with a later one.
+    pub collected: u64,
+    /// All others.
+    pub other: u64,
+}
+
+/// Text from the guest as one line: without its trailing white space, control and
+/// non-ASCII characters escaped.
+#[must_use]
+pub fn printable(text: &[u8]) -> String {
+    text.trim_ascii_end().escape_ascii().to_string()
 }
 
 /// The end of the virtual machine, from whichever thread meets it first.

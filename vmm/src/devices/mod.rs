@@ -6,9 +6,15 @@
 //! DRIVER_OK and owns the queues. The transport (`mmio.rs`) creates the queues,
 //! checks them, moves them in at activation and takes the worker down at reset.
 
+pub mod block;
+pub mod console;
 pub mod fs;
+pub mod queue;
 #[cfg(test)]
 mod ring;
+pub mod rng;
+#[cfg(test)]
+mod testing;
 pub mod vsock;
 
 use std::{io, sync::Arc};
@@ -16,6 +22,8 @@ use std::{io, sync::Arc};
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::event_loop::Registration;
 
 /// What the driver sees before it sets DRIVER_OK.
 pub trait Device: Send {
@@ -83,4 +91,9 @@ impl Interrupt {
         // The counter cannot overflow: the kernel takes each write at once.
         let _ = self.0.write(1);
     }
+}
+
+/// A worker that is a handler in an event loop.
+impl Worker for Registration {
+    fn stop(self: Box<Self>) {}
 }

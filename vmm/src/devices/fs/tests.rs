@@ -512,7 +512,7 @@ fn forged_and_forgotten_numbers_lead_nowhere_b60() {
     }
     assert_eq!(guest.read(1, handle, 0, 1), Err(libc::EBADF));
     let forget = guest.request(FORGET, node, &u64::MAX.to_le_bytes());
-    assert_eq!(guest.exchange(0, &forget, 0), []);
+    assert_eq!(guest.exchange(0, &forget, 0), [0u8; 0]);
     assert_eq!(guest.call(GETATTR, node, &[0; 16]), Err(libc::ESTALE));
     // What is open stays open.
     assert_eq!(guest.read(node, handle, 0, 9), Ok(b"x".to_vec()));
@@ -520,7 +520,7 @@ fn forged_and_forgotten_numbers_lead_nowhere_b60() {
     let mut body = 1000_u32.to_le_bytes().to_vec();
     body.extend([0; 4 + 16]);
     let forget = guest.request(BATCH_FORGET, 0, &body);
-    assert_eq!(guest.exchange(0, &forget, 0), []);
+    assert_eq!(guest.exchange(0, &forget, 0), [0u8; 0]);
     assert!(guest.lookup(1, "file").is_ok());
 }
 
@@ -557,11 +557,11 @@ fn what_comes_at_the_wrong_time_or_place_is_refused_b61() {
     }
     // No header at all, and no room for a reply.
     for len in [0, 1, 39] {
-        assert_eq!(guest.exchange(1, &vec![0xff; len], 4096), []);
+        assert_eq!(guest.exchange(1, &vec![0xff; len], 4096), [0u8; 0]);
     }
     let getattr = guest.request(GETATTR, 1, &[0; 16]);
     for room in [0, 1, 15] {
-        assert_eq!(guest.exchange(1, &getattr, room), []);
+        assert_eq!(guest.exchange(1, &getattr, room), [0u8; 0]);
     }
     guest.call(DESTROY, 0, &[]).unwrap();
     assert_eq!(guest.lookup(1, "x"), Err(libc::EIO));
