@@ -9,6 +9,15 @@
 //!
 //! Each queue has a thread. The threads start with the device, before the guest,
 //! because they alone keep the capabilities that a file server needs.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::unwrap_used,
+        clippy::expect_used
+    )
+)]
 
 mod caller;
 mod file;
