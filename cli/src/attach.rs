@@ -176,7 +176,11 @@ pub(crate) async fn run(
     // What was written before the end is ours to show, however long it takes, but a
     // signal ends that too.
     if !broken {
-        let _ = signals.or(async { Ok(outputs.all().await) }).await;
+        let drained = async {
+            outputs.all().await;
+            Ok(())
+        };
+        let _ = signals.or(drained).await;
     }
     drop(raw);
     Ok(if broken { BROKEN_PIPE } else { status })
@@ -211,7 +215,7 @@ impl Outputs {
                 return;
             }
         }
-        pending().await
+        pending::<()>().await;
     }
 
     /// Comes when all copies have ended.

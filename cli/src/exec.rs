@@ -118,10 +118,10 @@ pub(crate) fn rm(args: &args::Rm) -> Result<u8> {
     let runtime = runtime()?;
     let mut failure = Ok(0);
     for id in &args.ids {
-        if let Err(error) = runtime.block_on(remove(id, args.force)) {
-            if let Err(before) = std::mem::replace(&mut failure, Err(error)) {
-                report(&before);
-            }
+        if let Err(error) = runtime.block_on(remove(id, args.force))
+            && let Err(before) = std::mem::replace(&mut failure, Err(error))
+        {
+            report(&before);
         }
     }
     failure

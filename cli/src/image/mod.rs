@@ -6,6 +6,8 @@
 mod archive;
 mod layout;
 mod store;
+#[cfg(test)]
+mod tests;
 mod unpack;
 pub(crate) mod users;
 

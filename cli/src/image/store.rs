@@ -138,9 +138,9 @@ fn add(
         io::copy(&mut input, &mut io::sink()).map_err(read)?;
         found
     };
-    compare("layer", found, layer.diff_id.hex())?;
+    compare("layer", &found, layer.diff_id.hex())?;
     if let Some(digest) = &layer.digest {
-        compare("layer's file", file.digest(), digest.hex())?;
+        compare("layer's file", &file.digest(), digest.hex())?;
     }
     let dir = File::open(unfinished.path()).map_err(at("sync"))?;
     rustix::fs::syncfs(&dir).map_err(|error| at("sync")(error.into()))?;
@@ -151,7 +151,7 @@ fn add(
     Ok(())
 }
 
-fn compare(what: &str, found: String, expected: &str) -> Result<()> {
+fn compare(what: &str, found: &str, expected: &str) -> Result<()> {
     if found == expected {
         return Ok(());
     }

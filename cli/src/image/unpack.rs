@@ -168,7 +168,7 @@ impl Meta {
         Timestamps {
             last_access: Timespec {
                 tv_sec: 0,
-                tv_nsec: UTIME_OMIT.into(),
+                tv_nsec: UTIME_OMIT,
             },
             last_modification: self.mtime,
         }
@@ -396,7 +396,7 @@ impl Target {
             };
             let last_access = Timespec {
                 tv_sec: 0,
-                tv_nsec: UTIME_OMIT.into(),
+                tv_nsec: UTIME_OMIT,
             };
             futimens(
                 &dir,
