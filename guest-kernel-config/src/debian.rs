@@ -18,6 +18,18 @@ const KEYRINGS: [&str; 2] = [
     "/usr/share/keyrings/debian-archive-keyring.pgp",
 ];
 
+/// The file with the keys that sign Debian's archive.
+///
+/// # Errors
+///
+/// It is not there.
+pub fn keyring() -> Result<&'static str> {
+    KEYRINGS
+        .into_iter()
+        .find(|path| Path::new(path).exists())
+        .with_context(|| format!("No {}: is debian-archive-keyring installed?", KEYRINGS[0]))
+}
+
 /// A Debian mirror.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mirror {
@@ -77,10 +89,7 @@ impl Apt {
     ///
     /// The archive keys are not installed or the directory cannot be written.
     pub fn new(directory: &Path, mirror: &Mirror, suite: &str) -> Result<Apt> {
-        let keyring = KEYRINGS
-            .into_iter()
-            .find(|path| Path::new(path).exists())
-            .with_context(|| format!("No {}: is debian-archive-keyring installed?", KEYRINGS[0]))?;
+        let keyring = keyring()?;
         for name in ["lists/partial", "cache/archives/partial"] {
             let path = directory.join(name);
             fs::create_dir_all(&path).with_context(|| format!("Cannot make {}", path.display()))?;
@@ -106,6 +115,8 @@ impl Apt {
             "Dir::Etc::sourceparts=-".to_owned(),
             set("Dir::State::lists", "lists"),
             set("Dir::Cache", "cache"),
+            // What this machine has installed must not choose the version.
+            "Dir::State::status=/dev/null".to_owned(),
             // Only the list of packages is of use here.
             "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false".to_owned(),
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
@@ -134,6 +145,21 @@ impl Apt {
             .unwrap_or("(none)");
         ensure!(version != "(none)", "The suite has no {package}");
         Ok(version.to_owned())
+    }
+
+    /// The first package that `package` depends on: what a metapackage stands
+    /// for. Must come after [`Apt::candidate`].
+    ///
+    /// # Errors
+    ///
+    /// There is no such package, or it depends on none.
+    pub fn stands_for(&self, package: &str) -> Result<String> {
+        let depends = output(self.command("apt-cache").args(["depends", package]))?;
+        depends
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("Depends: "))
+            .map(str::to_owned)
+            .with_context(|| format!("The package {package} depends on nothing"))
     }
 
     /// Fetches `package`; apt checks it against the signed index.

@@ -3,7 +3,7 @@
 //! - [`lab`] is the outside: it builds a Debian machine with a real KVM, keeps it
 //!   booted in a file, and runs commands in it.
 //! - The rest is the inside: the suites of `tests/suites/` are compiled against
-//!   it, copied into the lab host and run there.
+//!   it, copied into the lab host and run there. `bulkhead-labd` runs them.
 
 pub mod inside;
 pub mod lab;
@@ -24,4 +24,4 @@ pub const BUSYBOX_NAME: &str = "localhost/lab/busybox:latest";
 pub const DEBIAN: &str = "/usr/share/lab/images/debian";
 
 /// Test programs of others in the lab host: fsx, pjdfstest.
-pub const TOOLS: &str = "/mnt/in/tools";
+pub const TOOLS: &str = "/lab/tools";

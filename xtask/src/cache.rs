@@ -2,21 +2,16 @@
 //! went into them.
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result};
+use bulkhead_tests::lab::cache::Cache;
 
 /// `$XDG_CACHE_HOME/bulkhead`.
 pub(crate) fn dir() -> Result<PathBuf> {
-    let base = match env::var_os("XDG_CACHE_HOME") {
-        Some(path) if Path::new(&path).is_absolute() => PathBuf::from(path),
-        _ => PathBuf::from(env::var_os("HOME").context("HOME is not set")?).join(".cache"),
-    };
-    let dir = base.join("bulkhead");
-    fs::create_dir_all(&dir).with_context(|| format!("Cannot make {}", dir.display()))?;
-    Ok(dir)
+    Ok(Cache::of_this_user()?.path().to_owned())
 }
 
 #[expect(clippy::print_stdout, reason = "the list is what the command is for")]

@@ -1,55 +1,69 @@
 //! What is done in the lab host: the demo, a shell, commands, benchmarks.
 
-use std::{
-    fs,
-    io::{IsTerminal, stderr, stdin, stdout},
-    path::PathBuf,
-    process::{Command, ExitCode},
-};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 use bulkhead_guest_kernel::Progress;
-use bulkhead_tests::{
-    DEBIAN,
-    lab::{Call, Clock, Images, Lab},
-};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use bulkhead_tests::DEBIAN;
+use bulkhead_tests::lab::cache::Cache;
+use bulkhead_tests::lab::{Clock, Contents, Exit, Image, Job, Session, images};
 
-use crate::{build, cache, packages, progress::Bar};
+use crate::progress::Bar;
+use crate::{build, packages};
 
-/// Puts the product where its packages would.
-const INSTALL: &str = "cp -a /mnt/in/product/. /usr/\n";
-
-/// Everything that a call needs.
+/// Everything that a session needs.
 pub(crate) struct Ready {
-    pub(crate) lab: Lab,
-    pub(crate) prefix: PathBuf,
+    cache: Cache,
+    images: Vec<Image>,
+    contents: Contents,
 }
 
 impl Ready {
-    /// Builds the product, finds or makes the lab host.
-    pub(crate) fn new(progress: &dyn Progress) -> Result<Ready> {
-        let prefix = prefix(progress)?;
-        let cache = cache::dir()?;
-        let images = Images::ensure(&cache, progress)?;
+    /// Finds or makes images, and builds what the lab host needs. With `prefix`
+    /// the product, laid out as below `/usr`, is installed in each session.
+    pub(crate) fn new(prefix: Option<&Path>, progress: &dyn Progress) -> Result<Ready> {
+        let cache = Cache::of_this_user()?;
+        progress.step("Building the lab's own program");
+        build::cargo(
+            &[
+                "build",
+                "--release",
+                "--package",
+                "bulkhead-tests",
+                "--bin",
+                "bulkhead-labd",
+            ],
+            &[],
+        )?;
+        let images = images(&cache, progress)?;
+        let mut contents =
+            Contents::default().with("labd", build::target_dir().join("release/bulkhead-labd"));
+        if let Some(prefix) = prefix {
+            contents = contents.with("root/usr", prefix);
+        }
         Ok(Ready {
-            lab: Lab::ensure(&cache, &images, progress)?,
-            prefix,
+            cache,
+            images,
+            contents,
         })
     }
 
-    /// A call that begins with the product installed.
-    pub(crate) fn call(&self, script: &str) -> Call<'_> {
-        self.lab
-            .call()
-            .file(&self.prefix, "product")
-            .script(format!("{INSTALL}{script}"))
+    /// Adds the file or directory `from` as `/lab/<name>`.
+    pub(crate) fn with(mut self, name: &str, from: impl Into<PathBuf>) -> Ready {
+        self.contents = self.contents.with(name, from);
+        self
+    }
+
+    /// Starts a lab host.
+    pub(crate) fn session(&self, clock: Clock, progress: &dyn Progress) -> Result<Session> {
+        Session::start(&self.cache, &self.images, &self.contents, clock, progress)
     }
 }
 
 /// Builds everything and lays it out as it is installed, below the target directory.
-fn prefix(progress: &dyn Progress) -> Result<PathBuf> {
-    packages::ensure_installed(progress)?;
+pub(crate) fn prefix(progress: &dyn Progress) -> Result<PathBuf> {
     let product = build::product(progress)?;
     let prefix = build::target_dir().join("install");
     build::copy_into(&product, &prefix)?;
@@ -59,66 +73,90 @@ fn prefix(progress: &dyn Progress) -> Result<PathBuf> {
 /// `cargo xtask run`: the command in a container of the demo image.
 pub(crate) fn demo(tty: bool, command: &[String]) -> Result<ExitCode> {
     let bar = Bar::new();
+    packages::ensure_installed(&bar)?;
     let prefix = prefix(&bar)?;
-    let images = Images::ensure(&cache::dir()?, &bar)?;
     let program = prefix.join("bin/bulkhead");
-    let flags = if tty {
-        "--tty --interactive"
-    } else {
-        "--interactive"
-    };
+    let mut arguments = vec!["run", "--rm", "--interactive"];
+    if tty {
+        arguments.push("--tty");
+    }
     let check = Command::new(&program)
         .arg("check")
         .output()
         .context("Cannot start bulkhead")?;
     if check.status.success() {
+        let images = images(&Cache::of_this_user()?, &bar)?;
+        let image = images.iter().find(|image| image.name == "debian");
+        let layout = image.context("There is no demo image")?.layout();
         drop(bar);
-        let image = images.layouts.iter().find(|(name, _)| *name == "debian");
-        let (_, image) = image.context("There is no demo image")?;
         let status = Command::new(&program)
-            .args(["run", "--rm"])
-            .args(flags.split(' '))
-            .arg(image)
+            .args(arguments)
+            .arg(layout)
             .arg("--")
             .args(command)
             .status()?;
         return Ok(exit_code(status.code().unwrap_or(255)));
     }
-    let lab = Lab::ensure(&cache::dir()?, &images, &bar)?;
-    drop(bar);
     eprintln!(
         "This machine cannot run virtual machines (see `bulkhead check`): running in the lab host."
     );
-    let script = format!(
-        "{INSTALL}exec bulkhead run --rm {flags} {DEBIAN} -- {}",
-        quote(command)
-    );
-    let call = lab.call().file(&prefix, "product").script(script);
-    through(if tty {
-        terminal(call)?
-    } else {
-        call.with_input()
-    })
+    let mut session = Ready::new(Some(&prefix), &bar)?.session(Clock::Wall, &bar)?;
+    drop(bar);
+    let argv = ["bulkhead"].into_iter().chain(arguments);
+    let argv = argv.chain([DEBIAN, "--"]).map(str::to_owned);
+    let job = Job::new(argv.chain(command.iter().cloned()));
+    Ok(ended(session.run(job, tty)?))
+}
+
+/// What a person wants of the lab host.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Lab {
+    /// Boot afresh, with a clock that counts instructions
+    #[arg(long)]
+    icount: bool,
+    /// Without building and installing the product
+    #[arg(long)]
+    bare: bool,
+    /// Show this directory in the lab host, read-only, as /lab/with
+    #[arg(long, value_name = "DIR")]
+    with: Option<PathBuf>,
+    /// Copy this directory over the root of the lab host
+    #[arg(long, value_name = "DIR", requires = "bare")]
+    root: Option<PathBuf>,
+    /// The command and its arguments; none for a shell
+    #[arg(last = true)]
+    command: Vec<String>,
 }
 
 /// `cargo xtask lab`.
-pub(crate) fn shell(icount: bool, command: &[String]) -> Result<ExitCode> {
+pub(crate) fn lab(wanted: Lab) -> Result<ExitCode> {
     let bar = Bar::new();
-    let ready = Ready::new(&bar)?;
-    drop(bar);
-    let call = if command.is_empty() {
-        if !stdin().is_terminal() {
-            bail!("A shell needs a terminal; give a command: cargo xtask lab -- CMD…");
-        }
-        terminal(ready.call("exec bash --login"))?
+    packages::ensure_installed(&bar)?;
+    let prefix = if wanted.bare {
+        None
     } else {
-        ready.call(&format!("exec {}", quote(command))).with_input()
+        Some(prefix(&bar)?)
     };
-    through(call.clock(if icount {
+    let mut ready = Ready::new(prefix.as_deref(), &bar)?;
+    if let Some(with) = wanted.with {
+        ready = ready.with("with", with);
+    }
+    if let Some(root) = wanted.root {
+        ready = ready.with("root", root);
+    }
+    let clock = if wanted.icount {
         Clock::Instructions
     } else {
         Clock::Wall
-    }))
+    };
+    let mut session = ready.session(clock, &bar)?;
+    drop(bar);
+    let job = if wanted.command.is_empty() {
+        Job::new(["bash", "-l"])
+    } else {
+        Job::new(wanted.command)
+    };
+    Ok(ended(session.run(job, true)?))
 }
 
 /// `cargo xtask bench`.
@@ -127,7 +165,8 @@ pub(crate) fn bench(name: &str, rounds: u32) -> Result<ExitCode> {
         bail!("There is no benchmark {name:?}: the only one is \"boot\"");
     }
     let bar = Bar::new();
-    let ready = Ready::new(&bar)?;
+    packages::ensure_installed(&bar)?;
+    let prefix = prefix(&bar)?;
     bar.step("Building the benchmark");
     build::cargo(
         &[
@@ -140,59 +179,20 @@ pub(crate) fn bench(name: &str, rounds: u32) -> Result<ExitCode> {
         ],
         &[],
     )?;
-    bar.step("Booting the lab host under the deterministic clock");
-    let call = ready
-        .call(&format!("exec /mnt/in/bench {rounds}"))
-        .file(build::target_dir().join("release/bench-boot"), "bench")
-        .clock(Clock::Instructions);
-    let ended = call.run(stdout(), stderr());
+    let ready = Ready::new(Some(&prefix), &bar)?
+        .with("bench", build::target_dir().join("release/bench-boot"));
+    let mut session = ready.session(Clock::Instructions, &bar)?;
     drop(bar);
-    Ok(ExitCode::from(ended?.code))
+    let job = Job::new(["/lab/bench".to_owned(), rounds.to_string()]);
+    Ok(ended(session.run(job, false)?))
 }
 
-/// Runs a call with our own streams, our terminal raw while it has one.
-fn through(call: Call<'_>) -> Result<ExitCode> {
-    let _raw = if call.has_terminal() {
-        Some(Raw::enter()?)
-    } else {
-        None
-    };
-    let ended = call.run(stdout(), stderr())?;
-    Ok(ExitCode::from(ended.code))
-}
-
-fn terminal(call: Call<'_>) -> Result<Call<'_>> {
-    let size = tcgetwinsize(stdin()).context("Standard input is not a terminal")?;
-    Ok(call.terminal(size.ws_row, size.ws_col))
-}
-
-/// Our terminal in raw mode; as it was when dropped.
-struct Raw(Termios);
-
-impl Raw {
-    fn enter() -> Result<Raw> {
-        let before = tcgetattr(stdin())?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
-        Ok(Raw(before))
+/// Our exit code for a job that ended so.
+fn ended(exit: Exit) -> ExitCode {
+    match exit {
+        Exit::Code(code) => ExitCode::from(code),
+        Exit::Deadline => ExitCode::FAILURE,
     }
-}
-
-impl Drop for Raw {
-    fn drop(&mut self) {
-        // Fails only if the terminal is gone.
-        let _ = tcsetattr(stdin(), OptionalActions::Now, &self.0);
-    }
-}
-
-/// Words as a shell reads them back.
-fn quote(words: &[String]) -> String {
-    let quoted: Vec<String> = words
-        .iter()
-        .map(|word| format!("'{}'", word.replace('\'', r"'\''")))
-        .collect();
-    quoted.join(" ")
 }
 
 fn exit_code(code: i32) -> ExitCode {
@@ -203,7 +203,7 @@ fn exit_code(code: i32) -> ExitCode {
 pub(crate) fn evidence_dir() -> Result<PathBuf> {
     let dir = build::target_dir().join("lab-evidence");
     if dir.exists() {
-        fs::remove_dir_all(&dir)?;
+        fs::remove_dir_all(&dir).with_context(|| format!("Cannot empty {}", dir.display()))?;
     }
     Ok(dir)
 }

@@ -42,14 +42,7 @@ enum Task {
         filter: Option<String>,
     },
     /// Open a shell in the lab host, or run a command there
-    Lab {
-        /// Run under the deterministic clock, freshly booted
-        #[arg(long)]
-        icount: bool,
-        /// The command and its arguments
-        #[arg(last = true)]
-        command: Vec<String>,
-    },
+    Lab(lab::Lab),
     /// Run a benchmark in the lab host, under the deterministic clock
     Bench {
         /// Which one: boot
@@ -78,7 +71,7 @@ fn main() -> Result<ExitCode> {
     match Arguments::parse().command {
         Task::Run { tty, command } => lab::demo(tty, &command),
         Task::Test { filter } => test::all(filter.as_deref()),
-        Task::Lab { icount, command } => lab::shell(icount, &command),
+        Task::Lab(wanted) => lab::lab(wanted),
         Task::Bench { name, rounds } => lab::bench(&name, rounds),
         Task::Install { prefix } => build::install(&prefix).map(|()| ExitCode::SUCCESS),
         Task::Cache { clear } => cache::show(clear).map(|()| ExitCode::SUCCESS),

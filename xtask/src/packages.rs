@@ -31,7 +31,7 @@ fn missing() -> Result<Vec<&'static str>> {
     let wanted = || {
         OURS.iter()
             .chain(bulkhead_guest_kernel::PACKAGES)
-            .chain(bulkhead_tests::lab::PACKAGES)
+            .chain(bulkhead_tests::lab::packages::MACHINE)
     };
     let output = Command::new("dpkg-query")
         .args(["--show", "--showformat", "${db:Status-Status} ${Package}\n"])

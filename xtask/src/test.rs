@@ -2,16 +2,27 @@
 
 use std::{
     fs,
-    io::{self, Write, stderr, stdout},
-    path::PathBuf,
+    io::{self, Write, stdout},
+    path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_guest_kernel::Progress;
+use bulkhead_tests::lab::{Clock, Exit, Job, Output, Session};
 
 use crate::{build, lab, progress::Bar, tools};
+
+/// A hang is a failure. The machine is emulated, and may be busy.
+const TEST_DEADLINE: Duration = Duration::from_secs(600);
+
+/// How long collecting evidence may take.
+const EVIDENCE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Runs in the lab host: an archive of what tells why a test failed.
+const EVIDENCE: &str = include_str!("evidence.sh");
 
 /// What has been counted so far.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,13 +55,16 @@ pub(crate) fn all(filter: Option<&str>) -> Result<ExitCode> {
     build::cargo(&["test", "--workspace", "--no-run"], &[])?;
     let suites = suites()?;
     ensure!(!suites.is_empty(), "The crate bulkhead-tests has no suites");
-    let ready = lab::Ready::new(&bar)?;
-    let testers = tools::testers(&bar)?;
+    let prefix = lab::prefix(&bar)?;
+    let mut ready = lab::Ready::new(Some(&prefix), &bar)?.with("tools", tools::testers(&bar)?);
+    for (name, path) in &suites {
+        ready = ready.with(&format!("suites/{name}"), path);
+    }
     drop(bar);
 
     let sum = Arc::new(Mutex::new(Counts::default()));
     let here = on_this_machine(filter, &sum)?;
-    let there = in_the_lab(&ready, suites, testers, filter, &sum)?;
+    let there = in_the_lab(&ready, &suites, filter, &sum, Bar::new())?;
     let sum = *sum.lock().unwrap_or_else(PoisonError::into_inner);
     let mut out = stdout();
     writeln!(
@@ -87,40 +101,113 @@ fn on_this_machine(filter: Option<&str>, sum: &Arc<Mutex<Counts>>) -> Result<boo
     Ok(child.wait()?.success())
 }
 
-/// The suites, one after the other in one call.
+/// The suites, each in a lab host of its own, each test in a process of its own:
+/// a test that hangs is killed, with evidence, and the others still run.
 fn in_the_lab(
     ready: &lab::Ready,
-    suites: Vec<(String, PathBuf)>,
-    testers: PathBuf,
+    suites: &[(String, PathBuf)],
     filter: Option<&str>,
     sum: &Arc<Mutex<Counts>>,
+    bar: Bar,
 ) -> Result<bool> {
-    let filter = filter.map_or_else(String::new, |text| format!("'{}'", text.replace('\'', "")));
-    let script = format!(
-        "code=0\nfor suite in /mnt/in/suites/*; do\n  echo; echo \"Suite $(basename \"$suite\")\"\n  \
-         \"$suite\" --test-threads 1 {filter} || code=1\ndone\nexit $code\n"
+    let evidence = lab::evidence_dir()?;
+    let mut out = Counting::new(stdout(), sum);
+    let mut bar = Some(bar);
+    let mut good = true;
+    for (suite, _) in suites {
+        let start = |bar: Option<Bar>| ready.session(Clock::Wall, &bar.unwrap_or_else(Bar::new));
+        let mut session = start(bar.take())?;
+        let program = format!("/lab/suites/{suite}");
+        let tests = list(&mut session, &program)?;
+        writeln!(out, "\nSuite {suite}")?;
+        for test in tests
+            .iter()
+            .filter(|test| filter.is_none_or(|text| test.contains(text)))
+        {
+            let began = Instant::now();
+            let job =
+                Job::new([&program, "--exact", test, "--test-threads=1"]).deadline(TEST_DEADLINE);
+            let output = session.output(&job)?;
+            let seconds = began.elapsed().as_secs();
+            let text = String::from_utf8_lossy(&output.stdout);
+            if output.exit == Exit::Code(0) {
+                let skipped = text.contains("1 ignored");
+                let word = if skipped { "skipped" } else { "ok" };
+                writeln!(out, "{test} … {word}, {seconds} s")?;
+                add(sum, |sum| {
+                    if skipped {
+                        sum.skipped += 1;
+                    } else {
+                        sum.passed += 1;
+                    }
+                });
+                continue;
+            }
+            good = false;
+            add(sum, |sum| sum.failed += 1);
+            // What it wrote is not counted a second time.
+            let mut plain = stdout();
+            plain.write_all(&output.stdout)?;
+            plain.write_all(&output.stderr)?;
+            let place = evidence.join(suite).join(test.replace("::", "-"));
+            keep_evidence(&mut session, &output, &place)?;
+            let why = match output.exit {
+                Exit::Code(code) => format!("exit code {code}"),
+                Exit::Deadline => format!("killed after {} s", TEST_DEADLINE.as_secs()),
+            };
+            writeln!(
+                plain,
+                "{test} … FAILED, {why}, {seconds} s; evidence: {}",
+                place.display()
+            )?;
+            // Whatever it left must not make the next one fail.
+            session = start(None)?;
+        }
+    }
+    Ok(good)
+}
+
+/// Names of the tests in a suite.
+fn list(session: &mut Session, program: &str) -> Result<Vec<String>> {
+    let output = session.output(&Job::new([program, "--list", "--format=terse"]))?;
+    ensure!(
+        output.exit == Exit::Code(0),
+        "{program} does not list its tests: {}",
+        String::from_utf8_lossy(&output.stderr)
     );
-    let mut call = ready.call(&script).file(testers, "tools");
-    for (name, path) in suites {
-        call = call.file(path, format!("suites/{name}"));
+    Ok(String::from_utf8(output.stdout)?
+        .lines()
+        .filter_map(|line| line.strip_suffix(": test"))
+        .map(str::to_owned)
+        .collect())
+}
+
+/// Saves what tells why a test failed: its output, the lab host's console, and
+/// what the script finds there.
+fn keep_evidence(session: &mut Session, output: &Output, place: &Path) -> Result<()> {
+    fs::create_dir_all(place).with_context(|| format!("Cannot make {}", place.display()))?;
+    fs::write(place.join("stdout"), &output.stdout)?;
+    fs::write(place.join("stderr"), &output.stderr)?;
+    fs::copy(session.console(), place.join("console"))?;
+    let job = Job::new(["bash", "-c", EVIDENCE]).deadline(EVIDENCE_DEADLINE);
+    let archive = place.join("evidence.tar");
+    fs::write(&archive, session.output(&job)?.stdout)?;
+    let status = Command::new("tar")
+        .arg("-C")
+        .arg(place)
+        .arg("-xf")
+        .arg(&archive)
+        .status()
+        .context("Cannot start tar")?;
+    // An archive that is cut off stays for whoever can read it.
+    if status.success() {
+        fs::remove_file(&archive)?;
     }
-    let ended = call.run(Counting::new(stdout(), sum), stderr())?;
-    if let Some(evidence) = ended.evidence {
-        let dir = lab::evidence_dir()?;
-        let copied = Command::new("cp")
-            .arg("-a")
-            .arg(&evidence)
-            .arg(&dir)
-            .status()?;
-        ensure!(
-            copied.success(),
-            "Cannot copy the evidence from {}",
-            evidence.display()
-        );
-        fs::remove_dir_all(&evidence)?;
-        eprintln!("Evidence of failed tests is in {}", dir.display());
-    }
-    Ok(ended.code == 0)
+    Ok(())
+}
+
+fn add(sum: &Arc<Mutex<Counts>>, change: impl FnOnce(&mut Counts)) {
+    change(&mut sum.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
 /// Names and executables of the suites in `tests/suites`, already built.

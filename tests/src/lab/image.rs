@@ -1,82 +1,95 @@
-//! The test images: OCI image layouts made from Debian packages.
+//! The images of tests and demonstration: OCI layouts made from Debian packages.
 
-use std::{
-    fs::{self, File},
-    io::Read,
-    os::unix::fs::{PermissionsExt, symlink},
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
-use bulkhead_guest_kernel::{Progress, debian::Mirror};
+use anyhow::{Context, Result, ensure};
+use bulkhead_guest_kernel::Progress;
+use bulkhead_guest_kernel::debian::{Apt, Mirror};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::root::run;
+use super::cache::{self, Cache, Entry, sha256_of};
+use super::command::{clean, output};
+use super::packages::{BUSYBOX_IMAGE, DEBIAN, STABLE};
+use super::root::debootstrap;
 
-/// Counted up when the way the images are made changes.
+/// Changes whenever a step below does.
 const RECIPE: &str = "1";
-
-/// The suite of the Debian image: the building machine knows its keys.
-const SUITE: &str = "bookworm";
-
-/// What the Debian image holds beside the essential packages.
-const PACKAGES: &str = "acl,attr,gcc,libc6-dev,procps,python3-minimal,redis-server,redis-tools";
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Test images in the cache.
+/// An image in the cache.
 #[derive(Debug)]
-pub struct Images {
-    /// Names and directories of the layouts.
-    pub layouts: Vec<(&'static str, PathBuf)>,
-    pub(super) key: String,
+pub struct Image {
+    /// Its name: the last part of its path in the lab host.
+    pub name: &'static str,
+    entry: Entry,
 }
 
-impl Images {
-    /// Finds the images below `cache` or makes them.
-    ///
-    /// # Errors
-    /// A package is missing or cannot be fetched.
-    pub fn ensure(cache: &Path, progress: &dyn Progress) -> Result<Images> {
-        let busybox = fs::read("/bin/busybox")
-            .context("Cannot read /bin/busybox: install the package busybox-static")?;
-        let mut hash = Sha256::new();
-        for part in [RECIPE, SUITE, PACKAGES, PATH] {
-            hash.update(part);
-            hash.update(b"\0");
-        }
-        hash.update(&busybox);
-        let key = hex::encode(&hash.finalize()[..12]);
-        let parent = cache.join("images");
-        fs::create_dir_all(&parent)?;
-        let lock = File::create(parent.join("lock"))?;
-        lock.lock()?;
-        let place = parent.join(&key);
-        if !place.is_dir() {
-            let work = tempfile::Builder::new()
-                .prefix("work-")
-                .tempdir_in(&parent)?;
-            let done = work.path().join("done");
-            progress.step("Making the busybox image");
-            make_busybox(&busybox, work.path(), &done.join("busybox"))?;
-            progress.step("Making the Debian image");
-            make_debian(work.path(), &done.join("debian"))?;
-            fs::rename(&done, &place)?;
-        }
-        Ok(Images {
-            layouts: ["busybox", "debian"]
-                .into_iter()
-                .map(|name| (name, place.join(name)))
-                .collect(),
-            key,
-        })
+impl Image {
+    /// The directory of its OCI layout.
+    #[must_use]
+    pub fn layout(&self) -> PathBuf {
+        self.entry.file("layout")
+    }
+
+    /// Hash of what it is made from.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        self.entry.key()
     }
 }
 
-fn make_busybox(busybox: &[u8], work: &Path, layout: &Path) -> Result<()> {
-    let tree = work.join("busybox-tree");
+/// The images `busybox` and `debian`: out of the cache, or made now.
+///
+/// # Errors
+///
+/// A package is missing or cannot be fetched, or root's rights are.
+pub fn images(cache: &Cache, progress: &dyn Progress) -> Result<Vec<Image>> {
+    let key = cache::key([RECIPE, PATH, STABLE, BUSYBOX_IMAGE]);
+    let busybox = cache.entry("image-busybox", &key, |entry| {
+        progress.step("Making the busybox image");
+        make_busybox(entry)
+    })?;
+    let key = cache::key(
+        [RECIPE, PATH, STABLE]
+            .into_iter()
+            .chain(DEBIAN.iter().copied()),
+    );
+    let debian = cache.entry("image-debian", &key, |entry| {
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "The Debian image is made by debootstrap, which needs root: run this once as root"
+        );
+        progress.step("Making the Debian image (debootstrap)");
+        make_debian(entry, &cache.path().join("image-debian.log"))
+    })?;
+    Ok(vec![
+        Image {
+            name: "busybox",
+            entry: busybox,
+        },
+        Image {
+            name: "debian",
+            entry: debian,
+        },
+    ])
+}
+
+/// A directory for building beside `entry`: should this be interrupted, the
+/// next build removes it.
+fn work(entry: &Path) -> Result<tempfile::TempDir> {
+    let folder = entry.parent().context("An entry lies in a folder")?;
+    Ok(tempfile::Builder::new()
+        .prefix("work-")
+        .tempdir_in(folder)?)
+}
+
+fn make_busybox(entry: &Path) -> Result<()> {
+    let work = work(entry)?;
+    let tree = work.path().join("tree");
     for dir in [
         "bin", "dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp", "var",
     ] {
@@ -89,46 +102,40 @@ fn make_busybox(busybox: &[u8], work: &Path, layout: &Path) -> Result<()> {
     )?;
     fs::write(tree.join("etc/group"), "root:x:0:\nuser:x:1000:\n")?;
     let program = tree.join("bin/busybox");
-    fs::write(&program, busybox)?;
+    let apt = Apt::new(
+        &work.path().join("apt"),
+        &Mirror::of_this_machine()?,
+        STABLE,
+    )?;
+    apt.candidate(BUSYBOX_IMAGE)?;
+    let unpacked = work.path().join("package");
+    output(
+        clean("dpkg-deb")
+            .arg("-x")
+            .arg(apt.download(BUSYBOX_IMAGE)?)
+            .arg(&unpacked),
+    )?;
+    fs::copy(unpacked.join("bin/busybox"), &program)?;
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-    let applets = Command::new("/bin/busybox").arg("--list").output()?;
-    for applet in String::from_utf8(applets.stdout)?
-        .lines()
-        .filter(|name| *name != "busybox")
-    {
+    let applets = output(clean(&program.to_string_lossy()).arg("--list"))?;
+    for applet in applets.lines().filter(|name| *name != "busybox") {
         symlink("busybox", tree.join("bin").join(applet))?;
     }
     write_layout(
         &tree,
-        layout,
+        &entry.join("layout"),
         "busybox",
         &json!({"Env": [PATH], "Cmd": ["sh"]}),
     )
 }
 
-fn make_debian(work: &Path, layout: &Path) -> Result<()> {
-    let tree = work.join("debian-tree");
-    let mirror = Mirror::of_this_machine()?;
-    run(Command::new("debootstrap")
-        .args(["--variant=minbase", &format!("--include={PACKAGES}"), SUITE])
-        .arg(&tree)
-        .arg(mirror.uri()))?;
-    for dir in [
-        "usr/share/doc",
-        "usr/share/man",
-        "usr/share/locale",
-        "usr/share/info",
-        "var/cache/apt",
-        "var/lib/apt/lists",
-        "var/log",
-    ] {
-        let path = tree.join(dir);
-        fs::remove_dir_all(&path)?;
-        fs::create_dir(&path)?;
-    }
+fn make_debian(entry: &Path, log: &Path) -> Result<()> {
+    let work = work(entry)?;
+    let tree = work.path().join("tree");
+    debootstrap(&Mirror::of_this_machine()?, STABLE, DEBIAN, &tree, log)?;
     write_layout(
         &tree,
-        layout,
+        &entry.join("layout"),
         "debian",
         &json!({"Env": [PATH], "Cmd": ["bash"]}),
     )
@@ -139,20 +146,22 @@ fn write_layout(tree: &Path, layout: &Path, name: &str, process: &Value) -> Resu
     let blobs = layout.join("blobs/sha256");
     fs::create_dir_all(&blobs)?;
     let layer = blobs.join("layer");
-    run(Command::new("tar")
-        .args([
-            "--sort=name",
-            "--mtime=@0",
-            "--numeric-owner",
-            "--xattrs",
-            "--xattrs-include=*",
-            "-C",
-        ])
-        .arg(tree)
-        .arg("-cf")
-        .arg(&layer)
-        .arg("."))?;
-    let digest = digest_of(&layer)?;
+    output(
+        clean("tar")
+            .args([
+                "--sort=name",
+                "--mtime=@0",
+                "--numeric-owner",
+                "--xattrs",
+                "--xattrs-include=*",
+                "-C",
+            ])
+            .arg(tree)
+            .arg("-cf")
+            .arg(&layer)
+            .arg("."),
+    )?;
+    let digest = sha256_of(&layer)?;
     let size = fs::metadata(&layer)?.len();
     fs::rename(&layer, blobs.join(&digest))?;
     let put = |value: &Value| -> Result<Value> {
@@ -187,16 +196,4 @@ fn write_layout(tree: &Path, layout: &Path, name: &str, process: &Value) -> Resu
         r#"{"imageLayoutVersion":"1.0.0"}"#,
     )?;
     Ok(())
-}
-
-fn digest_of(path: &Path) -> Result<String> {
-    let mut file = File::open(path)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(hex::encode(hash.finalize())),
-            n => hash.update(&buffer[..n]),
-        }
-    }
 }

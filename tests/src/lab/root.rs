@@ -1,277 +1,335 @@
-//! The lab host's root image: Debian forky, made by debootstrap, never booted
-//! with anything of this project in it but the test images.
+//! The lab host's root disk, with kernel and initial file system.
+//!
+//! Made in a directory by debootstrap, without mounting anything, and packed by
+//! `mke2fs -d`. Debian's signatures are checked.
 
-use std::{
-    fs,
-    os::unix::fs::{PermissionsExt, symlink},
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
-use bulkhead_guest_kernel::{
-    Progress,
-    debian::{Apt, Mirror},
-};
-use sha2::{Digest, Sha256};
+use anyhow::{Context, Result, ensure};
+use bulkhead_guest_kernel::Progress;
+use bulkhead_guest_kernel::debian::{Apt, Mirror, keyring};
 
-use super::Images;
+use super::cache::{self, Cache, Entry};
+use super::command::{clean, logged, output};
+use super::packages::{LAB, LAB_HOST, LAB_KERNEL, MODULES, STABLE};
 
-/// What the lab host has installed, and why.
-const PACKAGES: &[(&str, &str)] = &[
-    ("attr", "getfattr: what containers leave on the host"),
-    ("ca-certificates", "containerd wants it"),
-    ("containerd", "the container runtime above us"),
-    ("dbus", "systemd wants it"),
-    ("iproute2", "network namespaces, taps"),
-    ("kmod", "modules of the cloud kernel"),
-    ("procps", "ps, pgrep: leak checks and evidence"),
+/// Changes whenever a step below does.
+const RECIPE: &str = "1";
+
+/// Largest size of the root file system in MiB; the disk file is sparse.
+const SIZE_MIB: u32 = 24 * 1024;
+
+/// The root disk, a qcow2 file.
+pub(crate) const DISK: &str = "root.qcow2";
+/// The kernel, a bzImage.
+pub(crate) const KERNEL: &str = "vmlinuz";
+/// The initial file system of the kernel.
+pub(crate) const INITRD: &str = "initrd";
+
+/// Modules that the kernel needs to reach its root disk.
+const DISK_MODULES: [&str; 2] = ["virtio_pci", "virtio_blk"];
+
+/// Files of ours in the lab host: path, mode, content.
+const FILES: &[(&str, u32, &str)] = &[
     (
-        "qemu-system-x86",
-        "the microvm machine: the peer of the boot benchmark",
+        "usr/local/sbin/lab-wait",
+        0o755,
+        include_str!("guest/lab-wait"),
     ),
-    ("runc", "the reference runtime"),
-    ("socat", "terminals over the command channel"),
-    ("strace", "evidence"),
     (
-        "systemd-sysv",
-        "the init system that containerd is used with",
+        "etc/systemd/system/lab-wait.service",
+        0o644,
+        include_str!("guest/lab-wait.service"),
     ),
-    ("udev", "device names"),
+    (
+        "etc/containerd/config.toml",
+        0o644,
+        include_str!("guest/containerd.toml"),
+    ),
+    ("etc/hostname", 0o644, "lab\n"),
+    (
+        "etc/hosts",
+        0o644,
+        "127.0.0.1 localhost lab\n::1 localhost\n",
+    ),
+    (
+        "etc/fstab",
+        0o644,
+        "debugfs /sys/kernel/debug debugfs defaults 0 0\n",
+    ),
+    ("root/.bashrc", 0o644, "PS1='lab:\\w# '\n"),
 ];
 
-/// Modules of the cloud kernel that pods and their peers need.
-const MODULES: &str = "kvm-amd\noverlay\ntun\nvhost_vsock\nbridge\nveth\nloop\n";
-
-/// Runs as a service: says that the machine is ready, and waits to be wanted.
-const SERVICE: &str = include_str!("lab-host.sh");
-
-const UNIT: &str = "[Unit]
-Description=Waits for a command from outside
-After=containerd.service
-Requires=containerd.service
-[Service]
-ExecStart=/usr/local/sbin/lab-host
-StandardOutput=journal
-KillMode=process
-Delegate=yes
-OOMScoreAdjust=-900
-LimitNOFILE=1048576
-[Install]
-WantedBy=multi-user.target
-";
-
-/// Timers and services that would disturb measurements.
+/// Units that would disturb tests: nothing may run by the clock.
 const MASKED: &[&str] = &[
-    "apt-daily.timer",
     "apt-daily-upgrade.timer",
+    "apt-daily.timer",
     "dpkg-db-backup.timer",
     "e2scrub_all.timer",
     "fstrim.timer",
     "getty@tty1.service",
-    "man-db.timer",
     "serial-getty@ttyS0.service",
     "systemd-timesyncd.service",
 ];
 
-/// A root image and the kernel that boots it.
-#[derive(Debug)]
-pub(super) struct Root {
-    pub(super) key: String,
-    pub(super) image: PathBuf,
-    pub(super) kernel: PathBuf,
-    pub(super) initrd: PathBuf,
+/// The root disk for the present lists and files: out of the cache, or made
+/// now, which takes minutes and root's rights.
+pub(crate) fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Entry> {
+    let size = SIZE_MIB.to_string();
+    let mut parts = vec![
+        RECIPE,
+        LAB,
+        STABLE,
+        LAB_KERNEL,
+        &size,
+        include_str!("guest/init"),
+    ];
+    parts.extend(LAB_HOST);
+    parts.extend(MODULES);
+    parts.extend(MASKED);
+    parts.extend(DISK_MODULES);
+    for (path, _, content) in FILES {
+        parts.extend([path, content]);
+    }
+    cache.entry("lab-root", &cache::key(parts), |entry| {
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "The lab host is made by debootstrap, which needs root: run this once as root"
+        );
+        make(cache, entry, progress)
+    })
 }
 
-/// Finds the image in `dir` or builds it there.
-pub(super) fn ensure(dir: &Path, images: &Images, progress: &dyn Progress) -> Result<Root> {
-    let version = cloud_kernel()?;
-    let key = key(&version, images);
-    let place = dir.join(format!("root-{key}"));
-    let root = Root {
-        key,
-        image: place.join("root.img"),
-        kernel: place.join("vmlinuz"),
-        initrd: place.join("initrd.img"),
-    };
-    if place.is_dir() {
-        return Ok(root);
-    }
+fn make(cache: &Cache, entry: &Path, progress: &dyn Progress) -> Result<()> {
+    // Beside the entry: should this be interrupted, the next build removes it.
     let work = tempfile::Builder::new()
-        .prefix("root-work-")
-        .tempdir_in(dir)?;
-    let tree = work.path().join("tree");
-    progress.step("Fetching the lab host's packages");
+        .prefix("work-")
+        .tempdir_in(entry.parent().context("An entry lies in a folder")?)?;
+    let root = work.path().join("root");
     let mirror = Mirror::of_this_machine()?;
-    let keyring = keyring(&mirror, work.path())?;
-    debootstrap(&mirror, &keyring, &tree, progress)?;
-    progress.step("Setting up the lab host");
-    configure(&tree, &version, images)?;
-    let done = work.path().join("done");
-    fs::create_dir(&done)?;
-    make_ext4(&tree, &done.join("root.img"), 12 * 1024)?;
-    for (from, to) in [
-        (format!("/boot/vmlinuz-{version}"), "vmlinuz"),
-        (format!("/boot/initrd.img-{version}"), "initrd.img"),
-    ] {
-        fs::copy(&from, done.join(to)).with_context(|| format!("Cannot read {from}"))?;
-    }
-    fs::rename(&done, &place)?;
-    Ok(root)
-}
-
-fn key(version: &str, images: &Images) -> String {
-    let mut hash = Sha256::new();
-    for (name, _) in PACKAGES {
-        hash.update(name);
-        hash.update(b"\0");
-    }
-    for text in [MODULES, SERVICE, UNIT, version, &images.key] {
-        hash.update(text);
-        hash.update(b"\0");
-    }
-    for unit in MASKED {
-        hash.update(unit);
-    }
-    hex::encode(&hash.finalize()[..12])
-}
-
-/// The newest of Debian's cloud kernels on this machine.
-fn cloud_kernel() -> Result<String> {
-    let mut versions: Vec<String> = fs::read_dir("/lib/modules")
-        .context("Cannot read /lib/modules")?
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| {
-            name.ends_with("-cloud-amd64")
-                && Path::new("/boot").join(format!("vmlinuz-{name}")).exists()
-        })
-        .collect();
-    versions.sort_by_key(|name| {
-        name.split(|c: char| !c.is_ascii_digit())
-            .filter_map(|n| n.parse::<u64>().ok())
-            .collect::<Vec<_>>()
-    });
-    versions
-        .pop()
-        .context("No cloud kernel in /boot: install the package linux-image-cloud-amd64")
-}
-
-/// Debian's archive keys as of a suite that knows forky's.
-fn keyring(mirror: &Mirror, work: &Path) -> Result<PathBuf> {
-    const PACKAGE: &str = "debian-archive-keyring";
-    let apt = Apt::new(&work.join("apt"), mirror, "trixie")?;
-    apt.candidate(PACKAGE)?;
-    let deb = apt.download(PACKAGE)?;
-    let tree = work.join("keyring");
-    run(Command::new("dpkg-deb").arg("-x").args([&deb, &tree]))?;
-    let dir = tree.join("usr/share/keyrings");
-    for name in ["debian-archive-keyring.gpg", "debian-archive-keyring.pgp"] {
-        if let Ok(path) = dir.join(name).canonicalize() {
-            return Ok(path);
-        }
-    }
-    bail!("{PACKAGE} holds no keyring in {}", dir.display())
-}
-
-fn debootstrap(
-    mirror: &Mirror,
-    keyring: &Path,
-    tree: &Path,
-    progress: &dyn Progress,
-) -> Result<()> {
-    let include: Vec<&str> = PACKAGES.iter().map(|(name, _)| *name).collect();
-    progress.step("Installing the lab host's packages");
-    run(Command::new("debootstrap")
-        .args(["--variant=minbase", "--merged-usr"])
-        .arg(format!("--include={}", include.join(",")))
-        .arg(format!("--keyring={}", keyring.display()))
-        .arg("forky")
-        .arg(tree)
-        .arg(mirror.uri())
-        // Older releases of debootstrap know no forky; the way is that of sid.
-        .arg("/usr/share/debootstrap/scripts/sid"))
-}
-
-fn configure(tree: &Path, version: &str, images: &Images) -> Result<()> {
-    let write = |path: &str, text: &str, mode: u32| -> Result<()> {
-        let path = tree.join(path);
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir)?;
-        }
-        fs::write(&path, text)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
-        Ok(())
-    };
-    write("etc/hostname", "lab\n", 0o644)?;
-    write("etc/hosts", "127.0.0.1 localhost lab\n", 0o644)?;
-    write("etc/fstab", "", 0o644)?;
-    write("etc/modules-load.d/lab.conf", MODULES, 0o644)?;
-    write("usr/local/sbin/lab-host", SERVICE, 0o755)?;
-    write("etc/systemd/system/lab-host.service", UNIT, 0o644)?;
-    fs::create_dir_all(tree.join("mnt/in"))?;
-    let system = tree.join("etc/systemd/system");
-    fs::create_dir_all(system.join("multi-user.target.wants"))?;
-    symlink(
-        "../lab-host.service",
-        system.join("multi-user.target.wants/lab-host.service"),
+    progress.step("Installing the lab host's system (debootstrap)");
+    debootstrap(
+        &mirror,
+        LAB,
+        LAB_HOST,
+        &root,
+        &cache.path().join("lab-root.log"),
     )?;
-    for unit in MASKED {
-        let _ = fs::remove_file(system.join(unit));
-        symlink("/dev/null", system.join(unit))?;
-    }
-    let modules = tree.join("lib/modules");
-    fs::create_dir_all(&modules)?;
-    run(Command::new("cp")
-        .arg("-a")
-        .arg(format!("/lib/modules/{version}"))
-        .arg(&modules))?;
-    let shelf = tree.join("usr/share/lab/images");
-    fs::create_dir_all(&shelf)?;
-    for (name, path) in &images.layouts {
-        run(Command::new("cp").arg("-a").arg(path).arg(shelf.join(name)))?;
-    }
-    for entry in fs::read_dir(tree.join("var/cache/apt/archives"))? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "deb") {
-            fs::remove_file(path)?;
+    progress.step("Installing the lab host's kernel");
+    let version = kernel(&mirror, work.path(), &root, entry)?;
+    settle(&root)?;
+    initrd(&root, &version, work.path(), &entry.join(INITRD))?;
+    progress.step("Packing the lab host's disk");
+    let raw = work.path().join("root.img");
+    output(
+        clean("mke2fs")
+            .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])
+            .arg(&root)
+            .arg(&raw)
+            .arg(format!("{SIZE_MIB}M")),
+    )?;
+    output(
+        clean("qemu-img")
+            .args(["convert", "-O", "qcow2"])
+            .arg(&raw)
+            .arg(entry.join(DISK)),
+    )?;
+    Ok(())
+}
+
+/// Installs the minimal system of `suite` and `packages` in the directory `root`.
+pub(crate) fn debootstrap(
+    mirror: &Mirror,
+    suite: &str,
+    packages: &[&str],
+    root: &Path,
+    log: &Path,
+) -> Result<()> {
+    // An older debootstrap knows no newer suite by name; all are made alike.
+    logged(
+        clean("debootstrap")
+            .args(["--variant=minbase", "--force-check-gpg"])
+            .arg(format!("--keyring={}", keyring()?))
+            .arg(format!("--include={}", packages.join(",")))
+            .arg(suite)
+            .arg(root)
+            .args([mirror.uri(), "/usr/share/debootstrap/scripts/sid"]),
+        log,
+    )?;
+    // Nobody reads these here; they are a tenth of the size.
+    for folder in [
+        "usr/share/doc",
+        "usr/share/man",
+        "usr/share/locale",
+        "usr/share/info",
+        "var/lib/apt/lists",
+        "var/cache/apt",
+    ] {
+        let path = root.join(folder);
+        if path.exists() {
+            fs::remove_dir_all(&path)?;
+            fs::create_dir(&path)?;
         }
     }
     Ok(())
 }
 
-/// Makes an ext4 image of `mib` MiB (sparse) with what is in `tree`.
-pub(super) fn make_ext4(tree: &Path, image: &Path, mib: u64) -> Result<()> {
-    run(Command::new("mke2fs")
-        .args([
-            "-q",
-            "-F",
-            "-t",
-            "ext4",
-            "-O",
-            "^has_journal",
-            "-E",
-            "lazy_itable_init=1",
-            "-d",
-        ])
-        .args([tree, image])
-        .arg(format!("{mib}M")))
+/// Installs the kernel's modules in `root`, and its image in `entry`: the version.
+fn kernel(mirror: &Mirror, work: &Path, root: &Path, entry: &Path) -> Result<String> {
+    let apt = Apt::new(&work.join("apt"), mirror, STABLE)?;
+    apt.candidate(LAB_KERNEL)?;
+    let package = apt.download(&apt.stands_for(LAB_KERNEL)?)?;
+    let unpacked = work.join("kernel");
+    output(clean("dpkg-deb").arg("-x").arg(&package).arg(&unpacked))?;
+    let modules = unpacked.join("lib/modules");
+    let version = fs::read_dir(&modules)?
+        .next()
+        .context("The kernel package has no modules")??
+        .file_name()
+        .into_string()
+        .map_err(|name| anyhow::anyhow!("{name:?} is not UTF-8"))?;
+    fs::copy(
+        unpacked.join(format!("boot/vmlinuz-{version}")),
+        entry.join(KERNEL),
+    )?;
+    output(
+        clean("cp")
+            .arg("-a")
+            .arg(&modules)
+            .arg(root.join("usr/lib/")),
+    )?;
+    output(clean("chroot").arg(root).args(["depmod", &version]))?;
+    Ok(version)
 }
 
-/// Runs a program of this machine, silent unless it fails.
-pub(super) fn run(command: &mut Command) -> Result<()> {
-    let output = command
-        .env("LC_ALL", "C.UTF-8")
-        .env("DEBIAN_FRONTEND", "noninteractive")
-        .output()
-        .with_context(|| format!("Cannot start {command:?}"))?;
-    let text = [output.stdout, output.stderr].concat();
-    let text = String::from_utf8_lossy(&text);
-    let tail: Vec<&str> = text.lines().rev().take(15).collect();
-    ensure!(
-        output.status.success(),
-        "{command:?} failed ({}):\n{}",
-        output.status,
-        tail.into_iter().rev().collect::<Vec<_>>().join("\n")
-    );
+/// Writes our files and says which units run.
+fn settle(root: &Path) -> Result<()> {
+    for (path, mode, content) in FILES {
+        let path = root.join(path);
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        fs::write(&path, content).with_context(|| format!("Cannot write {}", path.display()))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(*mode))?;
+    }
+    fs::write(
+        root.join("etc/modules-load.d/lab.conf"),
+        MODULES.join("\n") + "\n",
+    )?;
+    fs::create_dir_all(root.join("lab"))?;
+    let wants = root.join("etc/systemd/system/multi-user.target.wants");
+    fs::create_dir_all(&wants)?;
+    symlink("../lab-wait.service", wants.join("lab-wait.service"))?;
+    for unit in MASKED {
+        let path = root.join("etc/systemd/system").join(unit);
+        if path.is_symlink() {
+            fs::remove_file(&path)?;
+        }
+        symlink("/dev/null", path)?;
+    }
+    // An unset machine id would make the first boot a long one.
+    fs::write(
+        root.join("etc/machine-id"),
+        "6c61620000000000000000000000a11b\n",
+    )?;
     Ok(())
+}
+
+/// Packs busybox and the modules of the disk: the kernel's initial file system.
+fn initrd(root: &Path, version: &str, work: &Path, out: &Path) -> Result<()> {
+    let tree = work.join("initrd");
+    for folder in ["bin", "dev", "modules", "root"] {
+        fs::create_dir_all(tree.join(folder))?;
+    }
+    fs::copy(root.join("usr/bin/busybox"), tree.join("bin/busybox"))?;
+    let init = tree.join("init");
+    fs::write(&init, include_str!("guest/init"))?;
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
+
+    let modules = root.join("usr/lib/modules").join(version);
+    let dependencies = fs::read_to_string(modules.join("modules.dep"))?;
+    let mut order: Vec<String> = Vec::new();
+    for module in DISK_MODULES {
+        for path in with_dependencies(&dependencies, module)? {
+            let name = path.replace('/', "-");
+            if !order.contains(&name) {
+                fs::copy(modules.join(&path), tree.join("modules").join(&name))?;
+                order.push(name);
+            }
+        }
+    }
+    fs::write(tree.join("modules/order"), order.join("\n") + "\n")?;
+    pack(&tree, out)
+}
+
+/// Packs the directory `tree` as a cpio archive.
+fn pack(tree: &Path, out: &Path) -> Result<()> {
+    let mut command = clean("sh");
+    command
+        .current_dir(tree)
+        .args([
+            "-c",
+            "find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 > \"$1\"",
+            "sh",
+        ])
+        .arg(out);
+    output(&mut command)?;
+    Ok(())
+}
+
+/// The files of `module` and of all it needs, in the order of loading.
+/// `dependencies` is depmod's list: `FILE: FILE…`, the nearest need first.
+fn with_dependencies(dependencies: &str, module: &str) -> Result<Vec<String>> {
+    let is_it = |path: &str| {
+        Path::new(path)
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.split_once(".ko"))
+            .is_some_and(|(name, _)| name.replace('-', "_") == module)
+    };
+    let (path, needs) = dependencies
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(path, _)| is_it(path))
+        .with_context(|| format!("The kernel has no module {module}"))?;
+    let mut order: Vec<String> = needs.split_whitespace().rev().map(str::to_owned).collect();
+    order.push(path.to_owned());
+    Ok(order)
+}
+
+/// Where the second disk's files for the preparation lie in the source.
+pub(crate) fn prepare_script() -> (&'static str, &'static str) {
+    ("prepare", include_str!("guest/prepare"))
+}
+
+/// Paths of kernel, initial file system and disk in an entry.
+pub(crate) fn paths(entry: &Entry) -> [PathBuf; 3] {
+    [KERNEL, INITRD, DISK].map(|name| entry.file(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_are_loaded_after_what_they_need() {
+        let dependencies = "kernel/drivers/virtio/virtio.ko:\n\
+             kernel/drivers/virtio/virtio_pci.ko: kernel/virtio_ring.ko kernel/virtio.ko\n\
+             kernel/kvm-amd.ko.xz: kernel/kvm.ko.xz\n";
+        assert_eq!(
+            with_dependencies(dependencies, "virtio_pci").unwrap(),
+            [
+                "kernel/virtio.ko",
+                "kernel/virtio_ring.ko",
+                "kernel/drivers/virtio/virtio_pci.ko"
+            ]
+        );
+        assert_eq!(
+            with_dependencies(dependencies, "kvm_amd").unwrap(),
+            ["kernel/kvm.ko.xz", "kernel/kvm-amd.ko.xz"]
+        );
+        assert!(with_dependencies(dependencies, "pci").is_err());
+    }
 }
