@@ -144,16 +144,10 @@ pub(super) struct Header {
 impl Header {
     /// From the first bytes of a request.
     pub(super) fn parse(bytes: &[u8; IN_HEADER]) -> Header {
-        let word = |at: usize| -> u32 {
-            bytes[at..at + 4]
-                .iter()
-                .rev()
-                .fold(0, |value, &byte| value << 8 | u32::from(byte))
-        };
         Header {
-            len: word(0),
-            opcode: word(4),
-            unique: u64::from(word(12)) << 32 | u64::from(word(8)),
+            len: word(bytes, 0),
+            opcode: word(bytes, 4),
+            unique: u64::from(word(bytes, 12)) << 32 | u64::from(word(bytes, 8)),
         }
     }
 }
@@ -182,31 +176,35 @@ pub(super) fn check(
 ) -> Result<(), i32> {
     let form = form(header.opcode).ok_or(libc::ENOSYS)?;
     let len = header.len as usize;
-    if len != readable || len < IN_HEADER + form.fixed {
+    if len != readable {
         return Err(libc::EINVAL);
     }
-    if wants_reply(header.opcode) && writable < OUT_HEADER + form.reply {
+    let tail_len = len
+        .checked_sub(IN_HEADER)
+        .and_then(|body| body.checked_sub(form.fixed))
+        .ok_or(libc::EINVAL)?;
+    if wants_reply(header.opcode) && writable < OUT_HEADER.saturating_add(form.reply) {
         return Err(libc::EINVAL);
     }
-    let tail_len = len - IN_HEADER - form.fixed;
     let tail = body.get(form.fixed..).unwrap_or(&[]);
     let fits = match form.tail {
         Tail::Nothing => tail_len == 0,
         Tail::Name => tail.len() == tail_len && ends(tail) == [tail_len],
         Tail::TwoNames => {
-            let ends = ends(tail);
-            tail.len() == tail_len && ends.len() == 2 && ends[1] == tail_len
+            tail.len() == tail_len && matches!(ends(tail)[..], [_, second] if second == tail_len)
         }
         Tail::NameAndValue => {
             let name = ends(tail).first().copied();
             let size = word(body, 0) as usize;
-            size <= MAX_XATTR && name.is_some_and(|name| tail_len == name + size)
+            size <= MAX_XATTR && name.and_then(|name| tail_len.checked_sub(name)) == Some(size)
         }
         Tail::Data => {
             let size = word(body, 16) as usize;
             size <= MAX_DATA && tail_len == size
         }
-        Tail::Nodes => tail_len == 16 * word(body, 0) as usize && tail_len <= MAX_DATA,
+        Tail::Nodes => {
+            tail_len <= MAX_DATA && 16_u64.saturating_mul(word(body, 0).into()) == tail_len as u64
+        }
         Tail::Extension => tail_len <= 48,
     };
     if fits { Ok(()) } else { Err(libc::EINVAL) }
@@ -225,9 +223,9 @@ fn ends(names: &[u8]) -> Vec<usize> {
 /// The little-endian word at an offset; 0 if it is not there.
 fn word(bytes: &[u8], at: usize) -> u32 {
     bytes
-        .get(at..at + 4)
-        .and_then(|word| word.try_into().ok())
-        .map_or(0, u32::from_le_bytes)
+        .get(at..)
+        .and_then(|bytes| bytes.first_chunk())
+        .map_or(0, |word| u32::from_le_bytes(*word))
 }
 
 #[cfg(test)]

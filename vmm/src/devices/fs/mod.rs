@@ -9,8 +9,18 @@
 //!
 //! Each queue has a thread. The threads start with the device, before the guest,
 //! because they alone keep the capabilities that a file server needs.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::unwrap_used,
+        clippy::expect_used
+    )
+)]
 
 mod caller;
+mod file;
 mod front;
 mod queue;
 mod share;
@@ -85,7 +95,7 @@ impl Fs {
             Mode::empty(),
         )?;
         let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        let limit = descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4);
+        let limit = descriptors.saturating_sub(RESERVED_DESCRIPTORS.min(descriptors / 4));
         let shared = Arc::new(Shared::new(
             root,
             confined.proc_self_fd()?,
@@ -97,10 +107,12 @@ impl Fs {
             .map(|index| QueueThread::spawn(index, Arc::clone(&server), Arc::clone(&shared)))
             .collect::<io::Result<_>>()?;
         let mut config = [0; TAG + 4];
-        config[..tag.len()].copy_from_slice(tag);
+        for (to, from) in config.iter_mut().zip(tag) {
+            *to = *from;
+        }
         config[TAG..].copy_from_slice(&u32::from(share.queues).to_le_bytes());
-        let mut sizes = vec![REQUEST_SIZE; 1 + usize::from(share.queues)];
-        sizes[0] = HIPRIO_SIZE;
+        let requests = std::iter::repeat_n(REQUEST_SIZE, share.queues.into());
+        let sizes = std::iter::once(HIPRIO_SIZE).chain(requests).collect();
         Ok(Fs {
             config,
             sizes,

@@ -256,7 +256,7 @@ impl Requests {
             return 0;
         }
         let header = Header::parse(&bytes);
-        let mut body = vec![0; front::to_look_at(&header).min(readable - IN_HEADER)];
+        let mut body = vec![0; front::to_look_at(&header).min(request.available_bytes())];
         if request.read_exact(&mut body).is_err() {
             return 0;
         }
@@ -299,7 +299,7 @@ impl Requests {
 fn refuse(mut room: VirtioFsWriter<'_>, unique: u64, errno: i32) -> u32 {
     let mut reply = [0; OUT_HEADER];
     reply[..4].copy_from_slice(&BARE_REPLY.to_le_bytes());
-    reply[4..8].copy_from_slice(&(-errno).to_le_bytes());
+    reply[4..8].copy_from_slice(&errno.wrapping_neg().to_le_bytes());
     reply[8..].copy_from_slice(&unique.to_le_bytes());
     match room.write_all(&reply) {
         Ok(()) => BARE_REPLY,

@@ -20,10 +20,10 @@ use std::{
     ffi::CStr,
     fs::File,
     io,
-    mem::{ManuallyDrop, MaybeUninit},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    mem::MaybeUninit,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::{
-        Mutex, PoisonError,
+        PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -41,15 +41,16 @@ use fuse_backend_rs::{
 use rustix::{
     fs::{
         self as sys, AtFlags, FallocateFlags, FileType, Mode, OFlags, RawDir, RenameFlags,
-        SeekFrom, Statx, StatxFlags, Timespec, Timestamps, XattrFlags,
+        SeekFrom, Timespec, Timestamps, XattrFlags,
     },
     path::DecInt,
 };
 
 use super::{
     caller::{Caller, KillPrivileges},
+    file::{attribute, attributes, borrow, component, error, here, identify, may_enter, statx},
     front::MAX_XATTR,
-    table::{Identity, Node, Seen, Table},
+    table::{Node, Seen, Table},
 };
 
 /// How long the guest may believe what it was told: not at all.
@@ -175,7 +176,7 @@ impl Shared {
             return false;
         };
         let time = |time: sys::StatxTimestamp| (time.tv_sec, time.tv_nsec);
-        let changed = UNIX_EPOCH + Duration::from_secs(status.stx_ctime.tv_sec.unsigned_abs());
+        let changed = Duration::from_secs(status.stx_ctime.tv_sec.unsigned_abs());
         let now = Seen {
             stamp: (
                 status.stx_size,
@@ -183,8 +184,8 @@ impl Shared {
                 time(status.stx_ctime),
             ),
             settled: SystemTime::now()
-                .duration_since(changed)
-                .is_ok_and(|age| age > SETTLED),
+                .duration_since(UNIX_EPOCH)
+                .is_ok_and(|now| now.saturating_sub(changed) > SETTLED),
         };
         let mut seen = node.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let before = seen.replace(now);
@@ -638,7 +639,8 @@ impl FileSystem for Shared {
         let node = self.table.node(inode)?;
         let mut all = vec![0; MAX_XATTR];
         let len = sys::listxattr(here(&node), &mut all[..])?;
-        let names: Vec<u8> = all[..len]
+        all.truncate(len);
+        let names: Vec<u8> = all
             .split_inclusive(|&byte| byte == 0)
             .filter(|name| {
                 CStr::from_bytes_with_nul(name).is_ok_and(|name| attribute(name).is_ok())
@@ -740,103 +742,4 @@ impl FileSystem for Shared {
         let _position = handle.lock();
         Ok(sys::seek(&handle.file, target)?)
     }
-}
-
-fn error(errno: i32) -> io::Error {
-    io::Error::from_raw_os_error(errno)
-}
-
-/// A name of the guest is one component of a path and not a special one.
-fn component(name: &CStr) -> io::Result<()> {
-    match name.to_bytes() {
-        b"" | b"." | b".." => Err(error(libc::EINVAL)),
-        name if name.contains(&b'/') => Err(error(libc::EINVAL)),
-        name if name.len() > 255 => Err(error(libc::ENAMETOOLONG)),
-        _ => Ok(()),
-    }
-}
-
-/// Extended attributes that a container may have: its own, capabilities of
-/// programs, access control lists. Others do not exist here, neither to be read
-/// nor to be set: they steer the host's kernel.
-fn attribute(name: &CStr) -> io::Result<()> {
-    let allowed = match name.to_bytes() {
-        b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => true,
-        name => name.starts_with(b"user."),
-    };
-    if allowed {
-        Ok(())
-    } else {
-        Err(error(libc::EOPNOTSUPP))
-    }
-}
-
-/// Mounts of kernel interfaces are not entered, whoever put them there.
-fn may_enter(node: &Node) -> io::Result<()> {
-    const REFUSED: [i64; 4] = [
-        libc::PROC_SUPER_MAGIC,
-        libc::SYSFS_MAGIC,
-        libc::DEBUGFS_MAGIC,
-        libc::TRACEFS_MAGIC,
-    ];
-    if REFUSED.contains(&sys::fstatfs(node)?.f_type) {
-        return Err(error(libc::EACCES));
-    }
-    Ok(())
-}
-
-fn statx(fd: BorrowedFd<'_>) -> rustix::io::Result<Statx> {
-    sys::statx(
-        fd,
-        "",
-        AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW,
-        StatxFlags::BASIC_STATS | StatxFlags::MNT_ID,
-    )
-}
-
-fn identify(fd: OwnedFd) -> io::Result<(Node, Statx)> {
-    let status = statx(fd.as_fd())?;
-    let node = Node {
-        fd,
-        identity: Identity {
-            device: (status.stx_dev_major, status.stx_dev_minor),
-            inode: status.stx_ino,
-            mount: status.stx_mnt_id,
-        },
-        kind: u32::from(status.stx_mode) & libc::S_IFMT,
-        seen: Mutex::default(),
-    };
-    Ok((node, status))
-}
-
-fn attributes(status: &Statx) -> libc::stat64 {
-    // SAFETY: all zeroes is a `stat64`: it is made of integers.
-    let mut attr: libc::stat64 = unsafe { MaybeUninit::zeroed().assume_init() };
-    attr.st_ino = status.stx_ino;
-    attr.st_mode = status.stx_mode.into();
-    attr.st_nlink = status.stx_nlink.into();
-    attr.st_uid = status.stx_uid;
-    attr.st_gid = status.stx_gid;
-    attr.st_rdev = libc::makedev(status.stx_rdev_major, status.stx_rdev_minor);
-    attr.st_size = status.stx_size.cast_signed();
-    attr.st_blksize = status.stx_blksize.into();
-    attr.st_blocks = status.stx_blocks.cast_signed();
-    attr.st_atime = status.stx_atime.tv_sec;
-    attr.st_atime_nsec = status.stx_atime.tv_nsec.into();
-    attr.st_mtime = status.stx_mtime.tv_sec;
-    attr.st_mtime_nsec = status.stx_mtime.tv_nsec.into();
-    attr.st_ctime = status.stx_ctime.tv_sec;
-    attr.st_ctime_nsec = status.stx_ctime.tv_nsec.into();
-    attr
-}
-
-/// A node as a path, for the thread whose working directory is `/proc/self/fd`.
-fn here(node: &Node) -> DecInt {
-    DecInt::from_fd(&node.fd)
-}
-
-/// The file for functions that want it mutable and do not close it.
-fn borrow(file: &File) -> ManuallyDrop<File> {
-    // SAFETY: `file` keeps the descriptor open, and the copy never closes it.
-    ManuallyDrop::new(unsafe { File::from_raw_fd(file.as_raw_fd()) })
 }

@@ -78,7 +78,7 @@ impl Handle {
 pub(super) struct Table {
     nodes: Mutex<Nodes>,
     handles: Mutex<HashMap<u64, Arc<Handle>>>,
-    last_handle: AtomicU64,
+    next_handle: AtomicU64,
     /// Most nodes and handles together: each is a descriptor.
     limit: usize,
 }
@@ -87,7 +87,7 @@ pub(super) struct Table {
 struct Nodes {
     by_number: HashMap<u64, Known>,
     by_identity: HashMap<Identity, u64>,
-    last: u64,
+    next: u64,
 }
 
 #[derive(Debug)]
@@ -100,14 +100,14 @@ impl Table {
     /// A table that knows the share's directory only.
     pub(super) fn new(root: Node, limit: usize) -> Table {
         let mut nodes = Nodes {
-            last: ROOT - 1,
+            next: ROOT,
             ..Nodes::default()
         };
         nodes.add(root);
         Table {
             nodes: Mutex::new(nodes),
             handles: Mutex::default(),
-            last_handle: AtomicU64::new(0),
+            next_handle: AtomicU64::new(1),
             limit,
         }
     }
@@ -138,7 +138,7 @@ impl Table {
             }
             return Ok(number);
         }
-        if nodes.by_number.len() + self.handles().len() >= self.limit {
+        if nodes.by_number.len().saturating_add(self.handles().len()) >= self.limit {
             return Err(io::Error::from_raw_os_error(libc::ENFILE));
         }
         Ok(nodes.add(node))
@@ -165,10 +165,10 @@ impl Table {
     pub(super) fn open(&self, node: u64, file: File, append: u32) -> io::Result<u64> {
         let nodes = self.nodes().by_number.len();
         let mut handles = self.handles();
-        if nodes + handles.len() >= self.limit {
+        if nodes.saturating_add(handles.len()) >= self.limit {
             return Err(io::Error::from_raw_os_error(libc::ENFILE));
         }
-        let number = self.last_handle.fetch_add(1, Ordering::Relaxed) + 1;
+        let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
         let handle = Handle {
             node,
             file,
@@ -208,16 +208,18 @@ impl Table {
 
 impl Nodes {
     fn add(&mut self, node: Node) -> u64 {
-        self.last += 1;
-        self.by_identity.insert(node.identity, self.last);
+        let number = self.next;
+        // 2^64 lookups do not happen.
+        self.next = self.next.wrapping_add(1);
+        self.by_identity.insert(node.identity, number);
         self.by_number.insert(
-            self.last,
+            number,
             Known {
                 node: Arc::new(node),
                 lookups: 1,
             },
         );
-        self.last
+        number
     }
 }
 

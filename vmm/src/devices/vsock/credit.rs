@@ -53,7 +53,7 @@ impl Credit {
     /// Notes `len` bytes as received, if the guest had credit for them.
     pub(super) fn received(&mut self, len: u32) -> Result<(), Overrun> {
         let buffered = self.received.wrapping_sub(self.forwarded);
-        if len > STREAM_BUFFER - buffered {
+        if len > STREAM_BUFFER.saturating_sub(buffered) {
             return Err(Overrun);
         }
         self.received = self.received.wrapping_add(len);

@@ -17,6 +17,15 @@
 //! `mux.rs` owns all streams of a running device, `stream.rs` one of them,
 //! `state.rs` and `credit.rs` are the rules, `packet.rs` the form on the wire,
 //! `limits.rs` every bound.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::unwrap_used,
+        clippy::expect_used
+    )
+)]
 
 mod credit;
 mod limits;

@@ -390,7 +390,7 @@ impl Mux {
             let room = Buffers::of(&mem, chain.writable(), HEADER_LEN + limits::PACKET);
             let len = match room {
                 Ok(room) if room.len() >= HEADER_LEN => match self.next_packet(&room) {
-                    Some(len) => HEADER_LEN + len,
+                    Some(len) => HEADER_LEN.saturating_add(len),
                     None => {
                         self.rx.undo_pop();
                         return;
@@ -441,10 +441,11 @@ impl Handler for Mux {
     fn ready(&mut self, token: u32, events: EventFlags, watch: &Watch<'_>) -> io::Result<()> {
         match token {
             RX => {
-                self.rx.event.read()?;
+                // Nothing there means that it was read already.
+                let _ = self.rx.event.read();
             }
             TX => {
-                self.tx.event.read()?;
+                let _ = self.tx.event.read();
                 self.transmit(watch);
             }
             LISTENER => self.accept_programs(watch),
@@ -512,19 +513,22 @@ fn read_line(socket: &OwnedFd) -> io::Result<Option<u32>> {
         Err(rustix::io::Errno::AGAIN) => return Ok(None),
         other => other?,
     };
-    let Some(end) = bytes[..seen].iter().position(|&byte| byte == b'\n') else {
+    let seen_line = bytes.iter().take(seen);
+    let Some(end) = seen_line.copied().position(|byte| byte == b'\n') else {
         return if seen == 0 || seen == bytes.len() {
             Err(io::ErrorKind::InvalidData.into())
         } else {
             Ok(None)
         };
     };
-    let port = std::str::from_utf8(&bytes[..end])
+    let (line, _) = bytes.split_at_mut(end.saturating_add(1));
+    let port = std::str::from_utf8(line)
         .ok()
+        .and_then(|line| line.strip_suffix('\n'))
         .and_then(|line| line.strip_prefix("CONNECT "))
         .filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
         .and_then(|port| port.parse().ok())
         .ok_or(io::ErrorKind::InvalidData)?;
-    net::recv(socket, &mut bytes[..=end], RecvFlags::empty())?;
+    net::recv(socket, line, RecvFlags::empty())?;
     Ok(Some(port))
 }

@@ -50,17 +50,18 @@ pub(super) struct Header {
 impl Header {
     /// From the form on the wire: little-endian, without padding.
     pub(super) fn parse(bytes: &[u8; HEADER_LEN]) -> Header {
+        let rest = &mut bytes.as_slice();
         Header {
-            src_cid: u64::from_le_bytes(field(bytes, 0)),
-            dst_cid: u64::from_le_bytes(field(bytes, 8)),
-            src_port: u32::from_le_bytes(field(bytes, 16)),
-            dst_port: u32::from_le_bytes(field(bytes, 20)),
-            len: u32::from_le_bytes(field(bytes, 24)),
-            kind: u16::from_le_bytes(field(bytes, 28)),
-            op: u16::from_le_bytes(field(bytes, 30)),
-            flags: u32::from_le_bytes(field(bytes, 32)),
-            buf_alloc: u32::from_le_bytes(field(bytes, 36)),
-            fwd_cnt: u32::from_le_bytes(field(bytes, 40)),
+            src_cid: u64::from_le_bytes(take(rest)),
+            dst_cid: u64::from_le_bytes(take(rest)),
+            src_port: u32::from_le_bytes(take(rest)),
+            dst_port: u32::from_le_bytes(take(rest)),
+            len: u32::from_le_bytes(take(rest)),
+            kind: u16::from_le_bytes(take(rest)),
+            op: u16::from_le_bytes(take(rest)),
+            flags: u32::from_le_bytes(take(rest)),
+            buf_alloc: u32::from_le_bytes(take(rest)),
+            fwd_cnt: u32::from_le_bytes(take(rest)),
         }
     }
 
@@ -80,9 +81,13 @@ impl Header {
     }
 }
 
-/// The `N` bytes at `offset`, which lie within the header.
-fn field<const N: usize>(bytes: &[u8; HEADER_LEN], offset: usize) -> [u8; N] {
-    std::array::from_fn(|index| bytes[offset + index])
+/// The next `N` bytes; zeroes at the end, which a header does not reach.
+fn take<const N: usize>(rest: &mut &[u8]) -> [u8; N] {
+    let Some((field, tail)) = rest.split_first_chunk() else {
+        return [0; N];
+    };
+    *rest = tail;
+    *field
 }
 
 /// The buffers of one descriptor chain.
@@ -111,7 +116,7 @@ impl<'m> Buffers<'m> {
             for slice in mem.get_slices(descriptor.addr(), len) {
                 slices.push(slice.map_err(|_| BadChain)?);
             }
-            room -= len;
+            room = room.saturating_sub(len);
         }
         Ok(Buffers(slices))
     }
@@ -124,10 +129,11 @@ impl<'m> Buffers<'m> {
     /// The header at the front, if all of it is there.
     pub(super) fn header(&self) -> Option<Header> {
         let mut bytes = [0; HEADER_LEN];
-        let mut filled = 0;
+        let mut rest = bytes.as_mut_slice();
         for slice in &self.0 {
-            filled += slice.copy_to(&mut bytes[filled..]);
-            if filled == HEADER_LEN {
+            let len = slice.copy_to(rest);
+            rest = rest.get_mut(len..)?;
+            if rest.is_empty() {
                 return Some(Header::parse(&bytes));
             }
         }
@@ -137,14 +143,11 @@ impl<'m> Buffers<'m> {
     /// Writes the header at the front. The buffers are long enough.
     pub(super) fn put_header(&self, header: &Header) {
         let bytes = header.bytes();
-        let mut rest = &bytes[..];
+        let mut rest = bytes.as_slice();
         for slice in &self.0 {
-            let len = rest.len().min(slice.len());
-            slice.copy_from(&rest[..len]);
-            rest = &rest[len..];
-            if rest.is_empty() {
-                return;
-            }
+            let (now, later) = rest.split_at(rest.len().min(slice.len()));
+            slice.copy_from(now);
+            rest = later;
         }
     }
 
@@ -153,9 +156,9 @@ impl<'m> Buffers<'m> {
         let mut slices = Vec::with_capacity(self.0.len());
         for slice in &self.0 {
             let start = skip.min(slice.len());
-            skip -= start;
-            let take = len.min(slice.len() - start);
-            len -= take;
+            skip = skip.saturating_sub(start);
+            let take = len.min(slice.len().saturating_sub(start));
+            len = len.saturating_sub(take);
             if take > 0 {
                 // It lies within the slice, so it cannot fail.
                 slices.extend(slice.subslice(start, take));
@@ -169,11 +172,13 @@ impl<'m> Buffers<'m> {
         let mut bytes = [0; 4096];
         for slice in &self.0 {
             let mut done = 0;
-            while done < slice.len() {
-                let Ok(part) = slice.offset(done) else { break };
+            while let Ok(part) = slice.offset(done) {
                 let len = part.copy_to(&mut bytes[..]);
-                to.extend(&bytes[..len]);
-                done += len;
+                if len == 0 {
+                    break;
+                }
+                to.extend(bytes.iter().take(len));
+                done = done.saturating_add(len);
             }
         }
     }

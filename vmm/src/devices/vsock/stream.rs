@@ -379,7 +379,7 @@ impl Socket {
             0
         };
         payload
-            .part(sent, payload.len() - sent)
+            .part(sent, payload.len().saturating_sub(sent))
             .copy_to(&mut self.pending);
         Ok(sent)
     }
@@ -397,7 +397,7 @@ impl Socket {
                 return Ok(total);
             }
             self.pending.drain(..sent);
-            total += sent;
+            total = total.saturating_add(sent);
         }
         if total > 0 {
             self.pending.shrink_to_fit();

@@ -1,0 +1,370 @@
+//! The agent in the guest, seen from the host: the only place where the shim
+//! parses bytes that a guest chose.
+//!
+//! Every call has a deadline that counts time, not progress. Frames are bounded
+//! before they are buffered. Texts are escaped and cut, numbers clamped, status
+//! codes taken from a short list; no id of the guest is ever used.
+
+mod frames;
+
+use std::{future::Future, time::Duration};
+
+use bulkhead_agent_api::{
+    GREETING,
+    agent::{
+        ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
+        ResizePtyRequest, Stdio,
+    },
+    agent_ttrpc::AgentClient,
+};
+use tokio::{net::UnixStream, time::timeout};
+use ttrpc::{
+    Code,
+    r#async::{Client, transport::Socket},
+};
+
+use self::frames::Bounded;
+use crate::{
+    error::{Error, Result},
+    io::read_line,
+    names::{ContainerId, ExecId},
+};
+
+/// Longest text that is taken from the guest, in bytes.
+const MAX_TEXT: usize = 1024;
+/// Limit for a SIGKILL, after which the VM can be killed instead.
+const KILL: Duration = Duration::from_secs(1);
+/// Limit for an orderly end.
+const SHUTDOWN: Duration = Duration::from_secs(2);
+
+/// A process: the first one of a container, or an exec.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessName {
+    /// The container.
+    pub container: ContainerId,
+    /// The exec; `None`: the first process.
+    pub exec: Option<ExecId>,
+}
+
+impl ProcessName {
+    fn exec_id(&self) -> String {
+        self.exec
+            .as_ref()
+            .map_or_else(String::new, ToString::to_string)
+    }
+
+    fn request(&self) -> ProcessRequest {
+        ProcessRequest {
+            container_id: self.container.to_string(),
+            exec_id: self.exec_id(),
+            ..ProcessRequest::default()
+        }
+    }
+}
+
+impl std::fmt::Display for ProcessName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.exec {
+            Some(exec) => write!(f, "{exec:?} of {:?}", self.container),
+            None => write!(f, "{:?}", self.container),
+        }
+    }
+}
+
+/// How a process of the guest ended, as the agent says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// 0 to 255.
+    pub status: u8,
+    /// The OOM killer struck in its container.
+    pub oom_killed: bool,
+}
+
+/// A connection to the agent.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+    limit: Duration,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent")
+            .field("limit", &self.limit)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    /// Reads the greeting on a connection that the guest opened. The caller
+    /// limits the time.
+    pub async fn greet(mut stream: UnixStream, limit: Duration) -> Result<Self> {
+        let line = read_line(&mut stream, 64).await.map_err(|error| {
+            Error::Boot(format!("the agent's greeting cannot be read: {error}"))
+        })?;
+        if line != GREETING.trim_end().as_bytes() {
+            return Err(Error::Boot(format!(
+                "the guest greets with {:?}, this shim needs {:?}: kernel, root image and shim must be of one version",
+                escape(&String::from_utf8_lossy(&line)),
+                GREETING.trim_end()
+            )));
+        }
+        let client = Client::new(Socket::new(Bounded::new(stream)));
+        Ok(Agent {
+            client: AgentClient::new(client),
+            limit,
+        })
+    }
+
+    /// Creates a container and its first process.
+    pub async fn create(&self, request: &CreateRequest) -> Result<()> {
+        let call = self.client.create(ttrpc::context::with_timeout(0), request);
+        answer("Create", self.limit, "OCI runtime create failed", call).await?;
+        Ok(())
+    }
+
+    /// Lets the first process of a container run.
+    pub async fn start(&self, container: &ContainerId) -> Result<()> {
+        let request = container_request(container);
+        let call = self.client.start(ttrpc::context::with_timeout(0), &request);
+        answer("Start", self.limit, "OCI runtime start failed", call).await?;
+        Ok(())
+    }
+
+    /// Creates and starts a further process. `process` is JSON of the OCI
+    /// specification.
+    pub async fn exec(&self, name: &ProcessName, process: Vec<u8>, stdio: Stdio) -> Result<()> {
+        let request = ExecRequest {
+            container_id: name.container.to_string(),
+            exec_id: name.exec_id(),
+            process,
+            stdio: Some(stdio).into(),
+            ..ExecRequest::default()
+        };
+        let call = self.client.exec(ttrpc::context::with_timeout(0), &request);
+        answer("Exec", self.limit, "OCI runtime exec failed", call).await?;
+        Ok(())
+    }
+
+    /// Waits for the end of a process, however long that takes.
+    pub async fn wait(&self, name: &ProcessName) -> Result<Ended> {
+        let request = name.request();
+        let call = self.client.wait(ttrpc::context::with_timeout(0), &request);
+        let response = call.await.map_err(|error| refusal("Wait failed", error))?;
+        Ok(Ended {
+            status: u8::try_from(response.exit_status).unwrap_or(255),
+            oom_killed: response.oom_killed,
+        })
+    }
+
+    /// Sends a signal.
+    pub async fn kill(&self, name: &ProcessName, signal: u32, all: bool) -> Result<()> {
+        let request = KillRequest {
+            container_id: name.container.to_string(),
+            exec_id: name.exec_id(),
+            signal,
+            all,
+            ..KillRequest::default()
+        };
+        let limit = if signal == libc::SIGKILL.unsigned_abs() {
+            KILL
+        } else {
+            self.limit
+        };
+        let call = self.client.kill(ttrpc::context::with_timeout(0), &request);
+        answer("Kill", limit, "Kill failed", call).await?;
+        Ok(())
+    }
+
+    /// Forgets an ended process; of the first one: removes the container.
+    pub async fn delete(&self, name: &ProcessName) -> Result<()> {
+        let request = name.request();
+        let call = self
+            .client
+            .delete(ttrpc::context::with_timeout(0), &request);
+        answer("Delete", self.limit, "Delete failed", call).await?;
+        Ok(())
+    }
+
+    /// Sets the size of a process's terminal.
+    pub async fn resize(&self, name: &ProcessName, columns: u32, rows: u32) -> Result<()> {
+        let request = ResizePtyRequest {
+            container_id: name.container.to_string(),
+            exec_id: name.exec_id(),
+            columns,
+            rows,
+            ..ResizePtyRequest::default()
+        };
+        let call = self
+            .client
+            .resize_pty(ttrpc::context::with_timeout(0), &request);
+        answer("ResizePty", self.limit, "ResizePty failed", call).await?;
+        Ok(())
+    }
+
+    /// Asks the guest to power off.
+    pub async fn shutdown(&self) -> Result<()> {
+        let request = Empty::default();
+        let call = self
+            .client
+            .shutdown(ttrpc::context::with_timeout(0), &request);
+        answer("Shutdown", SHUTDOWN, "Shutdown failed", call).await?;
+        Ok(())
+    }
+}
+
+fn container_request(container: &ContainerId) -> ContainerRequest {
+    ContainerRequest {
+        container_id: container.to_string(),
+        ..ContainerRequest::default()
+    }
+}
+
+async fn answer<T>(
+    name: &'static str,
+    limit: Duration,
+    context: &'static str,
+    call: impl Future<Output = ttrpc::Result<T>>,
+) -> Result<T> {
+    match timeout(limit, call).await {
+        Ok(answer) => answer.map_err(|error| refusal(context, error)),
+        Err(_) => Err(Error::Deadline {
+            call: name,
+            limit_ms: limit.as_millis(),
+        }),
+    }
+}
+
+fn refusal(context: &'static str, error: ttrpc::Error) -> Error {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            let code = match status.code() {
+                code @ (Code::NOT_FOUND
+                | Code::ALREADY_EXISTS
+                | Code::INVALID_ARGUMENT
+                | Code::FAILED_PRECONDITION
+                | Code::RESOURCE_EXHAUSTED
+                | Code::UNIMPLEMENTED
+                | Code::DEADLINE_EXCEEDED) => code,
+                _ => Code::INTERNAL,
+            };
+            Error::Agent {
+                context,
+                code,
+                text: escape(&status.message),
+            }
+        }
+        error => Error::VmGone(format!(
+            "the agent's connection broke ({})",
+            escape(&error.to_string())
+        )),
+    }
+}
+
+/// Makes a text of the guest harmless: one line, no control characters, cut.
+#[must_use]
+pub fn escape(text: &str) -> String {
+    let mut safe = String::new();
+    for c in text.chars() {
+        if safe.len() >= MAX_TEXT {
+            safe.push('…');
+            break;
+        }
+        // Beside control characters also those that reorder or hide text.
+        let hidden = matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}');
+        if c.is_control() || hidden {
+            safe.extend(c.escape_default());
+        } else {
+            safe.push(c);
+        }
+    }
+    safe
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_of_the_guest_are_escaped_and_cut_b74() {
+        assert_eq!(escape("exec: \"x\": not found"), "exec: \"x\": not found");
+        assert_eq!(escape("a\x1b[31mb\n"), "a\\u{1b}[31mb\\n");
+        assert_eq!(escape("a\u{202e}b"), "a\\u{202e}b");
+        assert!(escape(&"x".repeat(1 << 20)).len() <= MAX_TEXT + 3);
+    }
+
+    #[test]
+    fn codes_of_the_guest_come_from_a_short_list_b72() {
+        let refuse =
+            |code| refusal("x", ttrpc::Error::RpcStatus(ttrpc::get_status(code, "t"))).code();
+        assert_eq!(refuse(Code::NOT_FOUND), Code::NOT_FOUND);
+        assert_eq!(refuse(Code::OK), Code::INTERNAL);
+        assert_eq!(refuse(Code::UNAUTHENTICATED), Code::INTERNAL);
+        assert_eq!(
+            refusal("x", ttrpc::Error::RemoteClosed).code(),
+            Code::UNAVAILABLE
+        );
+    }
+
+    #[tokio::test]
+    async fn another_version_is_refused_at_the_greeting_f61() {
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut guest, b"bulkhead-agent 9.9.9\n")
+            .await
+            .unwrap();
+        let text = Agent::greet(host, KILL).await.unwrap_err().to_string();
+        assert!(
+            text.contains("9.9.9") && text.contains(env!("CARGO_PKG_VERSION")),
+            "{text}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_greeting_without_end_is_refused_b75() {
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut guest, &[b'x'; 4096])
+            .await
+            .unwrap();
+        assert!(Agent::greet(host, KILL).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_silent_agent_meets_the_deadline_f35() {
+        let (_guest, host) = UnixStream::pair().unwrap();
+        let client = Client::new(Socket::new(Bounded::new(host)));
+        let agent = Agent {
+            client: AgentClient::new(client),
+            limit: Duration::from_millis(50),
+        };
+        let name = ProcessName {
+            container: ContainerId::new("c").unwrap(),
+            exec: None,
+        };
+        let error = agent.kill(&name, 9, false).await.unwrap_err();
+        assert!(
+            matches!(error, Error::Deadline { limit_ms: 1000, .. }),
+            "{error}"
+        );
+        let error = agent.kill(&name, 15, false).await.unwrap_err();
+        assert!(
+            matches!(error, Error::Deadline { limit_ms: 50, .. }),
+            "{error}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_lost_connection_is_reported_at_once_f34() {
+        let (guest, host) = UnixStream::pair().unwrap();
+        let client = Client::new(Socket::new(Bounded::new(host)));
+        let agent = Agent {
+            client: AgentClient::new(client),
+            limit: Duration::from_secs(10),
+        };
+        drop(guest);
+        let name = ProcessName {
+            container: ContainerId::new("c").unwrap(),
+            exec: None,
+        };
+        assert!(matches!(agent.wait(&name).await, Err(Error::VmGone(_))));
+    }
+}

@@ -1,0 +1,251 @@
+//! The daemon: what `start` runs in the background.
+//!
+//! Inherits the listening socket. Makes its own mount namespace while it is
+//! single-threaded, tells `start` that it is ready, then serves until Shutdown,
+//! SIGTERM, or ten minutes without a container.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::{
+        fd::{AsFd, FromRawFd, OwnedFd, RawFd},
+        unix::{fs::OpenOptionsExt, net::UnixListener as StdListener},
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use containerd_shim_protos::ttrpc::r#async::{Server, transport::Listener};
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+    sync::Notify,
+    time::{sleep, timeout},
+};
+use tracing::{info, warn};
+
+use crate::{
+    config::Config,
+    error::{Error, Result, host},
+    events::Publisher,
+    flags::Flags,
+    log,
+    names::{GroupId, Namespace},
+    pod::{Parts, Pod},
+    share::{Share, enter_private_namespace},
+    statedir::{Process, Processes, StateDir},
+    task::TaskService,
+};
+
+/// Environment variable with the number of the listening socket.
+pub const LISTENER_FD: &str = "BULKHEAD_LISTENER_FD";
+/// What the daemon says on its standard output when it is ready.
+pub const READY: &str = "ready\n";
+
+/// Time without any container after which the shim ends.
+const UNUSED: Duration = Duration::from_secs(600);
+/// Time for the last answers to leave.
+const CLOSE: Duration = Duration::from_millis(500);
+
+/// Runs the daemon in the current directory, the bundle.
+pub fn run(flags: &Flags) -> Result<()> {
+    let namespace = Namespace::new(&flags.namespace)?;
+    let group = GroupId::new(&flags.id)?;
+    let listener = inherited_listener()?;
+    let socket = listener
+        .local_addr()
+        .ok()
+        .and_then(|address| address.as_pathname().map(Path::to_owned));
+    let bundle = std::env::current_dir().map_err(host("find the bundle"))?;
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    enter_private_namespace()?;
+    // Without a readable configuration every Create says why; the pod can still be
+    // asked and deleted.
+    let config = Config::load();
+    log::init(
+        &bundle,
+        flags.debug || config.as_ref().is_ok_and(|config| config.debug),
+    );
+    if !flags.ignored.is_empty() {
+        info!(
+            flags = flags.ignored.join(" "),
+            "flags are not known and were ignored"
+        );
+    }
+    let config = config?;
+    let dir = StateDir::of(&namespace, &group);
+    let made = Made::new(&dir, socket)?;
+    // The bundle may go before the daemon does.
+    std::env::set_current_dir("/").map_err(host("leave the bundle"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(host("start the runtime"))?;
+    let result = runtime.block_on(serve(listener, namespace, config, &made));
+    // What still blocks in a thread (a mount on a dead server) must not keep the
+    // process.
+    runtime.shutdown_timeout(CLOSE);
+    result
+}
+
+/// The state directory and the share, taken back if the daemon ends early.
+struct Made {
+    dir: StateDir,
+    socket: Option<PathBuf>,
+}
+
+impl Made {
+    fn new(dir: &StateDir, socket: Option<PathBuf>) -> Result<Self> {
+        let failed = |source| Error::Path {
+            action: "make the state directory",
+            path: dir.path().to_owned(),
+            source,
+        };
+        crate::delete::sweep(dir).map_err(failed)?;
+        dir.create().map_err(failed)?;
+        let made = Made {
+            dir: dir.clone(),
+            socket,
+        };
+        let shim = Process::of(std::process::id().cast_signed())
+            .map_err(host("look at the shim itself"))?;
+        let processes = Processes {
+            shim: Some(shim),
+            vmm: None,
+            socket: made.socket.clone(),
+        };
+        dir.record(&processes).map_err(failed)?;
+        Ok(made)
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        if self.dir.exists()
+            && let Err(error) = self.dir.remove()
+        {
+            warn!(%error, "cannot remove the state directory");
+        }
+    }
+}
+
+async fn serve(
+    listener: StdListener,
+    namespace: Namespace,
+    config: Config,
+    made: &Made,
+) -> Result<()> {
+    let share = Share::mount(&made.dir.share())?;
+    let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+    let events = Publisher::new(&namespace, &address);
+    let pod = Pod::new(Parts {
+        namespace,
+        config,
+        dir: made.dir.clone(),
+        share,
+        events,
+    });
+    let end = Arc::new(Notify::new());
+    let service = TaskService::new(Arc::clone(&pod), made.socket.clone(), Arc::clone(&end));
+    listener
+        .set_nonblocking(true)
+        .map_err(host("make the socket non-blocking"))?;
+    let listener = UnixListener::from_std(listener).map_err(host("watch the socket"))?;
+    let mut server = Server::new()
+        .add_listener(only_root(listener))
+        .register_service(service.clone().services());
+    server
+        .start()
+        .await
+        .map_err(|error| host("serve")(io::Error::other(error)))?;
+    let mut term = signal(SignalKind::terminate()).map_err(host("watch SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(host("watch SIGINT"))?;
+    // The end of whoever started us is no reason to end.
+    let _hangup = signal(SignalKind::hangup()).map_err(host("watch SIGHUP"))?;
+    say_ready()?;
+    tokio::select! {
+        () = end.notified() => {}
+        _ = term.recv() => {
+            info!("SIGTERM");
+            service.stop().await;
+        }
+        _ = interrupt.recv() => {
+            info!("SIGINT");
+            service.stop().await;
+        }
+        () = unused(&pod) => {
+            info!("nobody needs this shim");
+            service.stop().await;
+        }
+    }
+    let _ = timeout(CLOSE, server.shutdown()).await;
+    info!("shim ends");
+    Ok(())
+}
+
+/// Waits until the pod has been without a VM and containers for long.
+async fn unused(pod: &Pod) {
+    loop {
+        sleep(UNUSED).await;
+        if pod.is_empty() && pod.pid() == 0 {
+            return;
+        }
+    }
+}
+
+/// Connections of the shim's own user; others are closed unheard.
+fn only_root(listener: UnixListener) -> Listener {
+    let own = rustix::process::geteuid().as_raw();
+    Listener::new(futures::stream::unfold(
+        listener,
+        move |listener| async move {
+            loop {
+                match listener.accept().await {
+                    Ok((stream, _)) => match stream.peer_cred() {
+                        Ok(peer) if peer.uid() == own => return Some((Ok(stream), listener)),
+                        _ => warn!("a connection of another user was closed"),
+                    },
+                    Err(error) => {
+                        // Out of descriptors: some will be closed.
+                        warn!(%error, "cannot accept a connection");
+                        sleep(Duration::from_millis(50)).await;
+                    }
+                }
+            }
+        },
+    ))
+}
+
+fn inherited_listener() -> Result<StdListener> {
+    let wrong = || host("take the socket from start")(io::Error::from(io::ErrorKind::InvalidInput));
+    let number: RawFd = std::env::var(LISTENER_FD)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(wrong)?;
+    if number <= 2 {
+        return Err(wrong());
+    }
+    // SAFETY: `start` let exactly this descriptor be inherited, and nothing else in
+    // this process knows of it; a wrong number fails in the first call upon it.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::CLOEXEC)
+        .map_err(host("take the socket from start"))?;
+    Ok(StdListener::from(fd))
+}
+
+/// Tells `start`, which waits on our standard output, and lets go of it.
+fn say_ready() -> Result<()> {
+    let mut stdout = io::stdout();
+    stdout
+        .write_all(READY.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(host("tell start"))?;
+    let flags = rustix::fs::OFlags::CLOEXEC.bits().cast_signed();
+    let null = File::options()
+        .write(true)
+        .custom_flags(flags)
+        .open("/dev/null")
+        .map_err(host("open /dev/null"))?;
+    rustix::stdio::dup2_stdout(&null).map_err(host("let go of start"))
+}

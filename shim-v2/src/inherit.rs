@@ -1,0 +1,65 @@
+//! What a new process inherits: the descriptors that were named, nothing else.
+//!
+//! Every descriptor of the shim is close-on-exec; this makes sure of those that
+//! the shim itself inherited without knowing.
+
+use std::{
+    io,
+    os::{
+        fd::{BorrowedFd, RawFd},
+        unix::process::CommandExt,
+    },
+    process::Command,
+};
+
+use rustix::{
+    io::{FdFlags, fcntl_setfd},
+    process::{Signal, set_parent_process_death_signal},
+};
+
+/// What happens to the process when the thread that started it ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnParentDeath {
+    /// It is killed.
+    Kill,
+    /// It lives on, in a session of its own.
+    Live,
+}
+
+/// Lets the process that `command` starts inherit its standard streams and `fds`,
+/// under the same numbers.
+///
+/// The numbers must stay open until the process is started.
+pub(crate) fn only(command: &mut Command, fds: Vec<RawFd>, death: OnParentDeath) {
+    let prepare = move || {
+        match death {
+            OnParentDeath::Kill => set_parent_process_death_signal(Some(Signal::KILL))?,
+            OnParentDeath::Live => {
+                rustix::process::setsid()?;
+            }
+        }
+        // SAFETY: changes flags of descriptors of this process only; the arguments
+        // are plain numbers.
+        let closed = unsafe {
+            libc::syscall(
+                libc::SYS_close_range,
+                3,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            )
+        };
+        if closed != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        for fd in &fds {
+            // SAFETY: the caller keeps the descriptor open until the exec, and the
+            // child has its own copy of the table.
+            let fd = unsafe { BorrowedFd::borrow_raw(*fd) };
+            fcntl_setfd(fd, FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls on memory that exists already; it
+    // neither allocates nor locks.
+    unsafe { command.pre_exec(prepare) };
+}

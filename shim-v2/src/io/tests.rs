@@ -1,0 +1,165 @@
+use std::os::unix::net::UnixListener as StdListener;
+
+use tokio::net::UnixListener;
+
+use super::*;
+
+struct Guest {
+    dir: tempfile::TempDir,
+    listener: UnixListener,
+    dialer: Dialer,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = StdListener::bind(dir.path().join("vsock.sock")).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let place = crate::mount::open_dir(dir.path()).unwrap();
+        Guest {
+            listener: UnixListener::from_std(listener).unwrap(),
+            dialer: Dialer::new(place, "vsock.sock"),
+            dir,
+        }
+    }
+
+    /// Answers a connection as the VMM and the agent do.
+    async fn accept(&self) -> (u64, UnixStream) {
+        let (mut stream, _) = self.listener.accept().await.unwrap();
+        assert_eq!(read_line(&mut stream, 32).await.unwrap(), b"CONNECT 1025");
+        stream.write_all(b"OK 7\n").await.unwrap();
+        (stream.read_u64_le().await.unwrap(), stream)
+    }
+
+    fn fifo(&self, name: &str) -> String {
+        let path = self.dir.path().join(name);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, Mode::RUSR | Mode::WUSR).unwrap();
+        path.display().to_string()
+    }
+}
+
+fn reader(path: &str) -> pipe::Receiver {
+    pipe::OpenOptions::new().open_receiver(path).unwrap()
+}
+
+#[test]
+fn names_of_streams_follow_containerd_io_02() {
+    assert_eq!(fifo_path("").unwrap(), None);
+    assert_eq!(fifo_path("/run/a").unwrap(), Some("/run/a".into()));
+    assert_eq!(fifo_path("fifo:///run/a").unwrap(), Some("/run/a".into()));
+    for bad in [
+        "binary:///bin/x",
+        "file:///log",
+        "npipe://x",
+        "ttrpc+unix:///x",
+        "relative",
+        "/a\0",
+        "fifo://x",
+    ] {
+        assert_eq!(
+            fifo_path(bad).unwrap_err().code(),
+            ttrpc::Code::INVALID_ARGUMENT,
+            "{bad:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn only_fifos_are_opened_b20() {
+    let guest = Guest::new();
+    let path = |name: &str| guest.dir.path().join(name);
+    std::fs::write(path("file"), "").unwrap();
+    let fifo = guest.fifo("fifo");
+    std::os::unix::fs::symlink(&fifo, path("link")).unwrap();
+    for bad in ["file", "link", "missing"] {
+        assert!(open_fifo(&path(bad), OFlags::RDONLY).is_err(), "{bad}");
+    }
+    assert!(open_fifo(Path::new("/dev/null"), OFlags::RDONLY).is_err());
+}
+
+#[tokio::test]
+async fn output_reaches_a_reader_that_comes_late_and_ends_with_the_guests() {
+    let guest = Guest::new();
+    let stdio = Stdio {
+        stdout: guest.fifo("out"),
+        ..Stdio::default()
+    };
+    let (streams, (id, mut stream)) =
+        tokio::join!(Streams::open(&stdio, &guest.dialer), guest.accept());
+    let (streams, told) = streams.unwrap();
+    assert_eq!((told.stdin, told.stdout, told.stderr), (0, id, 0));
+    stream.write_all(b"hello").await.unwrap();
+    let mut out = reader(&stdio.stdout);
+    let mut text = [0; 5];
+    out.read_exact(&mut text).await.unwrap();
+    assert_eq!(&text, b"hello");
+    // The reader goes and another one comes: no end, no loss.
+    drop(out);
+    stream.write_all(b"again").await.unwrap();
+    let mut out = reader(&stdio.stdout);
+    drop(stream);
+    streams.drained(Duration::from_secs(5)).await;
+    let mut text = Vec::new();
+    out.read_to_end(&mut text).await.unwrap();
+    assert_eq!(text, b"again");
+}
+
+#[tokio::test]
+async fn a_stalled_reader_stalls_the_guest_and_nothing_is_buffered_io_10() {
+    let guest = Guest::new();
+    let stdio = Stdio {
+        stdout: guest.fifo("out"),
+        stderr: guest.fifo("err"),
+        ..Stdio::default()
+    };
+    let (streams, (_, stream), (_, mut other)) = {
+        let accept = async { (guest.accept().await, guest.accept().await) };
+        let (streams, (one, two)) = tokio::join!(Streams::open(&stdio, &guest.dialer), accept);
+        (streams.unwrap().0, one, two)
+    };
+    let flood = vec![b'x'; 4 << 20];
+    let (mut read_half, mut write_half) = stream.into_split();
+    let writer = tokio::spawn(async move {
+        write_half.write_all(&flood).await.unwrap();
+    });
+    // The other stream of the process is not held up.
+    other.write_all(b"free").await.unwrap();
+    let mut err = reader(&stdio.stderr);
+    let mut text = [0; 4];
+    err.read_exact(&mut text).await.unwrap();
+    streams.drained(Duration::from_millis(50)).await;
+    assert!(!writer.is_finished());
+    let mut out = reader(&stdio.stdout);
+    let mut total = 0;
+    let mut buffer = vec![0; 1 << 20];
+    while total < 4 << 20 {
+        total += out.read(&mut buffer).await.unwrap();
+    }
+    writer.await.unwrap();
+    assert_eq!(read_half.read(&mut buffer).await.unwrap_or(0), 0);
+}
+
+#[tokio::test]
+async fn stdin_ends_only_after_close_io_and_with_all_that_was_written_ta_55() {
+    let guest = Guest::new();
+    let stdio = Stdio {
+        stdin: guest.fifo("in"),
+        ..Stdio::default()
+    };
+    let (streams, (_, mut stream)) =
+        tokio::join!(Streams::open(&stdio, &guest.dialer), guest.accept());
+    let (streams, _) = streams.unwrap();
+    let mut writer = pipe::OpenOptions::new().open_sender(&stdio.stdin).unwrap();
+    writer.write_all(b"one").await.unwrap();
+    drop(writer);
+    let mut text = [0; 3];
+    stream.read_exact(&mut text).await.unwrap();
+    // The writer is gone, yet another one may come.
+    let mut writer = pipe::OpenOptions::new().open_sender(&stdio.stdin).unwrap();
+    writer.write_all(b"two").await.unwrap();
+    streams.close_stdin();
+    drop(writer);
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await.unwrap();
+    assert_eq!(rest, b"two");
+}

@@ -1,0 +1,285 @@
+//! Create: from a request to a container whose first process waits.
+//!
+//! The VM boots while the files of the container are put up. Each step returns
+//! something that undoes itself when it is dropped, so that a failure, or a Delete
+//! that overtakes, leaves nothing behind on the host.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::Read,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bulkhead_agent_api::agent::CreateRequest;
+use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::MessageField};
+use tokio::sync::Mutex as AsyncMutex;
+use tracing::{info, warn};
+
+use super::{Container, Creation, Pod, Slot, lock};
+use crate::{
+    agent::ProcessName,
+    error::{Error, Result},
+    events::{Event, task_io},
+    io::{Stdio, Streams},
+    json, mount,
+    names::ContainerId,
+    process::Process,
+    rootfs::Source,
+    seccomp::{self, Filter},
+    spec::{self, Prepared, Terminal},
+    vm::Size,
+};
+
+/// A container that is asked for.
+#[derive(Clone, Debug)]
+pub struct Create {
+    /// Its id.
+    pub id: ContainerId,
+    /// The directory with `config.json`.
+    pub bundle: PathBuf,
+    /// Mounts of the root file system; none: `root.path` is mounted.
+    pub rootfs: Vec<Mount>,
+    /// Streams of its first process.
+    pub stdio: Stdio,
+}
+
+/// A reserved id; dropping it without a container frees the id.
+struct Reserved<'a> {
+    pod: &'a Pod,
+    id: ContainerId,
+    creation: Arc<Creation>,
+    filled: bool,
+}
+
+impl Reserved<'_> {
+    fn fill(mut self, container: Arc<Container>) {
+        lock(&self.pod.slots).insert(self.id.clone(), Slot::Ready(container));
+        self.filled = true;
+    }
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        if !self.filled {
+            lock(&self.pod.slots).remove(&self.id);
+        }
+        // Whoever cancelled waits for this.
+        self.creation.over.notify_waiters();
+    }
+}
+
+impl Pod {
+    /// Creates a container. Answers the pid.
+    pub async fn create(self: &Arc<Self>, request: Create) -> Result<u32> {
+        let reserved = self.reserve(&request.id)?;
+        let creation = Arc::clone(&reserved.creation);
+        let container = tokio::select! {
+            result = self.build(&request) => result?,
+            () = creation.cancel.notified() => return Err(Error::Cancelled(request.id)),
+        };
+        reserved.fill(Arc::clone(&container));
+        let pid = self.pid();
+        let Stdio {
+            stdin,
+            stdout,
+            stderr,
+            terminal,
+        } = &request.stdio;
+        self.events.publish(Event::Create(Box::new(TaskCreate {
+            container_id: request.id.to_string(),
+            bundle: request.bundle.display().to_string(),
+            rootfs: request.rootfs,
+            io: MessageField::some(task_io(stdin, stdout, stderr, *terminal)),
+            pid,
+            ..TaskCreate::default()
+        })));
+        let vm = self.living_vm()?;
+        self.watch(vm, &container, &container.init);
+        Ok(pid)
+    }
+
+    fn reserve(&self, id: &ContainerId) -> Result<Reserved<'_>> {
+        if self.stopping.load(Ordering::SeqCst) {
+            return Err(Error::VmGone("the pod is being shut down".to_owned()));
+        }
+        let mut slots = lock(&self.slots);
+        if slots.contains_key(id) {
+            return Err(Error::ContainerExists(id.clone()));
+        }
+        let creation = Arc::new(Creation::default());
+        slots.insert(id.clone(), Slot::Creating(Arc::clone(&creation)));
+        Ok(Reserved {
+            pod: self,
+            id: id.clone(),
+            creation,
+            filled: false,
+        })
+    }
+
+    async fn build(self: &Arc<Self>, request: &Create) -> Result<Arc<Container>> {
+        request.stdio.check()?;
+        let (id, bundle) = (request.id.clone(), request.bundle.clone());
+        let terminal = Terminal::from(request.stdio.terminal);
+        let (prepared, filter) = blocking("read the bundle", move || {
+            read_bundle(&id, &bundle, terminal)
+        })
+        .await?;
+        for note in &prepared.notes {
+            info!(container = %request.id, "{note}");
+        }
+        let root = Source::new(&request.rootfs, &request.bundle, &prepared.root)?;
+        let (share, id, volumes) = (
+            Arc::clone(&self.share),
+            request.id.clone(),
+            prepared.volumes.clone(),
+        );
+        let files = blocking("put up the container's files", move || {
+            share.add(&id, &root, &volumes)
+        });
+        let size = Size::on_this_host(prepared.limits, &self.config);
+        let (vm, files) = tokio::try_join!(self.boot(size, prepared.oom_score_adj), files)?;
+        let (streams, mut stdio) = Streams::open(&request.stdio, vm.dialer()).await?;
+        (stdio.columns, stdio.rows) = prepared.console;
+        let spec = prepared.guest.to_string().into_bytes();
+        let message = CreateRequest {
+            container_id: request.id.to_string(),
+            spec,
+            stdio: Some(stdio).into(),
+            seccomp_filter: filter.program,
+            seccomp_flags: filter.flags,
+            ..CreateRequest::default()
+        };
+        vm.agent().create(&message).await?;
+        let name = ProcessName {
+            container: request.id.clone(),
+            exec: None,
+        };
+        let init = Process::new(name, request.stdio.clone(), prepared.console, None);
+        init.attach(streams);
+        Ok(Arc::new(Container {
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            init: Arc::new(init),
+            execs: Mutex::new(BTreeMap::new()),
+            files: Mutex::new(Some(files)),
+            deleting: AsyncMutex::new(()),
+            kill_unanswered: AtomicBool::new(false),
+        }))
+    }
+}
+
+/// Runs what may block away from the requests.
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| {
+        warn!(%error, "{what}");
+        Error::Panicked("Create")
+    })?
+}
+
+fn read_bundle(id: &ContainerId, bundle: &Path, terminal: Terminal) -> Result<(Prepared, Filter)> {
+    check_bundle(bundle)?;
+    let path = bundle.join("config.json");
+    let failed = |source| Error::Path {
+        action: "read",
+        path: path.clone(),
+        source,
+    };
+    let mut text = Vec::new();
+    let limit = u64::try_from(json::MAX_BYTES)
+        .unwrap_or(u64::MAX)
+        .saturating_add(1);
+    File::open(&path)
+        .and_then(|file| file.take(limit).read_to_end(&mut text))
+        .map_err(failed)?;
+    let spec = json::parse(&text).map_err(|source| Error::Json {
+        what: path.display().to_string(),
+        source,
+    })?;
+    let prepared = spec::prepare(id, &spec, terminal, mount::tmpfs_size)?;
+    let filter = prepared
+        .seccomp
+        .as_ref()
+        .map(seccomp::compile)
+        .transpose()?
+        .unwrap_or_default();
+    Ok((prepared, filter))
+}
+
+/// A bundle that somebody else can change is no bundle.
+fn check_bundle(bundle: &Path) -> Result<()> {
+    let refuse = |reason: &str| Error::Argument {
+        what: "Bundle",
+        value: bundle.display().to_string(),
+        reason: reason.to_owned(),
+    };
+    if !bundle.is_absolute() {
+        return Err(refuse("it is not an absolute path"));
+    }
+    let meta = std::fs::metadata(bundle).map_err(|source| Error::Path {
+        action: "look at the bundle",
+        path: bundle.to_owned(),
+        source,
+    })?;
+    if !meta.is_dir() {
+        return Err(refuse("it is not a directory"));
+    }
+    if meta.uid() != rustix::process::geteuid().as_raw() {
+        return Err(refuse("it belongs to another user"));
+    }
+    if meta.mode() & 0o002 != 0 {
+        return Err(refuse("everybody can write to it"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt};
+
+    use super::*;
+
+    #[test]
+    fn a_bundle_must_be_a_directory_of_ours_b19() {
+        let dir = tempfile::tempdir().unwrap();
+        check_bundle(dir.path()).unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert!(check_bundle(&dir.path().join("file")).is_err());
+        assert!(check_bundle(Path::new("relative")).is_err());
+        let missing = check_bundle(&dir.path().join("missing")).unwrap_err();
+        assert_eq!(missing.code(), ttrpc::Code::NOT_FOUND);
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(check_bundle(dir.path()).is_err());
+        if rustix::process::geteuid().is_root() {
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+            std::os::unix::fs::chown(dir.path(), Some(1000), None).unwrap();
+            assert!(check_bundle(dir.path()).is_err());
+        }
+    }
+
+    #[test]
+    fn a_specification_that_is_too_long_is_refused_b1() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(
+            dir.path().join("config.json"),
+            vec![b' '; json::MAX_BYTES + 1],
+        )
+        .unwrap();
+        let id = ContainerId::new("c").unwrap();
+        let error = read_bundle(&id, dir.path(), Terminal::No).unwrap_err();
+        assert_eq!(
+            error.code(),
+            ttrpc::Code::INVALID_ARGUMENT,
+            "{}",
+            error.text()
+        );
+    }
+}

@@ -1,0 +1,326 @@
+//! `linux.seccomp` of the OCI specification, compiled to a BPF program.
+//!
+//! The host compiles, so that the guest holds no compiler; the agent only calls
+//! seccomp(2). Names of system calls that libseccomp does not know are skipped, as
+//! OCI runtimes do; everything else that is not understood is refused.
+
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    io::{self, Read, Seek},
+};
+
+use libseccomp::{
+    ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
+};
+use serde_json::Value;
+
+use crate::spec::{Error, Field};
+
+/// Most rules of a profile, counting each name.
+const MAX_RULES: usize = 16_384;
+
+/// A compiled profile.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// An array of `struct sock_filter`; empty: no filter.
+    pub program: Vec<u8>,
+    /// Flags of seccomp(2).
+    pub flags: u32,
+}
+
+/// Compiles the value of `linux.seccomp`.
+pub fn compile(profile: &Value) -> Result<Filter, Error> {
+    let profile = Field::named("linux.seccomp", profile);
+    for name in ["listenerPath", "listenerMetadata"] {
+        if let Some(field) = profile.get(name)
+            && !field.text()?.is_empty()
+        {
+            return Err(field.refuse("a listener on the host cannot serve a virtual machine"));
+        }
+    }
+    let default = profile.required("defaultAction")?;
+    let default_action = action(&default, profile.get("defaultErrnoRet").as_ref())?;
+    let failed = |field: &Field<'_>, error: &dyn std::fmt::Display| {
+        field.refuse(&format!("libseccomp refuses it: {error}"))
+    };
+    let mut context =
+        ScmpFilterContext::new(default_action).map_err(|error| failed(&default, &error))?;
+    for field in profile.items_of("architectures")? {
+        let arch = architecture(&field)?;
+        context
+            .add_arch(arch)
+            .map_err(|error| failed(&field, &error))?;
+    }
+    let mut rules = 0_usize;
+    for rule in profile.items_of("syscalls")? {
+        let what = rule.required("action")?;
+        let action = action(&what, rule.get("errnoRet").as_ref())?;
+        let conditions = conditions(&rule)?;
+        for field in rule.required("names")?.items()? {
+            rules += 1;
+            if rules > MAX_RULES {
+                return Err(profile.refuse_count("syscalls", rules, MAX_RULES));
+            }
+            let Ok(syscall) = ScmpSyscall::from_name(field.string()?) else {
+                continue;
+            };
+            // libseccomp takes a rule that repeats the default for a mistake.
+            if action == default_action {
+                continue;
+            }
+            add(&mut context, action, syscall, &conditions)
+                .map_err(|error| failed(&field, &error))?;
+        }
+    }
+    let mut flags = 0;
+    for field in profile.items_of("flags")? {
+        flags |= match field.text()? {
+            "SECCOMP_FILTER_FLAG_TSYNC" => 1,
+            "SECCOMP_FILTER_FLAG_LOG" => 2,
+            "SECCOMP_FILTER_FLAG_SPEC_ALLOW" => 4,
+            _ => return Err(field.refuse("this flag is not supported")),
+        };
+    }
+    let program = export(&context)
+        .map_err(|error| profile.refuse(&format!("it cannot be compiled: {error}")))?;
+    Ok(Filter { program, flags })
+}
+
+/// Conditions on one argument are alternatives, on several they all must hold:
+/// libseccomp accepts an index once in a rule, so alternatives become rules.
+fn add(
+    context: &mut ScmpFilterContext,
+    action: ScmpAction,
+    syscall: ScmpSyscall,
+    conditions: &[(u32, ScmpArgCompare)],
+) -> Result<(), libseccomp::error::SeccompError> {
+    let indices: BTreeSet<u32> = conditions.iter().map(|(index, _)| *index).collect();
+    if conditions.is_empty() {
+        context.add_rule(action, syscall)?;
+    } else if indices.len() == conditions.len() {
+        let all: Vec<ScmpArgCompare> = conditions.iter().map(|(_, compare)| *compare).collect();
+        context.add_rule_conditional(action, syscall, &all)?;
+    } else {
+        for (_, compare) in conditions {
+            context.add_rule_conditional(action, syscall, &[*compare])?;
+        }
+    }
+    Ok(())
+}
+
+fn conditions(rule: &Field<'_>) -> Result<Vec<(u32, ScmpArgCompare)>, Error> {
+    let mut conditions = Vec::new();
+    for field in rule.items_of("args")? {
+        let index = u32::try_from(field.required("index")?.in_range(0, 5)?).unwrap_or(0);
+        let value = field.required("value")?.unsigned()?;
+        let second = field
+            .get("valueTwo")
+            .map_or(Ok(0), |field| field.unsigned())?;
+        let op = field.required("op")?;
+        let (op, datum) = match op.text()? {
+            "SCMP_CMP_NE" => (ScmpCompareOp::NotEqual, value),
+            "SCMP_CMP_LT" => (ScmpCompareOp::Less, value),
+            "SCMP_CMP_LE" => (ScmpCompareOp::LessOrEqual, value),
+            "SCMP_CMP_EQ" => (ScmpCompareOp::Equal, value),
+            "SCMP_CMP_GE" => (ScmpCompareOp::GreaterEqual, value),
+            "SCMP_CMP_GT" => (ScmpCompareOp::Greater, value),
+            "SCMP_CMP_MASKED_EQ" => (ScmpCompareOp::MaskedEqual(value), second),
+            _ => return Err(op.refuse("no such comparison")),
+        };
+        conditions.push((index, ScmpArgCompare::new(index, op, datum)));
+    }
+    Ok(conditions)
+}
+
+fn action(field: &Field<'_>, errno: Option<&Field<'_>>) -> Result<ScmpAction, Error> {
+    let number = match errno {
+        Some(field) => field.in_range(0, 4095)?,
+        None => i64::from(libc::EPERM),
+    };
+    let number = u16::try_from(number).unwrap_or(0);
+    Ok(match field.text()? {
+        "SCMP_ACT_ALLOW" => ScmpAction::Allow,
+        "SCMP_ACT_ERRNO" => ScmpAction::Errno(i32::from(number)),
+        "SCMP_ACT_KILL" | "SCMP_ACT_KILL_THREAD" => ScmpAction::KillThread,
+        "SCMP_ACT_KILL_PROCESS" => ScmpAction::KillProcess,
+        "SCMP_ACT_TRAP" => ScmpAction::Trap,
+        "SCMP_ACT_LOG" => ScmpAction::Log,
+        "SCMP_ACT_TRACE" => ScmpAction::Trace(number),
+        "SCMP_ACT_NOTIFY" => return Err(field.refuse("no listener can serve a virtual machine")),
+        _ => return Err(field.refuse("no such action")),
+    })
+}
+
+fn architecture(field: &Field<'_>) -> Result<ScmpArch, Error> {
+    Ok(match field.text()? {
+        "SCMP_ARCH_NATIVE" => ScmpArch::Native,
+        "SCMP_ARCH_X86" => ScmpArch::X86,
+        "SCMP_ARCH_X86_64" => ScmpArch::X8664,
+        "SCMP_ARCH_X32" => ScmpArch::X32,
+        "SCMP_ARCH_ARM" => ScmpArch::Arm,
+        "SCMP_ARCH_AARCH64" => ScmpArch::Aarch64,
+        _ => return Err(field.refuse("the guest has no such architecture")),
+    })
+}
+
+fn export(context: &ScmpFilterContext) -> io::Result<Vec<u8>> {
+    let memory = rustix::fs::memfd_create("seccomp", rustix::fs::MemfdFlags::CLOEXEC)?;
+    context.export_bpf(&memory).map_err(io::Error::other)?;
+    let mut file = File::from(memory);
+    file.rewind()?;
+    let mut program = Vec::new();
+    file.read_to_end(&mut program)?;
+    Ok(program)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn last_errno() -> i32 {
+        io::Error::last_os_error().raw_os_error().unwrap_or(-1)
+    }
+
+    /// Runs system calls under a filter in a forked child; answers their errno,
+    /// 0 for success.
+    fn under(filter: &Filter, calls: &[(i64, [i64; 2])]) -> Vec<i32> {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let length = u16::try_from(filter.program.len() / 8).unwrap();
+        let program = libc::sock_fprog {
+            len: length,
+            filter: filter.program.as_ptr().cast_mut().cast(),
+        };
+        let mut results = vec![0_i32; calls.len()];
+        // SAFETY: the child makes system calls on memory prepared before the fork
+        // and ends by _exit; it allocates nothing.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: a plain prctl of the child itself.
+            unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+            // SAFETY: `program` points to `filter.program`, alive until _exit.
+            let loaded =
+                unsafe { libc::syscall(libc::SYS_seccomp, 1, filter.flags, &raw const program) };
+            for (result, (number, args)) in results.iter_mut().zip(calls) {
+                // SAFETY: the tests pass calls that touch no memory of this process.
+                let value = unsafe { libc::syscall(*number, args[0], args[1], 0, 0) };
+                *result = if value < 0 { last_errno() } else { 0 };
+            }
+            if loaded != 0 {
+                results.fill(-1);
+            }
+            let bytes = results.len() * 4;
+            // SAFETY: `results` is that long, the pipe is open.
+            unsafe {
+                libc::write(
+                    std::os::fd::AsRawFd::as_raw_fd(&writer),
+                    results.as_ptr().cast(),
+                    bytes,
+                )
+            };
+            // SAFETY: ends the child without running destructors of the parent.
+            unsafe { libc::_exit(0) };
+        }
+        assert!(child > 0);
+        drop(writer);
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).unwrap();
+        // SAFETY: reaps the child made above.
+        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+        bytes
+            .chunks_exact(4)
+            .map(|chunk| i32::from_ne_bytes(chunk.try_into().unwrap()))
+            .collect()
+    }
+
+    #[test]
+    fn rules_errno_and_arguments_act_as_the_profile_says() {
+        let profile = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+            "syscalls": [
+                {"names": ["getpriority", "no_such_call"], "action": "SCMP_ACT_ERRNO"},
+                {"names": ["getpgid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
+                {"names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7,
+                 "args": [{"index": 1, "value": 10, "op": "SCMP_CMP_EQ"},
+                          {"index": 1, "value": 12, "op": "SCMP_CMP_EQ"}]},
+                {"names": ["setpgid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 9,
+                 "args": [{"index": 0, "value": 255, "valueTwo": 3, "op": "SCMP_CMP_MASKED_EQ"}]},
+            ],
+        });
+        let filter = compile(&profile).unwrap();
+        assert_eq!(filter.flags, 0);
+        let results = under(
+            &filter,
+            &[
+                (libc::SYS_getpid, [0, 0]),
+                (libc::SYS_getpriority, [0, 0]),
+                (libc::SYS_getpgid, [0, 0]),
+                (libc::SYS_kill, [0, 0]),
+                (libc::SYS_kill, [0, 10]),
+                (libc::SYS_kill, [0, 12]),
+                (libc::SYS_setpgid, [0x103, 0]),
+            ],
+        );
+        assert_eq!(results, [0, libc::EPERM, 38, 0, 7, 7, 9]);
+    }
+
+    #[test]
+    fn an_allow_list_refuses_the_rest_with_its_errno() {
+        let profile = json!({
+            "defaultAction": "SCMP_ACT_ERRNO",
+            "defaultErrnoRet": 38,
+            "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+            "syscalls": [
+                {"names": ["getpid", "write", "exit_group"], "action": "SCMP_ACT_ALLOW"},
+                {"names": ["getppid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
+            ],
+        });
+        let filter = compile(&profile).unwrap();
+        assert_eq!(filter.flags, 2);
+        let results = under(
+            &filter,
+            &[(libc::SYS_getpid, [0, 0]), (libc::SYS_getuid, [0, 0])],
+        );
+        assert_eq!(results, [0, 38]);
+    }
+
+    #[test]
+    fn profiles_that_are_not_understood_are_refused_b9() {
+        let check = |profile: Value, field: &str| {
+            let text = compile(&profile).unwrap_err().to_string();
+            assert!(text.contains(field), "{text}");
+        };
+        check(json!({}), "linux.seccomp.defaultAction");
+        check(json!({"defaultAction": "SCMP_ACT_X"}), "defaultAction");
+        check(json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "defaultAction");
+        let base = |key: &str, value: Value| json!({"defaultAction": "SCMP_ACT_ALLOW", key: value});
+        check(
+            base("architectures", json!(["SCMP_ARCH_PDP11"])),
+            "architectures[0]",
+        );
+        check(base("listenerPath", json!("/run/x.sock")), "listenerPath");
+        check(
+            base("flags", json!(["SECCOMP_FILTER_FLAG_NEW_LISTENER"])),
+            "flags[0]",
+        );
+        let names: Vec<&str> = vec!["read"; 100_000];
+        check(
+            base(
+                "syscalls",
+                json!([{"names": names, "action": "SCMP_ACT_LOG"}]),
+            ),
+            "syscalls",
+        );
+        let args = json!([{"index": 6, "value": 0, "op": "SCMP_CMP_EQ"}]);
+        check(
+            base(
+                "syscalls",
+                json!([{"names": ["read"], "action": "SCMP_ACT_LOG", "args": args}]),
+            ),
+            "index",
+        );
+    }
+}

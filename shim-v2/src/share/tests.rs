@@ -1,0 +1,173 @@
+use std::os::unix::net::UnixListener;
+
+use super::*;
+
+/// Runs a test in a mount namespace of its own; needs root.
+fn in_namespace(test: impl FnOnce(&Path) + Send) {
+    let dir = tempfile::tempdir().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            enter_private_namespace().unwrap();
+            test(dir.path());
+        });
+    });
+}
+
+fn id() -> ContainerId {
+    ContainerId::new("c1").unwrap()
+}
+
+fn mounts_below(dir: &Path) -> usize {
+    let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    text.lines()
+        .filter(|line| {
+            line.split(' ')
+                .nth(4)
+                .is_some_and(|path| Path::new(path).starts_with(dir))
+        })
+        .count()
+}
+
+fn volume(source: PathBuf, read_only: bool) -> Volume {
+    Volume {
+        source,
+        destination: "/data".into(),
+        recursive: true,
+        read_only,
+    }
+}
+
+#[test]
+fn a_container_sees_its_root_and_volumes_and_leaves_nothing() {
+    in_namespace(|dir| {
+        let top = dir.join("share");
+        let bundle = dir.join("bundle");
+        fs::create_dir_all(bundle.join("rootfs/bin")).unwrap();
+        fs::create_dir(&top).unwrap();
+        fs::create_dir(dir.join("data")).unwrap();
+        fs::write(dir.join("hosts"), "127.0.0.1").unwrap();
+        let share = Share::mount(&top).unwrap();
+        let root = Source::new(&[], &bundle, Path::new("rootfs")).unwrap();
+        let volumes = [
+            volume(dir.join("data"), true),
+            volume(dir.join("hosts"), false),
+        ];
+        let files = share.add(&id(), &root, &volumes).unwrap();
+        assert!(top.join("c1/rootfs/bin").is_dir());
+        assert_eq!(
+            fs::read_to_string(top.join("c1/volumes/1")).unwrap(),
+            "127.0.0.1"
+        );
+        let error = fs::write(top.join("c1/volumes/0/x"), "").unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+        fs::write(top.join("c1/volumes/1"), "in place").unwrap();
+        assert_eq!(fs::read_to_string(dir.join("hosts")).unwrap(), "in place");
+        assert_eq!(mounts_below(&top), 4);
+        // The same id again is refused while it lives.
+        assert!(share.add(&id(), &root, &[]).is_err());
+        drop(files);
+        assert_eq!(mounts_below(&top), 1);
+        assert_eq!(fs::read_dir(&top).unwrap().count(), 0);
+        drop(share.add(&id(), &root, &[]).unwrap());
+        drop(share);
+        assert_eq!(mounts_below(&top), 0);
+    });
+}
+
+#[test]
+fn an_overlay_of_many_layers_is_mounted_in_one_piece() {
+    in_namespace(|dir| {
+        // The upper directory cannot lie on an overlay, as /tmp may.
+        let work = dir.join("work");
+        fs::create_dir(&work).unwrap();
+        rustix::mount::mount("t", &work, "tmpfs", MountFlags::empty(), None).unwrap();
+        let top = dir.join("share");
+        fs::create_dir(&top).unwrap();
+        let mut lower = Vec::new();
+        for number in 0..40 {
+            let layer = work.join(format!("layer-{number}"));
+            fs::create_dir(&layer).unwrap();
+            fs::write(layer.join(format!("file-{number}")), "").unwrap();
+            lower.push(layer.display().to_string());
+        }
+        for name in ["upper", "w"] {
+            fs::create_dir(work.join(name)).unwrap();
+        }
+        let mount = containerd_shim_protos::api::Mount {
+            type_: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![
+                "index=off".into(),
+                format!("workdir={}", work.join("w").display()),
+                format!("upperdir={}", work.join("upper").display()),
+                format!("lowerdir={}", lower.join(":")),
+            ],
+            ..Default::default()
+        };
+        let share = Share::mount(&top).unwrap();
+        let root = Source::new(&[mount], dir, Path::new("rootfs")).unwrap();
+        let files = share.add(&id(), &root, &[]).unwrap();
+        assert!(top.join("c1/rootfs/file-39").exists());
+        fs::write(top.join("c1/rootfs/new"), "x").unwrap();
+        assert_eq!(fs::read_to_string(work.join("upper/new")).unwrap(), "x");
+        drop(files);
+        assert_eq!(mounts_below(&top), 1);
+    });
+}
+
+#[test]
+fn sockets_fifos_devices_and_kernel_files_are_refused_b32() {
+    in_namespace(|dir| {
+        let top = dir.join("share");
+        fs::create_dir(&top).unwrap();
+        fs::create_dir(dir.join("rootfs")).unwrap();
+        let _listener = UnixListener::bind(dir.join("socket")).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, dir.join("fifo"), rustix::fs::Mode::RUSR).unwrap();
+        let share = Share::mount(&top).unwrap();
+        let root = Source::new(&[], dir, Path::new("rootfs")).unwrap();
+        for source in [
+            dir.join("socket"),
+            dir.join("fifo"),
+            "/dev/null".into(),
+            "/proc".into(),
+            "/sys".into(),
+        ] {
+            let error = share
+                .add(&id(), &root, &[volume(source.clone(), false)])
+                .unwrap_err();
+            assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT, "{error}");
+            assert!(
+                error.to_string().contains(&source.display().to_string()),
+                "{error}"
+            );
+        }
+        let error = share
+            .add(&id(), &root, &[volume(dir.join("missing"), false)])
+            .unwrap_err();
+        assert_eq!(error.code(), ttrpc::Code::NOT_FOUND);
+        // Every refusal took back what was put up before it.
+        assert_eq!(fs::read_dir(&top).unwrap().count(), 0);
+        assert_eq!(mounts_below(&top), 1);
+    });
+}
+
+#[test]
+fn a_bind_of_an_empty_directory_is_a_plain_root_b21() {
+    in_namespace(|dir| {
+        let top = dir.join("share");
+        let empty = dir.join("empty");
+        fs::create_dir(&top).unwrap();
+        fs::create_dir(&empty).unwrap();
+        let mount = containerd_shim_protos::api::Mount {
+            type_: "bind".into(),
+            source: empty.display().to_string(),
+            options: vec!["ro".into(), "rbind".into()],
+            ..Default::default()
+        };
+        let share = Share::mount(&top).unwrap();
+        let root = Source::new(&[mount], dir, Path::new("rootfs")).unwrap();
+        let _files = share.add(&id(), &root, &[]).unwrap();
+        let error = fs::write(top.join("c1/rootfs/x"), "").unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+    });
+}

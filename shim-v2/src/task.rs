@@ -1,0 +1,395 @@
+//! The Task service: containerd's requests in, typed errors out as status codes.
+//!
+//! Served under the names of version 2 and 3, which are the same on the wire.
+//! Parses at the edge, holds no state, and turns a panic of a handler into the
+//! answer Internal.
+
+use std::{
+    collections::HashMap, future::Future, panic::AssertUnwindSafe, path::PathBuf, sync::Arc,
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+        CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
+        PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest,
+        ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
+        StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+    },
+    protobuf::{EnumOrUnknown, MessageField},
+    shim_async::{Task, create_task},
+};
+use futures::FutureExt;
+use tokio::sync::Notify;
+use tracing::{debug, error, warn};
+use ttrpc::r#async::{Service, TtrpcContext};
+
+use crate::{
+    agent::ProcessName,
+    error::{Error, Result},
+    io::Stdio,
+    json,
+    names::{ContainerId, ExecId},
+    pod::{Create, Pod},
+    state::State,
+};
+
+mod stats;
+
+/// Name of the service in version 2.
+const TASK_V2: &str = "containerd.task.v2.Task";
+
+/// Services that callers try and that are not there. Registered without a method,
+/// they answer Unimplemented, by which callers fall back; the library answers
+/// another code for a service of which it knows nothing.
+const ABSENT: [&str; 3] = [
+    "containerd.runtime.sandbox.v1.Sandbox",
+    "containerd.services.streaming.v1.Streaming",
+    "containerd.services.transfer.v1.Transfer",
+];
+
+/// Answers requests for one pod.
+#[derive(Clone, Debug)]
+pub struct TaskService {
+    pod: Arc<Pod>,
+    /// The shim's socket, removed before Shutdown is answered.
+    socket: Option<PathBuf>,
+    /// Told after Shutdown.
+    end: Arc<Notify>,
+}
+
+impl TaskService {
+    /// A service for `pod` on the socket at `socket`; `end` is notified when the
+    /// shim may exit.
+    #[must_use]
+    pub fn new(pod: Arc<Pod>, socket: Option<PathBuf>, end: Arc<Notify>) -> Self {
+        TaskService { pod, socket, end }
+    }
+
+    /// The service under both of its names.
+    #[must_use]
+    pub fn services(self) -> HashMap<String, Service> {
+        let service: Arc<dyn Task + Send + Sync> = Arc::new(self);
+        let mut services = create_task(Arc::clone(&service));
+        services.extend(
+            create_task(service)
+                .into_values()
+                .map(|service| (TASK_V2.to_owned(), service)),
+        );
+        let empty = || Service {
+            methods: HashMap::new(),
+            streams: HashMap::new(),
+        };
+        services.extend(ABSENT.map(|name| (name.to_owned(), empty())));
+        services
+    }
+
+    /// Ends the pod and gives up its socket.
+    pub async fn stop(&self) {
+        // Who comes from now on starts a shim of their own.
+        if let Some(socket) = &self.socket
+            && let Err(error) = std::fs::remove_file(socket)
+        {
+            debug!(%error, "the socket is gone already");
+        }
+        self.pod.stop().await;
+    }
+}
+
+/// Runs a handler; a failure is logged, a panic becomes a failure.
+async fn answer<T>(
+    call: &'static str,
+    id: &str,
+    handler: impl Future<Output = Result<T>>,
+) -> ttrpc::Result<T> {
+    debug!(call, id, "request");
+    let result = AssertUnwindSafe(handler).catch_unwind().await;
+    result
+        .unwrap_or(Err(Error::Panicked(call)))
+        .map_err(|error| {
+            match &error {
+                Error::Panicked(_) => error!(call, id, "a handler panicked"),
+                error => warn!(call, id, error = error.text(), "request failed"),
+            }
+            error.into()
+        })
+}
+
+fn name(id: &str, exec: &str) -> Result<ProcessName> {
+    let exec = if exec.is_empty() {
+        None
+    } else {
+        Some(ExecId::new(exec)?)
+    };
+    Ok(ProcessName {
+        container: ContainerId::new(id)?,
+        exec,
+    })
+}
+
+fn init(id: &str) -> Result<ProcessName> {
+    name(id, "")
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        let id = request.id.clone();
+        answer("Create", &id, async {
+            if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
+                return Err(Error::Unsupported("Restoring a checkpoint"));
+            }
+            let pid = self
+                .pod
+                .create(Create {
+                    id: ContainerId::new(&request.id)?,
+                    bundle: PathBuf::from(request.bundle),
+                    rootfs: request.rootfs,
+                    stdio: Stdio {
+                        stdin: request.stdin,
+                        stdout: request.stdout,
+                        stderr: request.stderr,
+                        terminal: request.terminal,
+                    },
+                })
+                .await?;
+            Ok(CreateTaskResponse {
+                pid,
+                ..CreateTaskResponse::default()
+            })
+        })
+        .await
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        answer("Start", &request.id, async {
+            let pid = self
+                .pod
+                .start(&name(&request.id, &request.exec_id)?)
+                .await?;
+            Ok(StartResponse {
+                pid,
+                ..StartResponse::default()
+            })
+        })
+        .await
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        answer("State", &request.id, async {
+            let found = self.pod.describe(&name(&request.id, &request.exec_id)?)?;
+            let status = found.process.status();
+            let stdio = found.process.stdio.clone();
+            let mut response = StateResponse {
+                id: request.id.clone(),
+                exec_id: request.exec_id.clone(),
+                bundle: found.bundle.display().to_string(),
+                pid: found.pid,
+                status: EnumOrUnknown::new(match status.state {
+                    State::Created => Status::CREATED,
+                    State::Running => Status::RUNNING,
+                    State::Stopped => Status::STOPPED,
+                }),
+                stdin: stdio.stdin,
+                stdout: stdio.stdout,
+                stderr: stdio.stderr,
+                terminal: stdio.terminal,
+                ..StateResponse::default()
+            };
+            if let Some(exit) = status.exit {
+                response.exit_status = u32::from(exit.status);
+                response.exited_at = MessageField::some(exit.at);
+            }
+            Ok(response)
+        })
+        .await
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        answer("Wait", &request.id, async {
+            let exit = self.pod.wait(&name(&request.id, &request.exec_id)?).await?;
+            Ok(WaitResponse {
+                exit_status: u32::from(exit.status),
+                exited_at: MessageField::some(exit.at),
+                ..WaitResponse::default()
+            })
+        })
+        .await
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        answer("Kill", &request.id, async {
+            let name = name(&request.id, &request.exec_id)?;
+            self.pod.kill(&name, request.signal, request.all).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteRequest,
+    ) -> ttrpc::Result<DeleteResponse> {
+        answer("Delete", &request.id, async {
+            let (pid, exit) = self
+                .pod
+                .delete(&name(&request.id, &request.exec_id)?)
+                .await?;
+            Ok(DeleteResponse {
+                pid,
+                exit_status: u32::from(exit.status),
+                exited_at: MessageField::some(exit.at),
+                ..DeleteResponse::default()
+            })
+        })
+        .await
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        answer("Exec", &request.id, async {
+            let process = json::parse(&request.spec.value).map_err(|source| Error::Json {
+                what: "the process of an exec".to_owned(),
+                source,
+            })?;
+            let stdio = Stdio {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+            };
+            self.pod.exec(
+                &ContainerId::new(&request.id)?,
+                ExecId::new(&request.exec_id)?,
+                process,
+                stdio,
+            )?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        answer("Pids", &request.id, async {
+            // Processes of the guest have no number on the host: the VMM stands
+            // for them.
+            let pid = self.pod.describe(&init(&request.id)?)?.pid;
+            let process = ProcessInfo {
+                pid,
+                ..ProcessInfo::default()
+            };
+            Ok(PidsResponse {
+                processes: vec![process],
+                ..PidsResponse::default()
+            })
+        })
+        .await
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        answer("CloseIO", &request.id, async {
+            let name = name(&request.id, &request.exec_id)?;
+            if request.stdin {
+                self.pod.close_stdin(&name)?;
+            } else {
+                self.pod.describe(&name)?;
+            }
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        answer("ResizePty", &request.id, async {
+            let name = name(&request.id, &request.exec_id)?;
+            // A terminal counts in 16 bits.
+            let cells = |count: u32| count.min(u32::from(u16::MAX));
+            self.pod
+                .resize(&name, cells(request.width), cells(request.height))
+                .await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        answer("Stats", &request.id, async {
+            self.pod.describe(&init(&request.id)?)?;
+            let stats = MessageField::some(stats::zeros());
+            Ok(StatsResponse {
+                stats,
+                ..StatsResponse::default()
+            })
+        })
+        .await
+    }
+
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectRequest,
+    ) -> ttrpc::Result<ConnectResponse> {
+        answer("Connect", &request.id, async {
+            let found = init(&request.id).and_then(|name| self.pod.describe(&name));
+            Ok(ConnectResponse {
+                shim_pid: std::process::id(),
+                task_pid: found.map_or(0, |found| found.pid),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                ..ConnectResponse::default()
+            })
+        })
+        .await
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        answer("Shutdown", &request.id, async {
+            if self.pod.is_empty() || request.now {
+                self.stop().await;
+                self.end.notify_one();
+            }
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        answer("Pause", &request.id, async {
+            Err(Error::Unsupported("Pause"))
+        })
+        .await
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        answer("Resume", &request.id, async {
+            Err(Error::Unsupported("Resume"))
+        })
+        .await
+    }
+
+    async fn checkpoint(
+        &self,
+        _: &TtrpcContext,
+        request: CheckpointTaskRequest,
+    ) -> ttrpc::Result<Empty> {
+        answer("Checkpoint", &request.id, async {
+            Err(Error::Unsupported("Checkpoint"))
+        })
+        .await
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        answer("Update", &request.id, async {
+            Err(Error::Unsupported("Update"))
+        })
+        .await
+    }
+}

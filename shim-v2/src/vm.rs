@@ -1,0 +1,333 @@
+//! The pod's virtual machine: boot, the agent's connection, the end.
+//!
+//! A [`Vm`] that exists has an agent that greeted. Dropping it kills the VMM; the
+//! thread that started the VMM reaps it. How it ended is kept in
+//! [`Vm::ended`], and nobody needs the guest or a lock to kill it.
+
+mod acceptor;
+pub mod vmm;
+
+use std::{
+    fs::File,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt, unix::net::UnixListener},
+    path::{Path, PathBuf},
+};
+
+use bulkhead_agent_api::{AGENT_PORT, SHARE_TAG};
+use bulkhead_vmm::config as vmm_config;
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::info;
+
+use self::vmm::{End, Launch, Vmm};
+use crate::{
+    agent::Agent,
+    assets::Assets,
+    config::Config,
+    error::{Error, Result, host},
+    io::Dialer,
+    mount,
+    spec::Limits,
+    statedir::StateDir,
+};
+
+/// Base of the guest kernel's command line.
+const CMDLINE: &str = "quiet panic=-1 reboot=k";
+
+/// Name of the listening socket of the vsock device.
+const VSOCK: &str = "vsock.sock";
+
+/// Time that the VMM gets to report before it is killed.
+const REPORT: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// Size of a virtual machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Virtual processors, 1 to 64.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+}
+
+impl Size {
+    /// The size for a container with these limits on a host of so many processors
+    /// and so much memory.
+    ///
+    /// Processors: the limit rounded up, at most those of the host. Memory: the
+    /// limit and the guest's own need above it, at most the host's; without a
+    /// limit what the configuration says.
+    #[must_use]
+    pub fn of(limits: Limits, config: &Config, host_cpus: u64, host_mib: u64) -> Self {
+        let cpus = limits
+            .cpus
+            .unwrap_or_else(|| u64::from(config.vcpus))
+            .clamp(1, host_cpus.clamp(1, 64));
+        let most = host_mib.clamp(64, 1_048_576);
+        let memory = match limits.memory {
+            Some(bytes) => {
+                (bytes.div_ceil(1 << 20)).saturating_add(u64::from(config.guest_overhead_mib))
+            }
+            None => u64::from(config.memory_mib),
+        };
+        Size {
+            vcpus: u8::try_from(cpus).unwrap_or(1),
+            memory_mib: u32::try_from(memory.min(most)).unwrap_or(config.memory_mib),
+        }
+    }
+
+    /// The size for a container on this host.
+    #[must_use]
+    pub fn on_this_host(limits: Limits, config: &Config) -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let info = rustix::system::sysinfo();
+        let bytes = info.totalram.saturating_mul(u64::from(info.mem_unit));
+        Self::of(
+            limits,
+            config,
+            u64::try_from(cpus).unwrap_or(1),
+            bytes >> 20,
+        )
+    }
+}
+
+/// What a boot needs.
+#[derive(Debug)]
+pub struct Boot<'a> {
+    /// The administrator's settings.
+    pub config: &'a Config,
+    /// The pod's state.
+    pub dir: &'a StateDir,
+    /// The size.
+    pub size: Size,
+    /// `oom_score_adj` of the VMM.
+    pub oom_score_adj: i32,
+}
+
+/// A virtual machine whose agent is ready.
+#[derive(Debug)]
+pub struct Vm {
+    agent: Agent,
+    dialer: Dialer,
+    vmm: Vmm,
+}
+
+impl Vm {
+    /// Boots a virtual machine and waits for its agent.
+    pub async fn boot(boot: Boot<'_>) -> Result<Self> {
+        let begun = Instant::now();
+        let deadline = begun + boot.config.boot_timeout();
+        let config = boot.config.clone();
+        let dir = boot.dir.clone();
+        let (size, oom_score_adj) = (boot.size, boot.oom_score_adj);
+        let prepared =
+            tokio::task::spawn_blocking(move || prepare(&config, &dir, size, oom_score_adj))
+                .await
+                .map_err(|error| {
+                    host("prepare the virtual machine")(std::io::Error::other(error))
+                })??;
+        let (launch, acceptor) = prepared;
+        let state =
+            crate::mount::open_dir(boot.dir.path()).map_err(host("open the state directory"))?;
+        let vmm = Vmm::launch(launch).await?;
+        let greeted = async {
+            let stream = acceptor::accept(acceptor, AGENT_PORT)
+                .await
+                .map_err(|error| Error::Boot(format!("no connection from the agent: {error}")))?;
+            Agent::greet(stream, boot.config.rpc_timeout()).await
+        };
+        let result = tokio::select! {
+            result = timeout_at(deadline, greeted) => result,
+            end = vmm.ended() => return Err(Error::Boot(end.reason)),
+        };
+        match result {
+            Ok(Ok(agent)) => {
+                info!(
+                    boot_ms = begun.elapsed().as_millis(),
+                    vcpus = size.vcpus,
+                    memory_mib = size.memory_mib,
+                    "virtual machine is up"
+                );
+                Ok(Vm {
+                    agent,
+                    dialer: Dialer::new(state, VSOCK),
+                    vmm,
+                })
+            }
+            // The VMM's own end says more than a connection that closed.
+            Ok(Err(error)) => match timeout(REPORT, vmm.ended()).await {
+                Ok(end) => Err(Error::Boot(end.reason)),
+                Err(_) => Err(error),
+            },
+            Err(_) => {
+                // Once the shim seems gone, the VMM reports what the console said.
+                vmm.release();
+                let console = match timeout(REPORT, vmm.ended()).await {
+                    Ok(End { console, .. }) if !console.is_empty() => {
+                        format!("; last words of the guest: {}", console.join(" | "))
+                    }
+                    _ => String::new(),
+                };
+                let limit = boot.config.boot_timeout_s;
+                Err(Error::Boot(format!(
+                    "the agent did not connect within {limit} s{console}"
+                )))
+            }
+        }
+    }
+
+    /// The agent.
+    #[must_use]
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// Connects streams.
+    #[must_use]
+    pub fn dialer(&self) -> &Dialer {
+        &self.dialer
+    }
+
+    /// The VMM's process.
+    #[must_use]
+    pub fn vmm(&self) -> &Vmm {
+        &self.vmm
+    }
+
+    /// Ends the virtual machine: in order if the guest answers, else by force.
+    pub async fn stop(&self) {
+        if self.vmm.has_ended().is_none() && self.agent.shutdown().await.is_ok() {
+            let _ = timeout(REPORT, self.vmm.ended()).await;
+        }
+        self.vmm.kill();
+        self.vmm.ended().await;
+    }
+}
+
+/// Opens everything that the VMM gets; a blocking function.
+fn prepare(
+    config: &Config,
+    dir: &StateDir,
+    size: Size,
+    oom_score_adj: i32,
+) -> Result<(Launch, OwnedFd)> {
+    let kvm = open_kvm(Path::new("/dev/kvm"))?;
+    let assets = Assets::open(&config.assets_dir, Path::new(crate::statedir::RUN_DIR))?;
+    let binary = vmm::find()?;
+    let listener = listen(dir)?;
+    let (ours, theirs) = acceptor::pair()?;
+    let mut cmdline = CMDLINE.to_owned();
+    if config.guest_console {
+        cmdline.push_str(" console=hvc0");
+    }
+    if !config.kernel_cmdline.is_empty() {
+        cmdline.push(' ');
+        cmdline.push_str(&config.kernel_cmdline);
+    }
+    let launch = Launch {
+        binary,
+        kvm,
+        kernel: assets.kernel,
+        root: assets.root,
+        listener: listener.into(),
+        acceptor: theirs,
+        console: config.guest_console,
+        cmdline,
+        vcpus: size.vcpus,
+        memory_mib: size.memory_mib,
+        share: vmm_config::Share {
+            tag: SHARE_TAG.to_owned(),
+            dir: dir.share(),
+            read_only: false,
+            queues: 1,
+        },
+        oom_score_adj,
+    };
+    Ok((launch, ours))
+}
+
+/// Opens the KVM device, or says what is in the way.
+fn open_kvm(path: &Path) -> Result<OwnedFd> {
+    let flags = rustix::fs::OFlags::CLOEXEC.bits().cast_signed();
+    match File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(path)
+    {
+        Ok(file) => Ok(file.into()),
+        Err(source) => {
+            let advice = match source.raw_os_error() {
+                Some(libc::ENOENT) => {
+                    "load kvm_intel or kvm_amd; virtualisation must be on in the firmware, or nested in a VM"
+                }
+                Some(libc::EACCES | libc::EPERM) => {
+                    "the shim must run as root, outside of a sandbox"
+                }
+                Some(libc::EBUSY) => "another hypervisor holds the processor's virtualisation",
+                Some(libc::ENODEV | libc::ENXIO) => {
+                    "the processor cannot virtualise, or it is switched off"
+                }
+                _ => "see the kernel log",
+            };
+            Err(Error::Kvm { advice, source })
+        }
+    }
+}
+
+fn listen(dir: &StateDir) -> Result<UnixListener> {
+    use std::os::fd::AsRawFd;
+    let place = mount::open_dir(dir.path()).map_err(host("open the state directory"))?;
+    // A VM that did not come up may have left one.
+    let _ = std::fs::remove_file(dir.path().join(VSOCK));
+    let path: PathBuf = format!("/proc/self/fd/{}/{VSOCK}", place.as_raw_fd()).into();
+    UnixListener::bind(path).map_err(host("bind the vsock socket"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_is_as_large_as_its_container_and_the_guest_itself_b11() {
+        let config = Config::default();
+        let size = |cpus, memory| Size::of(Limits { cpus, memory }, &config, 8, 16_384);
+        assert_eq!(
+            size(None, None),
+            Size {
+                vcpus: 1,
+                memory_mib: 512
+            }
+        );
+        assert_eq!(
+            size(Some(2), Some(256 << 20)),
+            Size {
+                vcpus: 2,
+                memory_mib: 384
+            }
+        );
+        assert_eq!(
+            size(Some(100), Some(1 << 50)),
+            Size {
+                vcpus: 8,
+                memory_mib: 16_384
+            }
+        );
+        assert_eq!(
+            size(Some(0), Some(1)),
+            Size {
+                vcpus: 1,
+                memory_mib: 129
+            }
+        );
+    }
+
+    #[test]
+    fn without_kvm_the_error_says_what_to_do_f29() {
+        let error = open_kvm(Path::new("/dev/no-kvm")).unwrap_err();
+        assert_eq!(error.code(), ttrpc::Code::FAILED_PRECONDITION);
+        let text = error.text();
+        assert!(
+            text.contains("/dev/kvm") && text.contains("load kvm") && text.contains("No such file"),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,433 @@
+//! The process `bulkhead-vmm`: started, watched, killed.
+//!
+//! A thread of its own starts it and lives until it has ended, because the parent
+//! death signal follows the thread. The process begins in namespaces of its own, in
+//! which the share is a slave copy with a read-only top; it inherits exactly the
+//! descriptors that its configuration names.
+
+use std::{
+    fs::File,
+    io::{self, PipeReader, Read, Seek, Write},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        unix::process::ExitStatusExt,
+    },
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+};
+
+use bulkhead_agent_api::{AGENT_PORT, GUEST_CID};
+use bulkhead_vmm::{
+    config::{Config, Console, Fd, Jail, Share, Vsock},
+    exit::Report,
+};
+use nix::sched::{CloneFlags, unshare};
+use rustix::{
+    mount::{MountAttrFlags, MountPropagationFlags, mount_change},
+    process::{Pid, PidfdFlags, Signal, pidfd_open},
+};
+use tokio::sync::{oneshot, watch};
+use tracing::{error, info, warn};
+
+use crate::{
+    agent::escape,
+    error::{Error, Result, host},
+    inherit,
+    mount::{self, Scope},
+    statedir::{Process, signal},
+};
+
+/// Name of the binary.
+const BINARY: &str = "bulkhead-vmm";
+/// Largest report, in bytes.
+const MAX_REPORT: u64 = 64 << 10;
+/// Most bytes of the VMM's messages that are logged.
+const MAX_MESSAGES: u64 = 64 << 10;
+
+/// Exit status of processes whose VM was killed.
+const KILLED: u8 = 137;
+/// Exit status of processes whose VM failed.
+const FAILED: u8 = 255;
+
+/// Everything that a VMM is started with.
+#[derive(Debug)]
+pub struct Launch {
+    /// The program.
+    pub binary: PathBuf,
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// The guest's kernel.
+    pub kernel: OwnedFd,
+    /// The guest's root image.
+    pub root: OwnedFd,
+    /// Listens for connections to the guest.
+    pub listener: OwnedFd,
+    /// Takes connections from the guest.
+    pub acceptor: OwnedFd,
+    /// Give the guest a console.
+    pub console: bool,
+    /// The guest kernel's command line.
+    pub cmdline: String,
+    /// Virtual processors.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// The pod's share.
+    pub share: Share,
+    /// `oom_score_adj` of the process.
+    pub oom_score_adj: i32,
+}
+
+/// How a VMM ended, and what that means for the processes in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// Exit status of every process that ran: 137 if the VM was killed, 255 if it
+    /// failed.
+    pub status: u8,
+    /// One line.
+    pub reason: String,
+    /// Last lines of the guest's console, if it had one.
+    pub console: Vec<String>,
+}
+
+impl End {
+    /// Judges by the process's end first, by its report second.
+    #[must_use]
+    pub fn of(status: ExitStatus, report: Option<Report>) -> Self {
+        let console = report.as_ref().map_or_else(Vec::new, |report| {
+            report
+                .console
+                .iter()
+                .rev()
+                .take(50)
+                .rev()
+                .map(|line| escape(line))
+                .collect()
+        });
+        let (status, reason) = match (status.signal(), report) {
+            (Some(libc::SIGKILL), _) => (KILLED, "the VM was killed".to_owned()),
+            (Some(libc::SIGSYS), _) => (
+                FAILED,
+                "the VMM made a system call that is blocked".to_owned(),
+            ),
+            (Some(number), _) => (FAILED, format!("the VMM crashed with signal {number}")),
+            (None, Some(report)) => (FAILED, escape(&report.reason)),
+            (None, None) => {
+                let code = status.code().unwrap_or(-1);
+                (
+                    FAILED,
+                    format!("the VMM ended with status {code} and no report"),
+                )
+            }
+        };
+        End {
+            status,
+            reason,
+            console,
+        }
+    }
+}
+
+/// A running VMM. Dropping it kills the process.
+#[derive(Debug)]
+pub struct Vmm {
+    process: Process,
+    pidfd: Arc<OwnedFd>,
+    /// The VMM ends when this closes.
+    alive: Mutex<Option<OwnedFd>>,
+    ended: watch::Receiver<Option<End>>,
+}
+
+impl Vmm {
+    /// Starts the process.
+    pub async fn launch(launch: Launch) -> Result<Self> {
+        let (alive, alive_end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map(|(read, write)| (write, read))
+            .map_err(host("make a pipe"))?;
+        let (started, result) = oneshot::channel();
+        let (end, ended) = watch::channel(None);
+        thread::Builder::new()
+            .name("vmm-parent".to_owned())
+            .spawn(move || parent(launch, alive_end, started, &end))
+            .map_err(host("start the thread of the VMM"))?;
+        let (process, pidfd) = result
+            .await
+            .map_err(|_| host("start the VMM")(io::Error::other("its thread ended")))??;
+        Ok(Vmm {
+            process,
+            pidfd: Arc::new(pidfd),
+            alive: Mutex::new(Some(alive)),
+            ended,
+        })
+    }
+
+    /// The process, as the host numbers it.
+    #[must_use]
+    pub fn process(&self) -> Process {
+        self.process
+    }
+
+    /// Kills the VM. Always possible, needs no answer.
+    pub fn kill(&self) {
+        if let Err(error) = signal(&self.pidfd, Signal::KILL) {
+            error!(%error, "cannot kill the VMM");
+        }
+    }
+
+    /// Lets go of the VMM: it reports that it is alone, and ends.
+    pub fn release(&self) {
+        self.alive
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+    }
+
+    /// How it ended, if it did.
+    #[must_use]
+    pub fn has_ended(&self) -> Option<End> {
+        self.ended.borrow().clone()
+    }
+
+    /// Waits for the end.
+    pub async fn ended(&self) -> End {
+        let mut ended = self.ended.clone();
+        let end = ended
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|end| end.clone());
+        end.unwrap_or_else(|| End {
+            status: FAILED,
+            reason: "nobody watches the VMM".to_owned(),
+            console: Vec::new(),
+        })
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Finds the program: beside the shim, else where packages put it. `PATH` is not
+/// searched.
+pub fn find() -> Result<PathBuf> {
+    let own = std::env::current_exe().map_err(host("find the shim's own file"))?;
+    let beside = own.parent().unwrap_or_else(|| Path::new("/usr/bin"));
+    let places = [
+        beside,
+        Path::new("/usr/libexec/bulkhead"),
+        Path::new("/usr/bin"),
+    ];
+    let found = places
+        .iter()
+        .map(|dir| dir.join(BINARY))
+        .find(|path| path.is_file());
+    found.ok_or_else(|| Error::Path {
+        action: "find",
+        path: beside.join(BINARY),
+        source: io::ErrorKind::NotFound.into(),
+    })
+}
+
+type Started = oneshot::Sender<Result<(Process, OwnedFd)>>;
+
+/// The life of the thread: start, tell, wait, report.
+fn parent(launch: Launch, alive: OwnedFd, started: Started, end: &watch::Sender<Option<End>>) {
+    let (mut child, report, stderr) = match spawn(launch, alive) {
+        Ok(spawned) => spawned,
+        Err(error) => {
+            let _ = started.send(Err(error));
+            return;
+        }
+    };
+    let opened = open(&child).map_err(host("open the process of the VMM"));
+    let failed = opened.is_err();
+    if started.send(opened).is_err() || failed {
+        // Nobody waits any more.
+        let _ = child.kill();
+    }
+    let messages = thread::Builder::new()
+        .name("vmm-messages".to_owned())
+        .spawn(|| log_messages(stderr));
+    if let Err(error) = messages {
+        warn!(%error, "messages of the VMM are lost");
+    }
+    let result = match child.wait() {
+        Ok(status) => End::of(status, read_report(report)),
+        Err(error) => End {
+            status: FAILED,
+            reason: format!("the end of the VMM cannot be seen: {error}"),
+            console: Vec::new(),
+        },
+    };
+    end.send_replace(Some(result));
+}
+
+fn open(child: &std::process::Child) -> io::Result<(Process, OwnedFd)> {
+    let number = child.id().cast_signed();
+    let pid = Pid::from_raw(number).ok_or_else(|| io::Error::other("no process id"))?;
+    // The child is not reaped yet, so the number is its own.
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    Ok((Process::of(number)?, pidfd))
+}
+
+fn spawn(launch: Launch, alive: OwnedFd) -> Result<(std::process::Child, PipeReader, PipeReader)> {
+    // The new pid namespace is the child's; the others are this thread's as well,
+    // which does nothing else.
+    unshare(
+        CloneFlags::CLONE_NEWPID
+            | CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWNET,
+    )
+    .map_err(host("make the namespaces of the VMM"))?;
+    mount_change(
+        "/",
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+    )
+    .map_err(host("make the VMM's mounts follow the shim's"))?;
+    let top = mount::open_dir(&launch.share.dir).map_err(host("open the share"))?;
+    mount::set_attributes(&top, MountAttrFlags::MOUNT_ATTR_RDONLY, Scope::Top)
+        .map_err(host("make the top of the share read-only"))?;
+    drop(top);
+
+    let (report, report_end) = io::pipe().map_err(host("make a pipe"))?;
+    let (stderr, stderr_end) = io::pipe().map_err(host("make a pipe"))?;
+    let fd = |fd: &dyn AsFd| Fd(fd.as_fd().as_raw_fd());
+    let config = Config {
+        kvm: fd(&launch.kvm),
+        kernel: fd(&launch.kernel),
+        initramfs: Some(fd(&launch.root)),
+        cmdline: launch.cmdline,
+        vcpus: launch.vcpus,
+        memory_mib: launch.memory_mib,
+        jail: Some(Jail {
+            root: launch.share.dir.clone(),
+        }),
+        shares: vec![launch.share],
+        vsock: Some(Vsock {
+            guest_cid: GUEST_CID,
+            listener: Some(fd(&launch.listener)),
+            acceptor: Some(fd(&launch.acceptor)),
+            ports: vec![AGENT_PORT],
+        }),
+        disks: Vec::new(),
+        console: launch.console.then_some(Console {
+            output: None,
+            input: None,
+        }),
+        rng: true,
+        alive: Some(fd(&alive)),
+        report: Some(fd(&report_end)),
+    };
+    let config_file = config_file(&config).map_err(host("write the VMM's configuration"))?;
+    let kept: Vec<RawFd> = [
+        config.kvm,
+        config.kernel,
+        fd(&launch.root),
+        fd(&launch.listener),
+        fd(&launch.acceptor),
+        fd(&alive),
+        fd(&report_end),
+        fd(&config_file),
+    ]
+    .map(|fd| fd.0)
+    .to_vec();
+    let mut command = Command::new(&launch.binary);
+    command
+        .arg("--config-fd")
+        .arg(config_file.as_raw_fd().to_string())
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stderr_end);
+    inherit::only(&mut command, kept, inherit::OnParentDeath::Kill);
+    let child = command.spawn().map_err(|source| Error::Path {
+        action: "start",
+        path: launch.binary.clone(),
+        source,
+    })?;
+    // Each of these must have one holder, so that its close is seen.
+    drop((launch.acceptor, launch.listener, alive, report_end));
+    set_oom_score(child.id(), launch.oom_score_adj);
+    Ok((child, report, stderr))
+}
+
+fn config_file(config: &Config) -> io::Result<File> {
+    let memory = rustix::fs::memfd_create("vmm-config", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = File::from(memory);
+    file.write_all(&serde_json::to_vec(config)?)?;
+    file.rewind()?;
+    Ok(file)
+}
+
+/// The VMM must not be as hard to kill as the shim.
+fn set_oom_score(pid: u32, score: i32) {
+    if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+        warn!(%error, score, "cannot set the VMM's oom_score_adj");
+    }
+}
+
+fn read_report(pipe: PipeReader) -> Option<Report> {
+    let mut text = Vec::new();
+    pipe.take(MAX_REPORT).read_to_end(&mut text).ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+/// Logs what the VMM writes on its standard error, and never stops reading it.
+fn log_messages(mut pipe: PipeReader) {
+    let mut logged = 0;
+    let mut buffer = [0; 4096];
+    while let Ok(count @ 1..) = pipe.read(&mut buffer) {
+        if logged > MAX_MESSAGES {
+            continue;
+        }
+        logged += count as u64;
+        let text = String::from_utf8_lossy(buffer.get(..count).unwrap_or_default()).into_owned();
+        for line in text.lines().filter(|line| !line.trim().is_empty()) {
+            info!(message_of = "vmm", "{}", escape(line));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_vmm::exit;
+
+    use super::*;
+
+    fn report(reason: &str) -> Option<Report> {
+        Some(Report {
+            end: exit::End::GuestPanic,
+            reason: reason.into(),
+            console: vec!["a\x1b".into()],
+        })
+    }
+
+    #[test]
+    fn an_end_by_sigkill_is_137_every_other_255_f22_f33() {
+        let check = |raw: i32, given: Option<Report>, status: u8, words: &str| {
+            let end = End::of(ExitStatus::from_raw(raw), given);
+            assert_eq!(end.status, status, "{end:?}");
+            assert!(end.reason.contains(words), "{end:?}");
+        };
+        check(9, None, 137, "killed");
+        check(11, None, 255, "crashed with signal 11");
+        check(6, report("x"), 255, "signal 6");
+        check(31, None, 255, "blocked");
+        check(0, None, 255, "status 0 and no report");
+        check(0, report("the guest powered off"), 255, "powered off");
+        check(
+            11 << 8,
+            report("guest panic: \x1b[0m"),
+            255,
+            "guest panic: \\u{1b}[0m",
+        );
+    }
+}
