@@ -60,6 +60,14 @@ const LAST_OUTPUT: Duration = Duration::from_secs(1);
 /// Lines of the console in a report.
 const LAST_LINES: usize = 20;
 
+/// What KVM must be able to do, beside what every version can.
+const NEEDED: [(Cap, &str); 4] = [
+    (Cap::ReadonlyMem, "read-only memory"),
+    (Cap::CoalescedMmio, "the collecting of MMIO writes"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::Irqfd, "irqfd"),
+];
+
 /// Why a machine cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -87,7 +95,7 @@ pub enum Error {
         source: kvm_ioctls::Error,
     },
     /// KVM is too old.
-    #[error("KVM of this host lacks {0}")]
+    #[error("KVM of this host does not support {0}")]
     Lacks(&'static str),
     /// A device, an event or a thread could not be made.
     #[error("Cannot set up {what}")]
@@ -145,6 +153,11 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
 
     let memory = memory::map(config.memory_mib)?;
     let kvm = fds.kvm;
+    for (capability, what) in NEEDED {
+        if !kvm.check_extension(capability) {
+            return Err(Error::Lacks(what));
+        }
+    }
     let vm = kvm.create_vm().during("create a virtual machine")?;
     vm.set_tss_address(KVM_TSS).during("set the TSS address")?;
     vm.create_irq_chip()
@@ -421,9 +434,6 @@ fn processors(
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .during("say what processors it supports")?;
     let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    if !kvm.check_extension(Cap::CoalescedMmio) {
-        return Err(Error::Lacks("the collecting of MMIO writes"));
-    }
     let mut vcpus = Vec::new();
     for id in 0..count {
         let mut fd = vm

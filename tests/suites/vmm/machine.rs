@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, PipeReader, Read, Write},
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
@@ -26,7 +26,7 @@ pub(crate) struct Machine {
     options: Vec<(String, String)>,
     cmdline: String,
     console: bool,
-    input: String,
+    input: Option<(String, String)>,
 }
 
 /// How a machine ended.
@@ -57,7 +57,8 @@ impl Machine {
         let init = format!(
             "#!/bin/busybox sh\n/bin/busybox mkdir -p /usr/bin /proc /sys\n\
              /bin/busybox --install -s /bin\nexport PATH=/bin\n\
-             mount -t proc proc /proc\nmount -t sysfs sys /sys\n{script}\n"
+             mount -t proc proc /proc\nmount -t sysfs sys /sys\n\
+             mount -t devtmpfs dev /dev\n{script}\n"
         );
         let busybox = fs::read(BUSYBOX).expect("a static busybox");
         let mut archive = Vec::new();
@@ -71,9 +72,6 @@ impl Machine {
         }
         // The kernel opens it for the first process.
         device(&mut archive, "dev/console", 5, 1);
-        for (name, major, minor) in [("dev/hwrng", 10, 183), ("dev/null", 1, 3)] {
-            device(&mut archive, name, major, minor);
-        }
         entry(&mut archive, "TRAILER!!!", 0, &[]);
         fs::write(dir.path().join("initramfs"), archive).expect("initramfs");
         Machine {
@@ -81,7 +79,7 @@ impl Machine {
             options: Vec::new(),
             cmdline: CMDLINE.into(),
             console: true,
-            input: String::new(),
+            input: None,
         }
     }
 
@@ -97,9 +95,9 @@ impl Machine {
         self
     }
 
-    /// What is typed at the console.
-    pub(crate) fn input(mut self, text: &str) -> Machine {
-        self.input = text.into();
+    /// What is typed at the console once the guest has written this line.
+    pub(crate) fn input_after(mut self, line: &str, text: &str) -> Machine {
+        self.input = Some((line.into(), text.into()));
         self
     }
 
@@ -138,14 +136,23 @@ impl Machine {
             .spawn()
             .expect("bulkhead-vmm starts");
         let mut stdin = child.stdin.take().expect("piped");
-        stdin.write_all(self.input.as_bytes()).expect("typed");
+        let mut console = String::new();
+        if let Some((line, text)) = &self.input {
+            let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
+            while console.lines().last().map(str::trim_end) != Some(line.as_str()) {
+                let count = stdout.read_line(&mut console).expect("console");
+                assert_ne!(count, 0, "the machine ended before {line:?}");
+            }
+            stdin.write_all(text.as_bytes()).expect("typed");
+            stdout.read_to_string(&mut console).expect("console");
+        }
         let output = child.wait_with_output().expect("bulkhead-vmm ends");
         drop(stdin);
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
         let stats = errors.lines().find(|line| line.starts_with('{'));
         Ended {
             status: output.status.code(),
-            console: String::from_utf8_lossy(&output.stdout).into_owned(),
+            console: console + &String::from_utf8_lossy(&output.stdout),
             reason: errors
                 .lines()
                 .rfind(|line| !line.starts_with('{'))
@@ -195,8 +202,8 @@ impl Machine {
         let child = command.spawn()?;
         Ok(Running {
             child,
-            console: BufReader::new(output.into()),
-            report: report.into(),
+            console: BufReader::new(output),
+            report,
             _dir: self.dir,
         })
     }
@@ -225,8 +232,8 @@ fn pass(passed: &[(RawFd, RawFd)]) -> io::Result<()> {
 /// A machine that runs.
 pub(crate) struct Running {
     child: Child,
-    console: BufReader<File>,
-    report: File,
+    console: BufReader<PipeReader>,
+    report: PipeReader,
     _dir: TempDir,
 }
 

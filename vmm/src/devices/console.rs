@@ -3,7 +3,7 @@
 //! What the guest writes is kept in a ring of 64 KiB and, where a descriptor is
 //! given for it, passed on. A slow reader of that descriptor holds the guest's
 //! output back, never a thread of the VMM: up to 64 KiB wait here, the rest in
-//! the queue. A chain is returned after its bytes were written or queued.
+//! the queue. Whoever ends the machine writes what still waits ([`Output::finish`]).
 #![cfg_attr(
     not(test),
     deny(
@@ -237,17 +237,21 @@ impl Handler for Server {
 impl Server {
     fn transmit(&mut self, watch: &Watch<'_>) -> io::Result<()> {
         let mut output = self.output.lock();
-        output.pass_on(Duration::ZERO);
-        if let Some(ring) = &mut self.transmit {
-            let mem = ring.mem.clone();
-            ring.drain(|chain| {
-                if output.is_full() {
-                    return Chain::Kept;
-                }
-                take(chain, &mem, &mut output);
-                output.pass_on(Duration::ZERO);
-                Chain::Used(0)
-            });
+        let mut kept = true;
+        while std::mem::take(&mut kept) {
+            if let Some(ring) = &mut self.transmit {
+                let mem = ring.mem.clone();
+                ring.drain(|chain| {
+                    kept = output.is_full();
+                    if kept {
+                        return Chain::Kept;
+                    }
+                    take(chain, &mem, &mut output);
+                    Chain::Used(0)
+                });
+            }
+            // A chain that was kept is taken now if that made room for it.
+            kept &= output.pass_on(Duration::ZERO);
         }
         let waits = !output.waiting.is_empty();
         match (&self.output_watched, &output.reader) {
