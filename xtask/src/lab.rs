@@ -26,10 +26,10 @@ impl Ready {
     pub(crate) fn new(prefix: Option<&Path>, progress: &dyn Progress) -> Result<Ready> {
         let cache = Cache::of_this_user()?;
         progress.step("Building the lab's own program");
+        // Not optimised: its libraries are there, for cargo xtask needs them.
         build::cargo(
             &[
                 "build",
-                "--release",
                 "--package",
                 "bulkhead-tests",
                 "--bin",
@@ -39,7 +39,7 @@ impl Ready {
         )?;
         let images = images(&cache, progress)?;
         let mut contents =
-            Contents::default().with("labd", build::target_dir().join("release/bulkhead-labd"));
+            Contents::default().with("labd", build::target_dir().join("debug/bulkhead-labd"));
         if let Some(prefix) = prefix {
             contents = contents.with("root/usr", prefix);
         }
