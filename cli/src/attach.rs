@@ -128,7 +128,8 @@ pub(crate) async fn run(
     }
     signals.or(task.start(process)).await?;
     streams.attached();
-    let raw = if has_terminal {
+    // Without our input the keys of our terminal stay ours: Ctrl-C is a signal.
+    let raw = if has_terminal && streams.has_stdin() {
         terminal::Raw::enter()?
     } else {
         None

@@ -136,6 +136,11 @@ impl Streams {
         ]
     }
 
+    /// Is our standard input passed on?
+    pub(crate) fn has_stdin(&self) -> bool {
+        self.stdin.is_some()
+    }
+
     /// The shim holds its ends: ours that kept them open go.
     pub(crate) fn attached(&mut self) {
         self.stdout.keeper = None;

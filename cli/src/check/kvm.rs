@@ -14,8 +14,9 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_regi
 use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
-/// Longer than any processor needs by far.
-const LIMIT: Duration = Duration::from_millis(900);
+/// Longer than any processor needs by far, even an emulated one on a busy host. What
+/// cannot run the code says so at once.
+const LIMIT: Duration = Duration::from_secs(5);
 
 /// Guest memory in bytes.
 const MEMORY: usize = 64 << 10;
@@ -138,7 +139,7 @@ pub(super) enum Verdict {
     Broken(String),
 }
 
-/// Runs the test, in less than a second.
+/// Runs the test, within [`LIMIT`].
 pub(super) fn probe() -> Verdict {
     let (send, receive) = mpsc::channel();
     // A processor that never comes back keeps this thread; it ends with the process.
@@ -148,8 +149,8 @@ pub(super) fn probe() -> Verdict {
         Ok(Err(Failure::Open(errno))) => Verdict::Closed(errno),
         Ok(Err(Failure::Other(text))) => Verdict::Broken(text),
         Err(_) => Verdict::Broken(format!(
-            "a few instructions did not end within {} ms",
-            LIMIT.as_millis()
+            "a few instructions did not end within {} s",
+            LIMIT.as_secs()
         )),
     }
 }
@@ -304,7 +305,7 @@ mod tests {
     fn the_probe_ends_in_time_whatever_kvm_is_here() {
         let start = std::time::Instant::now();
         let _ = probe();
-        assert!(start.elapsed() < Duration::from_secs(2));
+        assert!(start.elapsed() < 2 * LIMIT);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use sha2::{Digest as _, Sha256};
 
 use super::{
@@ -62,7 +62,6 @@ pub(crate) fn provide(
                 add(store, source, layer, &progress, stop)?;
             }
         }
-        progress.finish_and_clear();
     }
     Ok(image.layers.iter().map(place).collect())
 }
@@ -83,7 +82,7 @@ fn progress(source: &Source, layers: &[&Layer]) -> Result<ProgressBar> {
     for layer in layers {
         total += source.find(&layer.file)?.map_or(0, |(_, size)| size);
     }
-    let bar = ProgressBar::new(total);
+    let bar = ProgressBar::new(total).with_finish(ProgressFinish::AndClear);
     if let Ok(style) = ProgressStyle::with_template("Unpacking {bar:30} {bytes}/{total_bytes}") {
         bar.set_style(style);
     }
