@@ -798,3 +798,101 @@ fn a_tag_or_a_number_of_queues_out_of_range_is_refused() {
         assert!(Fs::new(&share, &confined).is_err());
     }
 }
+
+/// Linux's own client mounts the share: its requests go from `/dev/fuse` into the
+/// rings and the replies back. Needs root and `/dev/fuse`, and is skipped without.
+#[test]
+fn linux_itself_works_on_the_share() {
+    use std::{io::Write, process::Command, thread};
+
+    use rustix::{
+        mount::{MountFlags, UnmountFlags, mount, unmount},
+        thread::UnshareFlags,
+    };
+
+    let fuse = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse");
+    let (true, Ok(mut fuse)) = (is_root(), fuse) else {
+        return;
+    };
+    let mut guest = Guest::raw(false);
+    let host = guest.dir.0.clone();
+    fs::write(host.join("from-host"), "text").unwrap();
+    let place = Directory::new();
+    let options = {
+        use std::os::fd::AsRawFd;
+        let fd = fuse.as_raw_fd();
+        format!("fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other")
+    };
+    let path = place.0.clone();
+    let client = fuse.try_clone().unwrap();
+    // The namespace is the thread's, so a failure leaves no mount behind.
+    let work = thread::spawn(move || {
+        // SAFETY: only this thread's mounts and file system context change.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
+        let private = rustix::mount::MountPropagationFlags::PRIVATE
+            | rustix::mount::MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+        let options = std::ffi::CString::new(options).unwrap();
+        mount(
+            "share",
+            &path,
+            "fuse",
+            MountFlags::empty(),
+            options.as_c_str(),
+        )
+        .unwrap();
+        drop(client);
+        let script = "
+            set -e; cd \"$1\"
+            test \"$(cat from-host)\" = text
+            mkdir -p a/b/c; echo one > a/b/c/f; ln a/b/c/f hard; ln -s a/b soft
+            test \"$(cat soft/c/f)\" = one; test \"$(stat -c %h hard)\" = 2
+            mv hard a/moved; test ! -e hard; echo two >> a/moved
+            test \"$(wc -l < a/b/c/f)\" = 2
+            mkfifo p; (echo through > p &); test \"$(cat p)\" = through
+            (umask 077; touch private); test \"$(stat -c %a private)\" = 600
+            chmod 4755 private; chown 12:34 private; test \"$(stat -c %a-%u-%g private)\" = 755-12-34
+            dd if=/dev/urandom of=big bs=64k count=30 2> /dev/null; cp big copy; cmp big copy
+            truncate -s 100 copy; test \"$(stat -c %s copy)\" = 100
+            exec 3<> open; rm open; echo data >&3; test \"$(cat /proc/self/fd/3)\" = data; exec 3>&-
+            mkdir many; for i in $(seq 100); do echo $i > many/$i; done
+            test \"$(ls many | wc -l)\" = 100; test \"$(cat many/* | sort -n | tail -n 1)\" = 100
+            rm -r many a; test ! -e many
+            ls -la > /dev/null; df . > /dev/null
+        ";
+        let done = Command::new("sh")
+            .args(["-c", script, "sh"])
+            .arg(&path)
+            .output();
+        unmount(&path, UnmountFlags::DETACH).unwrap();
+        done.unwrap()
+    });
+    let mut request = vec![0; BUFFER as usize];
+    loop {
+        use std::io::Read;
+        let len = match fuse.read(&mut request) {
+            Ok(len) => len,
+            // Not mounted yet, or no more.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                thread::yield_now();
+                continue;
+            }
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
+                break;
+            }
+        };
+        let reply = guest.exchange(1, &request[..len], BUFFER);
+        if !reply.is_empty() {
+            // Fails if the client no longer waits for it.
+            let _ = fuse.write(&reply);
+        }
+    }
+    let done = work.join().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{} {said}", done.status);
+    assert_eq!(fs::metadata(host.join("private")).unwrap().uid(), 12);
+}
