@@ -17,7 +17,7 @@ use tempfile::TempDir;
 const KERNEL: &str = "/usr/share/bulkhead/vmlinux";
 const BUSYBOX: &str = "/usr/bin/busybox";
 /// Seconds after which a machine that hangs is ended.
-const DEADLINE_S: &str = "120";
+const DEADLINE_S: &str = "300";
 const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=k";
 
 /// A machine that has not started.
