@@ -11,7 +11,7 @@
 
 use std::{
     fs::File,
-    io::{self, Read},
+    io::{self, Read, Seek, SeekFrom, Write},
     os::fd::{AsFd, OwnedFd},
     path::Path,
     rc::Rc,
@@ -43,6 +43,13 @@ const XATTRS: [&[u8]; 4] = [
     b"system.posix_acl_access",
     b"system.posix_acl_default",
 ];
+
+/// Largest file, in bytes, that a sparse entry may claim. A few stored bytes stand for
+/// any size, and its holes are read as zeros, which takes time.
+const MAX_SPARSE: u64 = 64 << 30;
+
+/// Bytes that are written, or left out as a hole, at once: a block of file systems.
+const BLOCK: usize = 4096;
 
 /// Unpacks `tar` onto `root`, which must be empty; `layer` names it in errors.
 pub(crate) fn unpack(tar: impl Read, root: &Path, layer: &str) -> Result<()> {
@@ -141,6 +148,13 @@ impl Meta {
         for extension in extensions.into_iter().flatten() {
             let extension =
                 extension.or_else(|_| refused("its extended header is not understood"))?;
+            // The reader does not know this form: it would give the map of the holes
+            // as content, under a name that is not the file's.
+            if extension.key_bytes().starts_with(b"GNU.sparse.") {
+                return refused(
+                    "sparse files in the pax form are not supported; pack the layer without --sparse",
+                );
+            }
             let Some(name) = extension.key_bytes().strip_prefix(b"SCHILY.xattr.") else {
                 continue;
             };
@@ -231,6 +245,12 @@ impl Target {
                 meta.apply(&dir)
             }
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+                if kind == EntryType::GNUSparse && entry.size() > MAX_SPARSE {
+                    return refused(format!(
+                        "it is a sparse file of {} bytes, more than the {MAX_SPARSE} it may have",
+                        entry.size()
+                    ));
+                }
                 clear(&parent, last)?;
                 let flags = OFlags::WRONLY
                     | OFlags::CREATE
@@ -240,7 +260,7 @@ impl Target {
                 let file = openat(&parent, last, flags, Mode::RUSR | Mode::WUSR)
                     .map_err(failed("make"))?;
                 let mut file = File::from(file);
-                io::copy(entry, &mut file).map_err(failed("write"))?;
+                copy_with_holes(entry, &mut file).map_err(failed("write"))?;
                 meta.apply(&file)
             }
             EntryType::Link => {
@@ -410,6 +430,42 @@ impl Target {
     }
 }
 
+/// Copies all of `from` to `file`, which must be empty. Blocks of zeros become holes:
+/// a file takes no more of the disk than its content.
+fn copy_with_holes(mut from: impl Read, file: &mut File) -> io::Result<()> {
+    let mut buffer = [0; 16 * BLOCK];
+    let mut length = 0;
+    loop {
+        let count = fill(&mut from, &mut buffer)?;
+        let read = buffer.get(..count).unwrap_or_default();
+        for block in read.chunks(BLOCK) {
+            if block.iter().any(|byte| *byte != 0) {
+                file.seek(SeekFrom::Start(length))?;
+                file.write_all(block)?;
+            }
+            length += block.len() as u64;
+        }
+        if count < buffer.len() {
+            // A hole at the end has no byte after it.
+            return file.set_len(length);
+        }
+    }
+}
+
+/// Reads until `buffer` is full or nothing is left; answers how much it is.
+fn fill(from: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut count = 0;
+    while let Some(rest) = buffer.get_mut(count..).filter(|rest| !rest.is_empty()) {
+        match from.read(rest) {
+            Ok(0) => break,
+            Ok(read) => count += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(count)
+}
+
 /// The components of a name; refuses what could lead elsewhere.
 fn words(name: &[u8]) -> Result<Vec<&[u8]>, Problem> {
     if name.is_empty() {
@@ -516,3 +572,6 @@ fn same(a_dir: &OwnedFd, a: &[u8], b_dir: &OwnedFd, b: &[u8]) -> bool {
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests;
