@@ -120,7 +120,7 @@ fn walk(dir: &Path, directories_only: bool, all: &mut BTreeSet<String>) {
         let path = entry.path();
         // Kept on purpose from the first run on: proof that the assets were checked.
         let kept = [
-            "/run/bulkhead/assets",
+            "/run/bulkhead/verified-",
             "/run/bulkhead/bundles",
             "/run/bulkhead/bulkhead",
         ];
