@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Base of the guest kernel's command line.
-const CMDLINE: &str = "quiet panic=-1 reboot=k";
+pub const CMDLINE: &str = "quiet panic=-1 reboot=k";
 
 /// Name of the listening socket of the vsock device.
 const VSOCK: &str = "vsock.sock";

@@ -113,8 +113,8 @@ pub(crate) fn copy_into(product: &Product, prefix: &Path) -> Result<()> {
 /// Runs cargo, its output to our standard error.
 pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &std::ffi::OsStr)]) -> Result<()> {
     let status = Command::new(cargo_program())
+        .arg("--quiet")
         .args(arguments)
-        .args(["--quiet"])
         .current_dir(workspace())
         .envs(variables.iter().copied())
         .status()
