@@ -3,6 +3,8 @@
 //! Needs root. Each test runs in a mount namespace of its own with an empty
 //! `/run`, so that it finds and leaves nothing.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{
     fs,
     io::Write,
