@@ -3,7 +3,7 @@
 //! Needs root. Each test runs in a mount namespace of its own with an empty
 //! `/run`, so that it finds and leaves nothing.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{
     fs,

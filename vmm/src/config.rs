@@ -8,11 +8,14 @@
 //! Never here: defaults that depend on the host, names of containers.
 
 use std::{
+    collections::HashSet,
     os::fd::{FromRawFd, OwnedFd, RawFd},
     path::PathBuf,
 };
 
 use serde::{Deserialize, Serialize};
+
+use crate::memory;
 
 /// An inherited descriptor, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,4 +134,177 @@ pub struct Jail {
     /// namespace in which it was started. Mounts made below it later, by whoever
     /// holds the namespace from which this one was copied, appear inside.
     pub root: PathBuf,
+}
+
+/// Virtual processors that a machine may have.
+pub const VCPUS: std::ops::RangeInclusive<u8> = 1..=64;
+/// Most devices in one machine.
+pub const MOST_DEVICES: usize = 17;
+
+/// Why a configuration is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Outside [`VCPUS`].
+    #[error("{0} virtual processors are not possible: 1 to 64 are")]
+    Vcpus(u8),
+    /// Outside [`memory::SIZES_MIB`].
+    #[error("Guest memory of {0} MiB is not possible: 32 to 1048576 MiB are")]
+    Memory(u32),
+    /// virtio 1.2, 5.11.4.
+    #[error("The share's tag {0:?} does not have 1 to 36 bytes")]
+    Tag(String),
+    /// Two shares that the guest could not tell apart.
+    #[error("Two shares have the tag {0:?}")]
+    SameTag(String),
+    /// A share without or with too many threads.
+    #[error("The share {tag:?} cannot have {queues} request queues: 1 to 8 are possible")]
+    ShareQueues {
+        /// Which share.
+        tag: String,
+        /// How many were asked for.
+        queues: u8,
+    },
+    /// virtio 1.2, 5.10.4: 0 to 2 are reserved.
+    #[error("The guest cannot have the vsock context id {0}: 3 or more are possible")]
+    GuestCid(u32),
+    /// There are as many interrupts as that.
+    #[error("{0} devices are too many: at most {MOST_DEVICES} are possible")]
+    Devices(usize),
+    /// A descriptor can be taken once.
+    #[error("Descriptor {0} is named twice")]
+    SameDescriptor(RawFd),
+}
+
+impl Config {
+    /// Checks what can be checked without touching anything.
+    pub fn check(&self) -> Result<(), Error> {
+        if !VCPUS.contains(&self.vcpus) {
+            return Err(Error::Vcpus(self.vcpus));
+        }
+        if !memory::SIZES_MIB.contains(&self.memory_mib) {
+            return Err(Error::Memory(self.memory_mib));
+        }
+        let mut tags = HashSet::new();
+        for Share { tag, queues, .. } in &self.shares {
+            if !(1..=36).contains(&tag.len()) {
+                return Err(Error::Tag(tag.clone()));
+            }
+            if !tags.insert(tag) {
+                return Err(Error::SameTag(tag.clone()));
+            }
+            if !(1..=8).contains(queues) {
+                return Err(Error::ShareQueues {
+                    tag: tag.clone(),
+                    queues: *queues,
+                });
+            }
+        }
+        if let Some(Vsock { guest_cid, .. }) = self.vsock
+            && (guest_cid < 3 || guest_cid == u32::MAX)
+        {
+            return Err(Error::GuestCid(guest_cid));
+        }
+        let devices = self.shares.len()
+            + self.disks.len()
+            + usize::from(self.vsock.is_some())
+            + usize::from(self.console.is_some())
+            + usize::from(self.rng);
+        if devices > MOST_DEVICES {
+            return Err(Error::Devices(devices));
+        }
+        let mut seen = HashSet::new();
+        match self.descriptors().find(|fd| !seen.insert(*fd)) {
+            Some(twice) => Err(Error::SameDescriptor(twice)),
+            None => Ok(()),
+        }
+    }
+
+    fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        let vsock = self.vsock.iter().flat_map(|v| [v.listener, v.acceptor]);
+        let console = self.console.iter().flat_map(|c| [c.output, c.input]);
+        [Some(self.kvm), Some(self.kernel), self.initramfs]
+            .into_iter()
+            .chain([self.alive, self.report])
+            .chain(vsock)
+            .chain(console)
+            .chain(self.disks.iter().map(|disk| Some(disk.fd)))
+            .flatten()
+            .map(|Fd(fd)| fd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        let json = r#"{"kvm":3,"kernel":4,"cmdline":"quiet","vcpus":1,"memory_mib":256,
+            "shares":[{"tag":"bulkhead","dir":"/s","read_only":false,"queues":1}],
+            "vsock":{"guest_cid":3,"listener":5,"ports":[1024]},"disks":[],"rng":true}"#;
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn check(change: impl FnOnce(&mut Config), expected: &str) {
+        let mut config = config();
+        change(&mut config);
+        let text = config
+            .check()
+            .map_or_else(|e| e.to_string(), |()| String::new());
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn the_limits_hold_at_and_beyond_the_last_value() {
+        check(|_| {}, "");
+        check(|c| c.vcpus = 64, "");
+        check(
+            |c| c.vcpus = 65,
+            "65 virtual processors are not possible: 1 to 64 are",
+        );
+        check(
+            |c| c.vcpus = 0,
+            "0 virtual processors are not possible: 1 to 64 are",
+        );
+        check(|c| c.memory_mib = 32, "");
+        check(
+            |c| c.memory_mib = 31,
+            "Guest memory of 31 MiB is not possible: 32 to 1048576 MiB are",
+        );
+        check(|c| c.shares[0].tag = "x".repeat(36), "");
+        check(
+            |c| c.shares[0].tag = String::new(),
+            "The share's tag \"\" does not have 1 to 36 bytes",
+        );
+        check(
+            |c| c.shares.push(c.shares[0].clone()),
+            "Two shares have the tag \"bulkhead\"",
+        );
+        check(
+            |c| c.shares[0].queues = 9,
+            "The share \"bulkhead\" cannot have 9 request queues: 1 to 8 are possible",
+        );
+        check(
+            |c| c.vsock.as_mut().unwrap().guest_cid = 2,
+            "The guest cannot have the vsock context id 2: 3 or more are possible",
+        );
+        let disks = |count: i32| {
+            (0..count).map(|at| Disk {
+                fd: Fd(100 + at),
+                read_only: true,
+            })
+        };
+        check(|c| c.disks = disks(14).collect(), "");
+        check(
+            |c| c.disks = disks(15).collect(),
+            "18 devices are too many: at most 17 are possible",
+        );
+        check(|c| c.alive = Some(Fd(5)), "Descriptor 5 is named twice");
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused() {
+        let mut value = serde_json::to_value(config()).unwrap();
+        value["colour"] = 1.into();
+        assert!(serde_json::from_value::<Config>(value).is_err());
+    }
 }

@@ -5,6 +5,15 @@
 //! for it.
 
 pub mod assets;
+pub mod boot;
 pub mod config;
+pub mod cpuid;
 pub mod devices;
+pub mod event_loop;
 pub mod exit;
+pub mod jail;
+pub mod memory;
+pub mod mmio;
+pub mod ports;
+pub mod vcpu;
+pub mod vm;

@@ -1,2 +1,80 @@
-//! Skeleton.
-fn main() {}
+//! The project's own commands: build, run, test, lab, bench.
+//!
+//! Owns the order in which things are made and where they go. What is made, and
+//! how, is the business of the crates that it calls.
+
+mod build;
+mod cache;
+mod lab;
+mod packages;
+mod progress;
+mod test;
+mod tools;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Builds, runs and tests Bulkhead.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Run a command in a container of the demo image, in a virtual machine
+    #[command(after_help = "Example:\n  cargo xtask run -- /bin/sh -c 'uname -a; id'")]
+    Run {
+        /// Give the command a terminal
+        #[arg(short, long)]
+        tty: bool,
+        /// The command and its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Run all tests: here, and in the lab host
+    Test {
+        /// Run only the tests whose names contain this text
+        filter: Option<String>,
+    },
+    /// Open a shell in the lab host, or run a command there
+    Lab(lab::Lab),
+    /// Run a benchmark in the lab host, under the deterministic clock
+    Bench {
+        /// Which one: boot
+        name: String,
+        /// How many rounds
+        #[arg(default_value_t = 5)]
+        rounds: u32,
+    },
+    /// Build everything in release mode and copy it below a prefix
+    Install {
+        /// Where bin/ and share/bulkhead/ go
+        #[arg(long, default_value = "/usr")]
+        prefix: PathBuf,
+    },
+    /// Show what is in the cache, or empty it
+    Cache {
+        /// Remove everything
+        #[arg(long)]
+        clear: bool,
+    },
+    /// Check licences and advisories of the dependencies with cargo-deny
+    Deny,
+}
+
+fn main() -> Result<ExitCode> {
+    match Arguments::parse().command {
+        Task::Run { tty, command } => lab::demo(tty, &command),
+        Task::Test { filter } => test::all(filter.as_deref()),
+        Task::Lab(wanted) => lab::lab(wanted),
+        Task::Bench { name, rounds } => lab::bench(&name, rounds),
+        Task::Install { prefix } => build::install(&prefix).map(|()| ExitCode::SUCCESS),
+        Task::Cache { clear } => cache::show(clear).map(|()| ExitCode::SUCCESS),
+        Task::Deny => tools::deny().map(|()| ExitCode::SUCCESS),
+    }
+}

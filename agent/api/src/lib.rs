@@ -16,8 +16,13 @@
 //!    after it. stdin flows to the guest, stdout and stderr to the host; the
 //!    end of a stream is the shutdown of the vsock connection in its direction.
 
-#[expect(missing_docs, missing_debug_implementations, unreachable_pub, reason = "generated code")]
-#[expect(clippy::all, clippy::pedantic, clippy::restriction, reason = "generated code")]
+#[expect(missing_debug_implementations, reason = "generated code")]
+#[expect(
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    reason = "generated code"
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }

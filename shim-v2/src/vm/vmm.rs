@@ -409,6 +409,7 @@ mod tests {
             end: exit::End::GuestPanic,
             reason: reason.into(),
             console: vec!["a\x1b".into()],
+            stats: None,
         })
     }
 

@@ -1,0 +1,212 @@
+//! The channel between the agent and a container's init.
+//!
+//! A pair of `SOCK_SEQPACKET` sockets: a message is whole or not there, and
+//! descriptors travel with it. Order of messages, and no others:
+//!
+//! ```text
+//! agent → helper   job       descriptors (see `Fds`); the job itself is in a memfd
+//! helper → agent   Cloned    the new process is there
+//! init → agent     Ready     with the terminal's master, if there is one
+//! agent → init     start     one byte
+//! init → agent     (closed)  the program runs
+//! any → agent      Failed    instead of any of the above
+//! ```
+
+use std::{
+    fs::File,
+    io::{self, IoSlice, IoSliceMut, Read, Seek, Write},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::spec::plan::{ContainerPlan, ProcessPlan};
+
+/// Most bytes of a report: a cause with its paths.
+const REPORT_BYTES_MAX: usize = 16 * 1024;
+
+/// Most descriptors in one message.
+const FDS_MAX: usize = 6;
+
+/// What the helper has to do.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Job {
+    /// Create a container and its first process.
+    Create(Box<ContainerPlan>),
+    /// Create a further process in a container.
+    Exec {
+        /// The process.
+        process: Box<ProcessPlan>,
+        /// Whether the container has a user namespace of its own.
+        own_user: bool,
+    },
+}
+
+/// The descriptors that a job needs.
+#[derive(Debug)]
+pub(crate) struct Fds {
+    /// Standard input, output and error of the process; with a terminal all
+    /// are `/dev/null` and are replaced by it.
+    pub stdio: [OwnedFd; 3],
+    /// Directory of the container's cgroup.
+    pub cgroup: OwnedFd,
+    /// The container's first process, for an exec.
+    pub container: Option<OwnedFd>,
+}
+
+/// What the helper and the container's init tell the agent.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Report {
+    /// The process exists.
+    Cloned {
+        /// Its id, in the agent's namespace.
+        pid: u32,
+    },
+    /// All that can fail before the start has been done.
+    Ready,
+    /// It could not be made.
+    Failed(Failure),
+}
+
+/// Why a process could not be made.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Failure {
+    /// One sentence with the cause.
+    pub text: String,
+    /// Whether the fault is the program's file: missing or not executable.
+    pub executable: bool,
+}
+
+/// Makes a channel: the agent's end (not blocking) and the helper's.
+pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    rustix::io::ioctl_fionbio(&ours, true)?;
+    Ok((ours, theirs))
+}
+
+/// Sends a job; a fresh channel always has room for it.
+pub(crate) fn send_job(channel: impl AsFd, job: &Job, fds: &Fds) -> io::Result<()> {
+    let memfd = rustix::fs::memfd_create("job", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = File::from(memfd);
+    file.write_all(&serde_json::to_vec(job)?)?;
+    file.rewind()?;
+    let mut list = vec![file.as_fd(), fds.cgroup.as_fd()];
+    list.extend(fds.stdio.iter().map(AsFd::as_fd));
+    list.extend(fds.container.iter().map(AsFd::as_fd));
+    send(channel, b"job", &list)
+}
+
+/// Lets the process start.
+pub(crate) fn send_start(channel: impl AsFd) -> io::Result<()> {
+    send(channel, b"s", &[])
+}
+
+/// Receives a report and the descriptor with it; `None` when the channel is
+/// closed.
+pub(crate) fn receive_report(channel: impl AsFd) -> io::Result<Option<(Report, Option<OwnedFd>)>> {
+    let mut bytes = vec![0; REPORT_BYTES_MAX];
+    let (length, mut fds) = receive(channel, &mut bytes)?;
+    if length == 0 {
+        return Ok(None);
+    }
+    let report = serde_json::from_slice(&bytes[..length])?;
+    Ok(Some((report, fds.pop())))
+}
+
+/// The end of the helper and of the container's init.
+#[derive(Debug)]
+pub(crate) struct Channel(OwnedFd);
+
+impl Channel {
+    /// Takes the channel from standard input, which remains a copy of it until
+    /// the process gets its own.
+    pub(crate) fn from_stdin() -> io::Result<Self> {
+        const AFTER_STDIO: i32 = 3;
+        Ok(Self(rustix::io::fcntl_dupfd_cloexec(
+            rustix::stdio::stdin(),
+            AFTER_STDIO,
+        )?))
+    }
+
+    /// Receives the job.
+    pub(crate) fn job(&self) -> io::Result<(Job, Fds)> {
+        let mut bytes = [0; 8];
+        let (_, fds) = receive(&self.0, &mut bytes)?;
+        let mut fds = fds.into_iter();
+        let mut next = || fds.next().ok_or(io::ErrorKind::UnexpectedEof);
+        let mut memfd = File::from(next()?);
+        let cgroup = next()?;
+        let stdio = [next()?, next()?, next()?];
+        let mut json = Vec::new();
+        memfd.read_to_end(&mut json)?;
+        Ok((
+            serde_json::from_slice(&json)?,
+            Fds {
+                stdio,
+                cgroup,
+                container: fds.next(),
+            },
+        ))
+    }
+
+    /// Sends a report, with a descriptor if there is one.
+    pub(crate) fn report(&self, report: &Report, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let mut bytes = serde_json::to_vec(report)?;
+        if bytes.len() > REPORT_BYTES_MAX {
+            let failure = Failure {
+                text: "The cause is too long to tell".into(),
+                executable: false,
+            };
+            bytes = serde_json::to_vec(&Report::Failed(failure))?;
+        }
+        send(&self.0, &bytes, fd.as_slice())
+    }
+
+    /// Waits for the agent's word to start; false if the agent has gone away.
+    ///
+    /// A plain read, since a system call filter may be in force already.
+    pub(crate) fn wait_for_start(&self) -> bool {
+        let mut byte = [0];
+        matches!(
+            rustix::io::retry_on_intr(|| rustix::io::read(&self.0, &mut byte)),
+            Ok(1)
+        )
+    }
+}
+
+fn send(channel: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let data = [IoSlice::new(bytes)];
+    rustix::io::retry_on_intr(|| sendmsg(&channel, &data, &mut control, SendFlags::NOSIGNAL))?;
+    Ok(())
+}
+
+fn receive(channel: impl AsFd, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut data = [IoSliceMut::new(bytes)];
+    let message = rustix::io::retry_on_intr(|| {
+        recvmsg(&channel, &mut data, &mut control, RecvFlags::CMSG_CLOEXEC)
+    })?;
+    let mut fds = Vec::new();
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = part {
+            fds.extend(rights);
+        }
+    }
+    Ok((message.bytes, fds))
+}

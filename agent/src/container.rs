@@ -1,0 +1,580 @@
+//! Containers and their processes.
+//!
+//! Owns the life of a container: created, running, stopped, deleted, and that
+//! of its further processes. All changes go through [`Containers`]. Promises
+//! that a creation that fails at any point leaves no process, no mount and no
+//! cgroup, and that killing needs no lock that another request holds while it
+//! waits.
+
+pub mod state;
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use bulkhead_agent_api::agent::Stdio;
+use rustix::{
+    fs::{FileType, Uid},
+    termios::{Winsize, tcsetwinsize},
+};
+use tokio::time::timeout;
+
+use self::state::{Op, State};
+use crate::{
+    cgroup::Cgroup,
+    channel::{Fds, Job},
+    error::{Doing, Error},
+    launch::{Launched, Waiting, launch},
+    reaper::{Exit, ExitWatch, Reaper, ended},
+    spec::{
+        self,
+        plan::{ContainerPlan, IdMap, ProcessPlan, Seccomp},
+    },
+    stdio::{Prepared, Pumps, prepare},
+    streams::Streams,
+    sys,
+};
+
+/// How long output may take after the exit of its process: a child that lives
+/// on can hold the pipe for ever.
+const DRAIN_MAX: Duration = Duration::from_secs(2);
+
+/// Where the agent finds what it needs.
+#[derive(Debug)]
+pub struct Config {
+    /// The agent's executable, which is spawned as the helper.
+    pub helper: PathBuf,
+    /// Directory of the cgroup that holds the cgroups of containers.
+    pub cgroups: PathBuf,
+}
+
+/// What ended, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Ended {
+    /// Status and time.
+    pub exit: Exit,
+    /// Whether the OOM killer struck in the container.
+    pub oom_killed: bool,
+}
+
+/// All containers of the pod.
+#[derive(Debug)]
+pub struct Containers {
+    config: Config,
+    reaper: Arc<Reaper>,
+    streams: Arc<Streams>,
+    all: Mutex<HashMap<String, Entry<Arc<Container>>>>,
+}
+
+/// A taken id: what has it may still be in the making.
+#[derive(Debug)]
+enum Entry<T> {
+    Making,
+    There(T),
+}
+
+#[derive(Debug)]
+struct Container {
+    id: String,
+    cgroup: Mutex<Option<Arc<Cgroup>>>,
+    init: Arc<Process>,
+    execs: Mutex<HashMap<String, Entry<Arc<Process>>>>,
+    waiting: Mutex<Option<Waiting>>,
+    seccomp: Option<Seccomp>,
+    /// Empty without a user namespace of its own.
+    uid_maps: Vec<IdMap>,
+}
+
+#[derive(Debug)]
+struct Process {
+    pid: u32,
+    pidfd: Arc<OwnedFd>,
+    exit: ExitWatch,
+    pumps: Pumps,
+    terminal: Option<OwnedFd>,
+}
+
+impl Containers {
+    /// None yet.
+    pub fn new(config: Config, reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
+        Self {
+            config,
+            reaper,
+            streams,
+            all: Mutex::default(),
+        }
+    }
+
+    /// Creates a container; its first process waits for [`Containers::start`].
+    /// Returns that process's id in the guest.
+    pub async fn create(
+        &self,
+        id: &str,
+        spec: &[u8],
+        stdio: &Stdio,
+        seccomp: Option<Seccomp>,
+    ) -> Result<u32, Error> {
+        check_id(id)?;
+        let making =
+            Making::new(&self.all, id).ok_or_else(|| Error::ContainerExists(id.to_owned()))?;
+        let mut plan = spec::container(spec, seccomp)?;
+        plan.process.terminal = terminal_size(stdio)?;
+        let cgroup = Cgroup::create(&self.config.cgroups, id, &plan.resources)?;
+        match self.create_in(id, plan, stdio, &cgroup).await {
+            Ok(mut container) => {
+                let pid = container.init.pid;
+                container.cgroup = Mutex::new(Some(Arc::new(cgroup)));
+                making.done(Arc::new(container));
+                Ok(pid)
+            }
+            Err(error) => {
+                // The caller's news is why it failed, not what followed.
+                let _ = cgroup.remove().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn create_in(
+        &self,
+        id: &str,
+        plan: ContainerPlan,
+        stdio: &Stdio,
+        cgroup: &Cgroup,
+    ) -> Result<Container, Error> {
+        let (stdio, prepared) = prepare(stdio, &self.streams)?;
+        let fds = Fds {
+            stdio,
+            cgroup: cgroup_fd(cgroup)?,
+            container: None,
+        };
+        give_to_user(&fds.stdio, guest_id(&plan.uid_maps, plan.process.uid))?;
+        let (uid_maps, seccomp) = (plan.uid_maps.clone(), plan.process.seccomp.clone());
+        let job = Job::Create(Box::new(plan));
+        let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
+        let (init, waiting) = Process::new(launched, prepared)?;
+        Ok(Container {
+            id: id.to_owned(),
+            cgroup: Mutex::default(),
+            init: Arc::new(init),
+            execs: Mutex::default(),
+            waiting: Mutex::new(Some(waiting)),
+            seccomp,
+            uid_maps,
+        })
+    }
+
+    /// Lets the first process of a container become its program.
+    pub async fn start(&self, id: &str) -> Result<(), Error> {
+        let container = self.container(id)?;
+        let waiting = container.take_waiting()?;
+        waiting.start().await
+    }
+
+    /// Runs a further process; `process` is the OCI object. Returns its id in
+    /// the guest.
+    pub async fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: &[u8],
+        stdio: &Stdio,
+    ) -> Result<u32, Error> {
+        check_id(exec_id)?;
+        let container = self.container(id)?;
+        container.check(Op::Exec)?;
+        let making =
+            Making::new(&container.execs, exec_id).ok_or_else(|| Error::ProcessExists {
+                container_id: id.to_owned(),
+                exec_id: exec_id.to_owned(),
+            })?;
+        let mut plan: ProcessPlan = spec::process(process, container.seccomp.clone())?;
+        plan.terminal = terminal_size(stdio)?;
+        let (stdio, prepared) = prepare(stdio, &self.streams)?;
+        let init = container
+            .init
+            .pidfd
+            .try_clone()
+            .doing("refer to the container")?;
+        let cgroup = cgroup_fd(&*container.cgroup()?)?;
+        let fds = Fds {
+            stdio,
+            cgroup,
+            container: Some(init),
+        };
+        give_to_user(&fds.stdio, guest_id(&container.uid_maps, plan.uid))?;
+        let job = Job::Exec {
+            process: Box::new(plan),
+            own_user: !container.uid_maps.is_empty(),
+        };
+        let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
+        let (process, waiting) = Process::new(launched, prepared)?;
+        waiting.start().await?;
+        let pid = process.pid;
+        making.done(Arc::new(process));
+        Ok(pid)
+    }
+
+    /// Waits for the end of a process and of its output.
+    pub async fn wait(&self, id: &str, exec_id: &str) -> Result<Ended, Error> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        let exit = ended(process.exit.clone()).await.ok_or(Error::InitKilled)?;
+        // Not an error: what is not out by now may still come.
+        let _ = timeout(DRAIN_MAX, process.pumps.drained()).await;
+        let oom_killed = container
+            .cgroup()
+            .is_ok_and(|cgroup| cgroup.oom_kills() > 0);
+        Ok(Ended { exit, oom_killed })
+    }
+
+    /// Sends a signal to one process.
+    pub fn kill(&self, id: &str, exec_id: &str, signal: u32) -> Result<(), Error> {
+        let signal = check_signal(signal)?;
+        let process = self.container(id)?.process(exec_id)?;
+        process.check_alive()?;
+        match sys::send_signal(&process.pidfd, signal) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {
+                Err(Error::Ended { pid: process.pid })
+            }
+            result => result.doing("send the signal"),
+        }
+    }
+
+    /// Sends a signal to every process of a container.
+    pub fn kill_all(&self, id: &str, signal: u32) -> Result<(), Error> {
+        let signal = check_signal(signal)?;
+        let container = self.container(id)?;
+        let cgroup = container.cgroup()?;
+        let pids = cgroup.pids().doing("list the processes")?;
+        if pids.is_empty() {
+            return Err(Error::Ended {
+                pid: container.init.pid,
+            });
+        }
+        if signal == libc::SIGKILL {
+            return cgroup.kill().doing("kill the container");
+        }
+        for pid in pids {
+            let pid = i32::try_from(pid).map_or(i32::MAX, |pid| pid);
+            match sys::kill(pid, signal) {
+                Err(e) if e.raw_os_error() != Some(libc::ESRCH) => {
+                    return Err(e).doing("send the signal");
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets an ended process; with an empty `exec_id` the whole container.
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(), Error> {
+        let container = self.container(id)?;
+        if !exec_id.is_empty() {
+            let process = container.process(exec_id)?;
+            if process.exit.borrow().is_none() {
+                return Err(Error::Running { pid: process.pid });
+            }
+            lock(&container.execs).remove(exec_id);
+            return Ok(());
+        }
+        container.check(Op::Delete)?;
+        // Whoever comes second finds nothing.
+        let cgroup = lock(&container.cgroup).take();
+        let cgroup = cgroup.ok_or_else(|| Error::NoContainer(id.to_owned()))?;
+        let removed = match Arc::try_unwrap(cgroup) {
+            Ok(cgroup) => cgroup.remove().await,
+            // An exec in the making still holds it and removes it at its end.
+            Err(shared) => shared.kill(),
+        };
+        lock(&self.all).remove(id);
+        removed.doing("remove the container's cgroup")
+    }
+
+    /// The processes of a container, by their ids in the guest.
+    pub fn pids(&self, id: &str) -> Result<Vec<u32>, Error> {
+        self.container(id)?
+            .cgroup()?
+            .pids()
+            .doing("list the processes")
+    }
+
+    /// Ends a process's standard input.
+    pub fn close_stdin(&self, id: &str, exec_id: &str) -> Result<(), Error> {
+        self.container(id)?.process(exec_id)?.pumps.close_stdin();
+        Ok(())
+    }
+
+    /// Sets the size of a process's terminal.
+    pub fn resize(&self, id: &str, exec_id: &str, columns: u32, rows: u32) -> Result<(), Error> {
+        let process = self.container(id)?.process(exec_id)?;
+        let terminal = process
+            .terminal
+            .as_ref()
+            .ok_or(Error::NoTerminal { pid: process.pid })?;
+        let (ws_col, ws_row) = size(columns, rows)?;
+        let size = Winsize {
+            ws_col,
+            ws_row,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        tcsetwinsize(terminal, size).doing("set the terminal's size")
+    }
+
+    /// Kills every process of every container.
+    pub fn kill_everything(&self) -> Result<(), Error> {
+        std::fs::write(self.config.cgroups.join("cgroup.kill"), "1").doing("kill the containers")
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        match lock(&self.all).get(id) {
+            Some(Entry::There(container)) => Ok(Arc::clone(container)),
+            Some(Entry::Making) | None => Err(Error::NoContainer(id.to_owned())),
+        }
+    }
+}
+
+impl Container {
+    fn state(&self) -> State {
+        if self.init.exit.borrow().is_some() {
+            State::Stopped
+        } else if lock(&self.waiting).is_some() {
+            State::Created
+        } else {
+            State::Running
+        }
+    }
+
+    fn check(&self, op: Op) -> Result<(), Error> {
+        let state = self.state();
+        if state.allows(op) {
+            Ok(())
+        } else {
+            Err(Error::WrongState {
+                id: self.id.clone(),
+                state,
+                op,
+            })
+        }
+    }
+
+    fn take_waiting(&self) -> Result<Waiting, Error> {
+        self.check(Op::Start)?;
+        lock(&self.waiting).take().ok_or_else(|| Error::WrongState {
+            id: self.id.clone(),
+            state: State::Running,
+            op: Op::Start,
+        })
+    }
+
+    fn cgroup(&self) -> Result<Arc<Cgroup>, Error> {
+        lock(&self.cgroup)
+            .clone()
+            .ok_or_else(|| Error::NoContainer(self.id.clone()))
+    }
+
+    fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
+        if exec_id.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        match lock(&self.execs).get(exec_id) {
+            Some(Entry::There(process)) => Ok(Arc::clone(process)),
+            Some(Entry::Making) | None => Err(Error::NoProcess {
+                container_id: self.id.clone(),
+                exec_id: exec_id.to_owned(),
+            }),
+        }
+    }
+}
+
+impl Process {
+    fn new(mut launched: Launched, prepared: Prepared) -> Result<(Self, Waiting), Error> {
+        let terminal = launched.terminal.take();
+        let process = Self {
+            pid: launched.pid,
+            pidfd: Arc::clone(&launched.pidfd),
+            exit: launched.exit.clone(),
+            pumps: prepared.start(terminal.as_ref(), &launched.exit)?,
+            terminal,
+        };
+        Ok((process, launched.into_waiting()))
+    }
+
+    fn check_alive(&self) -> Result<(), Error> {
+        match *self.exit.borrow() {
+            None => Ok(()),
+            Some(_) => Err(Error::Ended { pid: self.pid }),
+        }
+    }
+}
+
+/// Holds an id while what will have it is made; gives it back if that fails.
+struct Making<'a, T> {
+    map: &'a Mutex<HashMap<String, Entry<T>>>,
+    id: Option<String>,
+}
+
+impl<'a, T> Making<'a, T> {
+    /// `None` if the id is taken.
+    fn new(map: &'a Mutex<HashMap<String, Entry<T>>>, id: &str) -> Option<Self> {
+        let mut entries = lock(map);
+        if entries.contains_key(id) {
+            return None;
+        }
+        entries.insert(id.to_owned(), Entry::Making);
+        Some(Self {
+            map,
+            id: Some(id.to_owned()),
+        })
+    }
+
+    fn done(mut self, made: T) {
+        if let Some(id) = self.id.take() {
+            lock(self.map).insert(id, Entry::There(made));
+        }
+    }
+}
+
+impl<T> Drop for Making<'_, T> {
+    fn drop(&mut self) {
+        if let Some(id) = &self.id {
+            lock(self.map).remove(id);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("no holder of the lock panics")
+}
+
+fn cgroup_fd(cgroup: &Cgroup) -> Result<OwnedFd, Error> {
+    cgroup
+        .directory()
+        .and_then(|directory| directory.as_fd().try_clone_to_owned())
+        .doing("refer to the container's cgroup")
+}
+
+/// The id in the guest of a user of a container.
+fn guest_id(maps: &[IdMap], id: u32) -> Option<u32> {
+    if maps.is_empty() {
+        return Some(id);
+    }
+    maps.iter().find_map(|map| {
+        let offset = id.checked_sub(map.container_id)?;
+        (offset < map.size).then(|| map.guest_id + offset)
+    })
+}
+
+/// A program may open `/dev/stdout`, which asks for permission anew. A user
+/// that the container does not map is refused by its init.
+fn give_to_user(pipes: &[OwnedFd; 3], uid: Option<u32>) -> Result<(), Error> {
+    for pipe in pipes {
+        let mode = rustix::fs::fstat(pipe).doing("look at a stream")?.st_mode;
+        if FileType::from_raw_mode(mode) == FileType::Fifo {
+            rustix::fs::fchown(pipe, uid.map(Uid::from_raw), None).doing("hand over a stream")?;
+        }
+    }
+    Ok(())
+}
+
+/// Ids become names of cgroups.
+fn check_id(id: &str) -> Result<(), Error> {
+    const BYTES_MAX: usize = 128;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+    let good = id.len() <= BYTES_MAX
+        && id
+            .bytes()
+            .next()
+            .is_some_and(|first| first.is_ascii_alphanumeric())
+        && id.bytes().all(plain);
+    if good {
+        Ok(())
+    } else {
+        Err(Error::BadId(id.chars().take(BYTES_MAX).collect()))
+    }
+}
+
+fn check_signal(signal: u32) -> Result<i32, Error> {
+    match i32::try_from(signal) {
+        Ok(number @ 0..=64) => Ok(number),
+        _ => Err(Error::BadSignal(signal)),
+    }
+}
+
+fn terminal_size(stdio: &Stdio) -> Result<Option<(u16, u16)>, Error> {
+    if stdio.terminal {
+        size(stdio.columns, stdio.rows).map(Some)
+    } else {
+        Ok(None)
+    }
+}
+
+fn size(columns: u32, rows: u32) -> Result<(u16, u16), Error> {
+    match (u16::try_from(columns), u16::try_from(rows)) {
+        (Ok(columns), Ok(rows)) => Ok((columns, rows)),
+        _ => Err(Error::BadSize { columns, rows }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_no_path_b18() {
+        let long = "a".repeat(128);
+        for good in ["a", "0", "A.b_c-d", &long] {
+            assert!(check_id(good).is_ok(), "{good}");
+        }
+        let too_long = "a".repeat(129);
+        for bad in [
+            "", ".", "..", "../x", "a/b", "-a", "_a", "a\0", "a\n", "é", "%n", &too_long,
+        ] {
+            assert!(matches!(check_id(bad), Err(Error::BadId(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_signal_is_zero_to_sixty_four_b26() {
+        assert_eq!(check_signal(0).unwrap(), 0);
+        assert_eq!(check_signal(64).unwrap(), 64);
+        assert!(check_signal(65).is_err());
+        assert!(check_signal(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn a_terminal_has_sixteen_bits_of_size_b25() {
+        assert_eq!(size(0, 0).unwrap(), (0, 0));
+        assert_eq!(size(65_535, 65_535).unwrap(), (65_535, 65_535));
+        assert!(size(65_536, 1).is_err());
+    }
+
+    #[test]
+    fn a_user_of_the_container_has_an_id_in_the_guest() {
+        let map = |container_id, guest_id, size| IdMap {
+            container_id,
+            guest_id,
+            size,
+        };
+        assert_eq!(guest_id(&[], 7), Some(7));
+        let maps = [map(0, 100_000, 10), map(10, 5, 1)];
+        assert_eq!(guest_id(&maps, 9), Some(100_009));
+        assert_eq!(guest_id(&maps, 10), Some(5));
+        assert_eq!(guest_id(&maps, 11), None);
+    }
+
+    #[test]
+    fn a_failed_making_gives_the_id_back() {
+        let map = Mutex::new(HashMap::new());
+        let making = Making::new(&map, "a").unwrap();
+        assert!(Making::new(&map, "a").is_none());
+        drop(making);
+        Making::new(&map, "a").unwrap().done(1);
+        assert!(Making::new(&map, "a").is_none());
+    }
+}

@@ -1,0 +1,158 @@
+//! What runs between the agent and a container's program.
+//!
+//! # Why a program of its own
+//! A copy of a process with threads may only make a few kinds of system calls:
+//! any lock that another thread held stays locked for ever in the copy, that
+//! of the allocator too. The agent therefore never forks. It *spawns* its own
+//! executable as a helper (`bulkhead-agent init`), which has one thread and so
+//! can clone itself, allocate and report as it likes.
+//!
+//! # The way of a process
+//! 1. The helper reads its [`Job`](crate::channel::Job) from the channel.
+//! 2. It joins namespaces that only a child enters (pid) and clones itself into
+//!    the container's cgroup as a child *of the agent*, writes the id maps,
+//!    reports the new process id and exits.
+//! 3. The new process takes the steps of `create` or `exec`, one call a line,
+//!    then those of `process`, which are common to both, and reports that it is
+//!    ready or what failed.
+//! 4. It waits for the agent's word, then becomes the container's program. The
+//!    channel closes by that, which tells the agent that it worked.
+//!
+//! Whatever fails is reported once, with its cause, and ends the process; its
+//! namespaces, mounts and descriptors end with it. The agent owns the cgroup.
+
+mod create;
+mod devices;
+mod exec;
+mod lookup;
+mod mounts;
+mod paths;
+mod privileges;
+mod process;
+mod rootfs;
+mod terminal;
+
+use std::{
+    convert::Infallible,
+    fmt::Display,
+    fs::File,
+    io::{self, Read, Write},
+};
+
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use crate::{
+    channel::{Channel, Failure, Fds, Job, Report},
+    sys::{self, Cloned},
+};
+
+/// Why a container or process could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// A step failed in the kernel.
+    #[error("Cannot {doing}: {source}")]
+    Step { doing: String, source: io::Error },
+    /// The program cannot be executed; the text is what callers look for.
+    #[error("exec: {name:?}: {reason}")]
+    Executable { name: String, reason: String },
+    /// Something that is not allowed was found only now.
+    #[error("{what}: {reason}")]
+    Refused { what: String, reason: &'static str },
+    /// The agent or the helper is gone: nobody is there to be told.
+    #[error("The agent has gone away")]
+    Gone,
+}
+
+type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Says what was being done when a system call failed.
+trait Doing<T> {
+    fn doing(self, what: impl Display) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
+    fn doing(self, what: impl Display) -> Result<T> {
+        self.map_err(|e| Error::Step {
+            doing: what.to_string(),
+            source: e.into(),
+        })
+    }
+}
+
+/// Runs the helper, whose standard input is the channel to the agent; returns
+/// its exit code.
+pub fn main() -> i32 {
+    let Ok(channel) = Channel::from_stdin() else {
+        return 1;
+    };
+    match run(&channel) {
+        Ok(Helper::Done) => 0,
+        Err(Error::Gone) => 1,
+        Err(error) => {
+            let executable = matches!(error, Error::Executable { .. });
+            let failure = Failure {
+                text: error.to_string(),
+                executable,
+            };
+            // If the agent cannot be told, it learns from the closed channel.
+            let _ = channel.report(&Report::Failed(failure), None);
+            1
+        }
+    }
+}
+
+/// How the helper itself comes to its end; its child never returns.
+enum Helper {
+    Done,
+}
+
+impl From<Infallible> for Helper {
+    fn from(never: Infallible) -> Self {
+        match never {}
+    }
+}
+
+fn run(channel: &Channel) -> Result<Helper> {
+    // No process of the container may look into this one before its execve.
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
+        .doing("hide the helper")?;
+    let (job, fds) = channel.job().doing("read the job")?;
+    match job {
+        Job::Create(plan) => create::run(channel, &plan, &fds),
+        Job::Exec { process, own_user } => exec::run(channel, &process, own_user, &fds),
+    }
+}
+
+/// Clones the helper into the container's cgroup. The copy takes the `steps`
+/// once the helper has prepared what only it can and has reported the copy.
+fn clone_and_run(
+    channel: &Channel,
+    fds: &Fds,
+    namespaces: i32,
+    prepare: impl FnOnce(u32) -> Result<()>,
+    steps: impl FnOnce() -> Result<Infallible>,
+) -> Result<Helper> {
+    let (go, let_go) = pipe_with(PipeFlags::CLOEXEC).doing("make a pipe")?;
+    // SAFETY: the helper never makes a thread.
+    let cloned = unsafe { sys::clone_process(namespaces, &fds.cgroup) };
+    match cloned.doing("clone a process into the container")? {
+        Cloned::Child => {
+            drop(let_go);
+            // Without a byte the helper has failed, and has told the agent why.
+            File::from(go)
+                .read_exact(&mut [0])
+                .map_err(|_| Error::Gone)?;
+            steps().map(Helper::from)
+        }
+        Cloned::Parent(pid) => {
+            prepare(pid)?;
+            channel
+                .report(&Report::Cloned { pid }, None)
+                .doing("report the process")?;
+            File::from(let_go)
+                .write_all(&[0])
+                .doing("let the process go")?;
+            Ok(Helper::Done)
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! The first process of a container.
+
+use std::{
+    convert::Infallible,
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{Mode, OFlags};
+
+use super::{
+    Doing, Helper, Result, clone_and_run, devices, mounts,
+    paths::Root,
+    process::{self, GuestProc},
+    rootfs, terminal,
+};
+use crate::{
+    channel::{Channel, Fds},
+    spec::plan::{ContainerPlan, IdMap, Namespace},
+    sys,
+};
+
+/// In the helper: clones the container's init.
+pub(super) fn run(channel: &Channel, plan: &ContainerPlan, fds: &Fds) -> Result<Helper> {
+    let proc = GuestProc::open()?;
+    let own = join_shared_namespaces(plan)?;
+    clone_and_run(
+        channel,
+        fds,
+        own,
+        |pid| write_id_maps(&proc, pid, plan),
+        || container(channel, plan, fds, &proc),
+    )
+}
+
+/// Every step of the container's init, in order.
+fn container(
+    channel: &Channel,
+    plan: &ContainerPlan,
+    fds: &Fds,
+    proc: &GuestProc,
+) -> Result<Infallible> {
+    proc.set_oom_score_adj(plan.process.oom_score_adj)?;
+    become_root(plan)?;
+    process::start_session()?;
+    own_cgroup_namespace()?;
+    rustix::process::umask(Mode::empty());
+
+    let root = rootfs::attach(&plan.rootfs)?;
+    let readonly_later = mounts::mount_all(&root, &plan.mounts, plan.namespaces.own_user)?;
+    devices::make_all(&root, &plan.devices)?;
+    make_cwd(&root, &plan.process.cwd)?;
+    let terminal = terminal::open_for_container(&root, &plan.process)?;
+    mounts::make_readonly(readonly_later)?;
+    set_names(plan)?;
+    write_sysctls(proc, &plan.sysctls)?;
+
+    rootfs::enter(&root)?;
+    drop(root);
+    let root = Root::of_this_process().doing("open the new root")?;
+    rootfs::make_paths_readonly(&root, &plan.readonly_paths)?;
+    rootfs::mask_paths(&root, &plan.masked_paths)?;
+    if plan.readonly_rootfs {
+        rootfs::make_readonly(&root)?;
+    }
+    process::become_program(channel, &plan.process, &fds.stdio, terminal, &root)
+}
+
+/// Returns `CLONE_NEW*` for what the container gets of its own. Namespaces of
+/// other containers are joined here, since only a child enters a pid namespace.
+fn join_shared_namespaces(plan: &ContainerPlan) -> Result<i32> {
+    let mut own = libc::CLONE_NEWNS;
+    if plan.namespaces.own_user {
+        own |= libc::CLONE_NEWUSER;
+    }
+    let namespaces = [
+        (&plan.namespaces.pid, libc::CLONE_NEWPID),
+        (&plan.namespaces.ipc, libc::CLONE_NEWIPC),
+        (&plan.namespaces.uts, libc::CLONE_NEWUTS),
+    ];
+    for (namespace, flag) in namespaces {
+        match namespace {
+            Namespace::Own => own |= flag,
+            Namespace::Guest => {}
+            Namespace::Join(path) => join(path, flag)?,
+        }
+    }
+    Ok(own)
+}
+
+fn join(path: &Path, flag: i32) -> Result<()> {
+    let doing = format!("join the namespace {}", path.display());
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let namespace = rustix::fs::open(path, flags, Mode::empty()).doing(&doing)?;
+    sys::join_namespaces(namespace, flag).doing(&doing)
+}
+
+fn write_id_maps(proc: &GuestProc, pid: u32, plan: &ContainerPlan) -> Result<()> {
+    for (file, maps) in [("uid_map", &plan.uid_maps), ("gid_map", &plan.gid_maps)] {
+        if maps.is_empty() {
+            continue;
+        }
+        let line = |map: &IdMap| format!("{} {} {}\n", map.container_id, map.guest_id, map.size);
+        let text: String = maps.iter().map(line).collect();
+        proc.write(&format!("{pid}/{file}"), &text)
+            .doing(format!("write the {file}"))?;
+    }
+    Ok(())
+}
+
+/// In a user namespace of its own the process is nobody until it says who.
+fn become_root(plan: &ContainerPlan) -> Result<()> {
+    if plan.namespaces.own_user {
+        process::become_root()
+    } else {
+        Ok(())
+    }
+}
+
+fn own_cgroup_namespace() -> Result<()> {
+    sys::unshare_cgroup_namespace().doing("make a cgroup namespace")
+}
+
+fn make_cwd(root: &Root, cwd: &Path) -> Result<()> {
+    // One that exists but is no directory is found out when it is entered.
+    match root.open(cwd, OFlags::PATH) {
+        Ok(_) => Ok(()),
+        Err(_) => root
+            .make_dir(cwd)
+            .map(drop)
+            .doing(format!("make the working directory {}", cwd.display())),
+    }
+}
+
+fn set_names(plan: &ContainerPlan) -> Result<()> {
+    if let Some(name) = &plan.hostname {
+        rustix::system::sethostname(name.as_bytes()).doing("set the host name")?;
+    }
+    if let Some(name) = &plan.domainname {
+        rustix::system::setdomainname(name.as_bytes()).doing("set the domain name")?;
+    }
+    Ok(())
+}
+
+fn write_sysctls(proc: &GuestProc, sysctls: &[(PathBuf, String)]) -> Result<()> {
+    for (path, value) in sysctls {
+        let path = path.display();
+        proc.write(&format!("sys/{path}"), value)
+            .doing(format!("set the sysctl {path}"))?;
+    }
+    Ok(())
+}

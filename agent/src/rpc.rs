@@ -1,0 +1,251 @@
+//! The agent's service: requests in, answers and status codes out.
+//!
+//! Owns the connection to the host. No decision is made here: each request is
+//! one call to [`Containers`].
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bulkhead_agent_api::{
+    GREETING,
+    agent::{
+        ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest, PidsResponse,
+        ProcessRequest, ProcessResponse, ResizePtyRequest, WaitResponse,
+    },
+    agent_ttrpc::{Agent, create_agent},
+};
+use futures::{Stream, StreamExt, pin_mut, stream};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
+    sync::Notify,
+    time::sleep,
+};
+use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
+
+use crate::{
+    container::{Config, Containers},
+    error::{Doing, Error},
+    reaper::Reaper,
+    spec,
+    streams::Streams,
+};
+
+/// Why the agent's work is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The host's connection has ended.
+    HostGone,
+    /// The host asked for it.
+    Shutdown,
+}
+
+/// Greets the host on `connection` and serves it until either side ends;
+/// `streams` are the connections for standard streams.
+pub async fn serve<C, S>(
+    config: Config,
+    mut connection: C,
+    streams: impl Stream<Item = io::Result<S>> + Send + 'static,
+) -> Result<End, Error>
+where
+    C: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
+    S: crate::streams::Stream + 'static,
+{
+    let reaper = Reaper::start().doing("collect exits")?;
+    let meeting_point = Streams::new();
+    tokio::spawn(accept(streams, Arc::clone(&meeting_point)));
+    connection
+        .write_all(GREETING.as_bytes())
+        .await
+        .doing("greet the host")?;
+
+    let host_gone = Arc::new(Notify::new());
+    let connection = Watched {
+        inner: connection,
+        end: Arc::clone(&host_gone),
+    };
+    let shutdown = Arc::new(Notify::new());
+    let service = Service {
+        containers: Containers::new(config, reaper, meeting_point),
+        shutdown: Arc::clone(&shutdown),
+    };
+    // A listener that yields the one connection there is.
+    let mut server = Server::new()
+        .add_listener(Listener::new(stream::iter([Ok(connection)])))
+        .register_service(create_agent(Arc::new(service)));
+    server
+        .start()
+        .await
+        .map_err(io::Error::other)
+        .doing("serve the host")?;
+
+    tokio::select! {
+        () = host_gone.notified() => Ok(End::HostGone),
+        () = shutdown.notified() => {
+            /// The answer has this long to reach the host.
+            const PARTING: Duration = Duration::from_millis(100);
+            tokio::select! {
+                () = host_gone.notified() => {}
+                () = sleep(PARTING) => {}
+            }
+            Ok(End::Shutdown)
+        }
+    }
+}
+
+async fn accept<S>(connections: impl Stream<Item = io::Result<S>>, meeting_point: Arc<Streams>)
+where
+    S: crate::streams::Stream + 'static,
+{
+    const AFTER_FAILURE: Duration = Duration::from_millis(100);
+    pin_mut!(connections);
+    while let Some(connection) = connections.next().await {
+        match connection {
+            Ok(connection) => meeting_point.accept(connection),
+            // Out of descriptors or memory: the same at once if asked at once.
+            Err(_) => sleep(AFTER_FAILURE).await,
+        }
+    }
+}
+
+struct Service {
+    containers: Containers,
+    shutdown: Arc<Notify>,
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn create(&self, _: &TtrpcContext, r: CreateRequest) -> ttrpc::Result<ProcessResponse> {
+        let seccomp = spec::seccomp(&r.seccomp_filter, r.seccomp_flags).map_err(Error::from)?;
+        let pid = self
+            .containers
+            .create(&r.container_id, &r.spec, &r.stdio, seccomp)
+            .await?;
+        Ok(ProcessResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn start(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.containers.start(&r.container_id).await?;
+        Ok(Empty::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, r: ExecRequest) -> ttrpc::Result<ProcessResponse> {
+        let pid = self
+            .containers
+            .exec(&r.container_id, &r.exec_id, &r.process, &r.stdio)
+            .await?;
+        Ok(ProcessResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn wait(&self, _: &TtrpcContext, r: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        let ended = self.containers.wait(&r.container_id, &r.exec_id).await?;
+        Ok(WaitResponse {
+            exit_status: ended.exit.status,
+            exited_at_ns: ended.exit.at_ns,
+            oom_killed: ended.oom_killed,
+            ..Default::default()
+        })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, r: KillRequest) -> ttrpc::Result<Empty> {
+        if r.all {
+            self.containers.kill_all(&r.container_id, r.signal)?;
+        } else {
+            self.containers
+                .kill(&r.container_id, &r.exec_id, r.signal)?;
+        }
+        Ok(Empty::default())
+    }
+
+    async fn delete(&self, _: &TtrpcContext, r: ProcessRequest) -> ttrpc::Result<Empty> {
+        self.containers.delete(&r.container_id, &r.exec_id).await?;
+        Ok(Empty::default())
+    }
+
+    async fn pids(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<PidsResponse> {
+        let pids = self.containers.pids(&r.container_id)?;
+        Ok(PidsResponse {
+            pids,
+            ..Default::default()
+        })
+    }
+
+    async fn close_stdin(&self, _: &TtrpcContext, r: ProcessRequest) -> ttrpc::Result<Empty> {
+        self.containers.close_stdin(&r.container_id, &r.exec_id)?;
+        Ok(Empty::default())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, r: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        self.containers
+            .resize(&r.container_id, &r.exec_id, r.columns, r.rows)?;
+        Ok(Empty::default())
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.containers.kill_everything()?;
+        rustix::fs::sync();
+        self.shutdown.notify_one();
+        Ok(Empty::default())
+    }
+}
+
+/// A connection that says when it has ended, in whichever way.
+struct Watched<C> {
+    inner: C,
+    end: Arc<Notify>,
+}
+
+impl<C> Drop for Watched<C> {
+    fn drop(&mut self) {
+        self.end.notify_one();
+    }
+}
+
+impl<C: AsyncRead + Unpin> AsyncRead for Watched<C> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let result = Pin::new(&mut self.inner).poll_read(context, buffer);
+        let ended = match &result {
+            Poll::Ready(Ok(())) => buffer.filled().len() == before && buffer.remaining() > 0,
+            Poll::Ready(Err(_)) => true,
+            Poll::Pending => false,
+        };
+        if ended {
+            self.end.notify_one();
+        }
+        result
+    }
+}
+
+impl<C: AsyncWrite + Unpin> AsyncWrite for Watched<C> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(context)
+    }
+}

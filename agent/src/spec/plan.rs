@@ -1,0 +1,322 @@
+//! What the agent will do for a container or a process: checked values only.
+//!
+//! Owns the types that cross from the agent to the container's init (as JSON
+//! in a memfd). Every number here is one that the kernel takes as it stands.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A container to create.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ContainerPlan {
+    /// The first process.
+    pub process: ProcessPlan,
+    /// Directory in the guest that becomes `/`; absolute.
+    pub rootfs: PathBuf,
+    /// Whether `/` itself is read-only.
+    pub readonly_rootfs: bool,
+    /// Host name for the container's own UTS namespace.
+    pub hostname: Option<String>,
+    /// Domain name for the container's own UTS namespace.
+    pub domainname: Option<String>,
+    /// Namespaces, own or shared.
+    pub namespaces: Namespaces,
+    /// User ids of the own user namespace; empty without one.
+    pub uid_maps: Vec<IdMap>,
+    /// Group ids of the own user namespace; empty without one.
+    pub gid_maps: Vec<IdMap>,
+    /// Mounts, in order.
+    pub mounts: Vec<Mount>,
+    /// Device nodes beyond the default ones.
+    pub devices: Vec<DeviceNode>,
+    /// Kernel parameters: path below `/proc/sys`, value.
+    pub sysctls: Vec<(PathBuf, String)>,
+    /// Paths to hide.
+    pub masked_paths: Vec<PathBuf>,
+    /// Paths to make read-only.
+    pub readonly_paths: Vec<PathBuf>,
+    /// Limits; the container's init never sees them.
+    #[serde(skip)]
+    pub resources: Resources,
+}
+
+/// A process to run in a container.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ProcessPlan {
+    /// Program and arguments; never empty, without NUL.
+    pub args: Vec<String>,
+    /// Environment, `NAME=value`; without NUL.
+    pub env: Vec<String>,
+    /// Working directory, absolute in the container.
+    pub cwd: PathBuf,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Additional group ids.
+    pub groups: Vec<u32>,
+    /// File mode creation mask, if asked for.
+    pub umask: Option<u32>,
+    /// The five capability sets.
+    pub capabilities: Capabilities,
+    /// Resource limits.
+    pub rlimits: Vec<Rlimit>,
+    /// Whether `PR_SET_NO_NEW_PRIVS` is set.
+    pub no_new_privileges: bool,
+    /// `/proc/self/oom_score_adj`; 0 if not asked for.
+    pub oom_score_adj: i32,
+    /// Argument of `personality(2)`, if asked for.
+    pub personality: Option<u32>,
+    /// Value for `ioprio_set(2)`, if asked for.
+    pub io_priority: Option<i32>,
+    /// System call filter.
+    pub seccomp: Option<Seccomp>,
+    /// Whether a pseudo-terminal is made, and its first size (columns, rows).
+    pub terminal: Option<(u16, u16)>,
+}
+
+/// Capability sets, bit n standing for capability number n.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// What can ever be gained.
+    pub bounding: u64,
+    /// What is in force.
+    pub effective: u64,
+    /// What an execve can keep by file capabilities.
+    pub inheritable: u64,
+    /// What can be put in force.
+    pub permitted: u64,
+    /// What an execve keeps.
+    pub ambient: u64,
+}
+
+/// One limit for `setrlimit(2)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rlimit {
+    /// `RLIMIT_*` number.
+    pub resource: u32,
+    /// Soft limit; `u64::MAX` is no limit.
+    pub soft: u64,
+    /// Hard limit.
+    pub hard: u64,
+}
+
+/// A compiled filter for `seccomp(2)`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seccomp {
+    /// Instructions, each the eight bytes of a `struct sock_filter`.
+    pub filter: Vec<u64>,
+    /// Flags of `SECCOMP_SET_MODE_FILTER`.
+    pub flags: u32,
+}
+
+/// The namespaces of a container.
+///
+/// Absent here: mount and cgroup namespaces, which are always the container's
+/// own, and the network namespace, which is always the guest's: the network of
+/// the pod is the network of its virtual machine.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Namespaces {
+    /// Process ids; never [`Namespace::Guest`].
+    pub pid: Namespace,
+    /// System V IPC and POSIX message queues.
+    pub ipc: Namespace,
+    /// Host and domain name.
+    pub uts: Namespace,
+    /// Whether the container has a user namespace of its own.
+    pub own_user: bool,
+}
+
+/// Where a namespace comes from.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Namespace {
+    /// Made for this container.
+    Own,
+    /// The one that the agent runs in.
+    Guest,
+    /// Another container's, as `/proc/PID/ns/KIND` of the guest.
+    Join(PathBuf),
+}
+
+/// One line of `/proc/PID/uid_map` or `gid_map`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMap {
+    /// First id in the container.
+    pub container_id: u32,
+    /// First id in the guest.
+    pub guest_id: u32,
+    /// Number of ids.
+    pub size: u32,
+}
+
+/// One mount.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Where, absolute in the container.
+    pub destination: PathBuf,
+    /// What.
+    pub kind: MountKind,
+    /// Attributes of the mount itself.
+    pub attributes: Attributes,
+    /// Attributes of the mount and all below it.
+    pub recursive_attributes: Attributes,
+}
+
+/// What is mounted.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MountKind {
+    /// A file or directory of the guest.
+    Bind {
+        /// Absolute path in the guest.
+        source: PathBuf,
+        /// With the mounts below it.
+        recursive: bool,
+    },
+    /// A new file system.
+    Filesystem {
+        /// Its type.
+        fs: Filesystem,
+        /// Its own options: name and, if any, value.
+        data: Vec<(String, Option<String>)>,
+    },
+    /// Only attributes: of the mount that is at the destination already.
+    Remount,
+}
+
+/// The file systems that a container can mount at its creation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Filesystem {
+    /// Processes and kernel parameters.
+    Proc,
+    /// Kernel objects.
+    Sysfs,
+    /// Memory, with a size.
+    Tmpfs,
+    /// Memory, without.
+    Ramfs,
+    /// Pseudo-terminals.
+    Devpts,
+    /// POSIX message queues.
+    Mqueue,
+    /// The container's own subtree of cgroup v2.
+    Cgroup,
+}
+
+impl Filesystem {
+    /// The kernel's name of the type.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Proc => "proc",
+            Self::Sysfs => "sysfs",
+            Self::Tmpfs => "tmpfs",
+            Self::Ramfs => "ramfs",
+            Self::Devpts => "devpts",
+            Self::Mqueue => "mqueue",
+            Self::Cgroup => "cgroup2",
+        }
+    }
+}
+
+/// `MOUNT_ATTR_*` bits to set and to clear.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attributes {
+    /// Bits to set.
+    pub set: u64,
+    /// Bits to clear.
+    pub clear: u64,
+}
+
+impl Attributes {
+    /// Whether there is nothing to do.
+    pub fn is_empty(self) -> bool {
+        self == Self::default()
+    }
+}
+
+/// A special file.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceNode {
+    /// Where, absolute in the container.
+    pub path: PathBuf,
+    /// What.
+    pub kind: NodeKind,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// What a special file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeKind {
+    /// A character device: major and minor number.
+    Char(u32, u32),
+    /// A named pipe.
+    Fifo,
+}
+
+/// Limits of a container's cgroup.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// Files to write in order.
+    pub settings: Vec<Setting>,
+    /// Device rules in order; the last one that matches decides.
+    pub devices: Vec<DeviceRule>,
+}
+
+/// One file of a cgroup and its content.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// File name, as `memory.max`.
+    pub file: String,
+    /// What is written.
+    pub value: String,
+    /// What it means if the guest's kernel has no such file.
+    pub absent: Absent,
+}
+
+/// What a missing cgroup file means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absent {
+    /// The limit cannot be kept: refuse the container.
+    Refused,
+    /// The guest has none of what would be limited (no swap, no huge pages of
+    /// that size): the limit is kept by itself.
+    Kept,
+}
+
+/// A rule of the device controller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceRule {
+    /// Whether it allows or denies.
+    pub allow: bool,
+    /// Block, character or (`None`) both.
+    pub kind: Option<DeviceKind>,
+    /// Major number; `None` is any.
+    pub major: Option<u32>,
+    /// Minor number; `None` is any.
+    pub minor: Option<u32>,
+    /// Sum of [`DeviceRule::MKNOD`], [`DeviceRule::READ`], [`DeviceRule::WRITE`].
+    pub access: u32,
+}
+
+impl DeviceRule {
+    /// `BPF_DEVCG_ACC_MKNOD`.
+    pub const MKNOD: u32 = 1;
+    /// `BPF_DEVCG_ACC_READ`.
+    pub const READ: u32 = 2;
+    /// `BPF_DEVCG_ACC_WRITE`.
+    pub const WRITE: u32 = 4;
+}
+
+/// Kind of a device; the values are those of `BPF_DEVCG_DEV_*`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// Block device.
+    Block = 1,
+    /// Character device.
+    Char = 2,
+}

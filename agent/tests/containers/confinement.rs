@@ -1,0 +1,347 @@
+//! What a container sees and may do, told by programs inside it.
+
+use std::os::unix::fs::PermissionsExt;
+
+use bulkhead_agent_api::agent::Stdio;
+use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
+
+use crate::support::{Host, block_on, busybox_spec, output, refusal};
+
+fn add_mount(spec: &mut Value, mount: Value) {
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+}
+
+#[test]
+fn a_container_has_namespaces_of_its_own() {
+    block_on(async |host: &mut Host| {
+        let script = "echo $$; hostname; grep 0: /proc/self/cgroup | head -n1; pwd";
+        let seen = output(host, script, |spec| {
+            spec["hostname"] = "inside".into();
+            spec["process"]["cwd"] = "/made/for/it".into();
+        })
+        .await;
+        assert!(seen.starts_with("1\ninside\n"), "{seen}");
+        assert!(seen.ends_with(":/\n/made/for/it\n"), "{seen}");
+    });
+}
+
+#[test]
+fn ids_groups_capabilities_and_umask_are_those_of_the_specification() {
+    block_on(async |host: &mut Host| {
+        let script =
+            "id -u; id -g; id -G; umask; echo $HOME; grep -E 'Cap|NoNew' /proc/self/status";
+        let seen = output(host, script, |spec| {
+            spec["process"]["user"] =
+                json!({"uid": 1000, "gid": 1000, "additionalGids": [5, 1000], "umask": 0o27});
+            spec["process"]["capabilities"] = json!({
+                "bounding": ["CAP_NET_RAW", "CAP_KILL"], "permitted": ["CAP_KILL"],
+                "inheritable": ["CAP_KILL"], "effective": ["CAP_KILL"], "ambient": ["CAP_KILL"]
+            });
+        })
+        .await;
+        let expected = "1000\n1000\n1000 5\n0027\n/home/user\n\
+            CapInh:\t0000000000000020\nCapPrm:\t0000000000000020\nCapEff:\t0000000000000020\n\
+            CapBnd:\t0000000000002020\nCapAmb:\t0000000000000020\nNoNewPrivs:\t1\n";
+        assert_eq!(seen, expected);
+    });
+}
+
+#[test]
+fn devices_and_their_links_are_there_and_no_others_can_be_used() {
+    block_on(async |host: &mut Host| {
+        let script =
+            "for d in null zero full random urandom tty; do stat -c '%n %F %t:%T %a' /dev/$d; done
+            for l in fd stdin stdout stderr ptmx; do readlink /dev/$l; done
+            head -c 4 /dev/zero | od -An -tx1
+            mknod /dev/mem c 1 1 && ! cat /dev/mem 2>/dev/null && echo denied";
+        let seen = output(host, script, |_| {}).await;
+        let expected = "/dev/null character special file 1:3 666\n\
+            /dev/zero character special file 1:5 666\n\
+            /dev/full character special file 1:7 666\n\
+            /dev/random character special file 1:8 666\n\
+            /dev/urandom character special file 1:9 666\n\
+            /dev/tty character special file 5:0 666\n\
+            /proc/self/fd\n/proc/self/fd/0\n/proc/self/fd/1\n/proc/self/fd/2\npts/ptmx\n \
+            00 00 00 00\ndenied\n";
+        assert_eq!(seen, expected);
+    });
+}
+
+#[test]
+fn mounts_have_their_options_and_masked_paths_show_nothing_b15() {
+    block_on(async |host: &mut Host| {
+        let source = host.directory.path().join("volume");
+        std::fs::create_dir_all(source.join("sub")).unwrap();
+        std::fs::write(source.join("file"), "from outside\n").unwrap();
+        let script = "cat /data/file /one
+            touch /data/x 2>/dev/null || echo read-only
+            touch /rw/sub/new && echo writable
+            cat /proc/timer_list | wc -c; ls /sys/firmware | wc -l
+            echo 1 2>/dev/null > /proc/sys/kernel/ns_last_pid || echo ro-sys
+            touch /root-file 2>/dev/null || echo ro-root
+            grep -E ' /(data|tmp|dev/shm) ' /proc/mounts | tr ' ' '\\n' | grep -E '^/|rw|ro'";
+        let seen = output(host, script, |spec| {
+            let source = source.to_str().unwrap();
+            add_mount(
+                spec,
+                json!({"destination": "/data", "type": "bind", "source": source,
+                "options": ["rbind", "ro", "nosuid", "rprivate"]}),
+            );
+            add_mount(
+                spec,
+                json!({"destination": "/rw/", "source": source, "options": ["bind"]}),
+            );
+            add_mount(
+                spec,
+                json!({"destination": "/one", "type": "bind",
+                "source": format!("{source}/file"), "options": ["bind", "rro"]}),
+            );
+            add_mount(
+                spec,
+                json!({"destination": "/tmp", "type": "tmpfs",
+                "options": ["ro", "noexec", "size=1m"]}),
+            );
+            spec["root"]["readonly"] = true.into();
+        })
+        .await;
+        assert!(
+            seen.starts_with(
+                "from outside\nfrom outside\nread-only\nwritable\n0\n0\nro-sys\nro-root\n"
+            ),
+            "{seen}"
+        );
+        assert!(seen.contains("/dev/shm\nrw,nosuid,nodev,noexec"), "{seen}");
+        assert!(seen.contains("/data\nro,nosuid"), "{seen}");
+        assert!(seen.contains("/tmp\nro,noexec"), "{seen}");
+        assert!(source.join("sub/new").exists());
+    });
+}
+
+#[test]
+fn links_of_an_image_never_lead_out_of_its_root_b30_b35() {
+    use std::os::unix::fs::symlink;
+    block_on(async |host: &mut Host| {
+        let outside = host.directory.path().join("outside");
+        std::fs::create_dir(&outside).unwrap();
+        let root = &host.rootfs;
+        symlink(&outside, root.join("absolute")).unwrap();
+        symlink("../../../../../../../../etc", root.join("climbing")).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
+        std::fs::create_dir(root.join("run")).unwrap();
+        std::fs::create_dir(root.join("var")).unwrap();
+        symlink("/run", root.join("var/run")).unwrap();
+        let tmpfs = |at: &str| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"});
+
+        let seen = output(
+            host,
+            "grep -c ' /run/x ' /proc/mounts; grep -c ' /etc/y ' /proc/mounts",
+            |spec| {
+                add_mount(spec, tmpfs("/var/run/x"));
+                add_mount(spec, tmpfs("/climbing/y"));
+            },
+        )
+        .await;
+        assert_eq!(seen, "1\n1\n");
+
+        for (at, reason) in [("/loop/x", "os error 40"), ("/absolute/x", "os error 2")] {
+            let mut spec = busybox_spec(["true"]);
+            add_mount(&mut spec, tmpfs(at));
+            let text = refusal(host, spec).await;
+            assert!(text.contains(at) && text.contains(reason), "{text}");
+        }
+        assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
+
+        std::fs::remove_dir(root.join("proc")).unwrap();
+        symlink("/tmp", root.join("proc")).unwrap();
+        let text = refusal(host, busybox_spec(["true"])).await;
+        assert!(text.contains("/proc"), "{text}");
+    });
+}
+
+/// A filter that answers EPERM to mkdir and mkdirat and allows all else.
+fn no_mkdir() -> Vec<u8> {
+    let instruction = |code: u16, yes: u8, no: u8, k: u32| {
+        let mut bytes = code.to_le_bytes().to_vec();
+        bytes.extend([yes, no]);
+        bytes.extend(k.to_le_bytes());
+        bytes
+    };
+    let number = |number: i64| u32::try_from(number).unwrap();
+    [
+        instruction(0x20, 0, 0, 0),
+        instruction(0x15, 1, 0, number(libc::SYS_mkdir)),
+        instruction(0x15, 0, 1, number(libc::SYS_mkdirat)),
+        instruction(0x06, 0, 0, 0x0005_0000 | libc::EPERM.unsigned_abs()),
+        instruction(0x06, 0, 0, 0x7fff_0000),
+    ]
+    .concat()
+}
+
+#[test]
+fn the_system_call_filter_holds_for_the_container_and_its_execs() {
+    block_on(async |host: &mut Host| {
+        for no_new_privileges in [true, false] {
+            let script =
+                "mkdir /tmp/$$ 2>/dev/null || grep Seccomp: /proc/self/status; exec sleep 99";
+            let mut spec = busybox_spec(["sh", "-c", script]);
+            spec["process"]["noNewPrivileges"] = no_new_privileges.into();
+            let process = {
+                let script = "mkdir /tmp/$$ 2>/dev/null || grep Seccomp: /proc/self/status";
+                let mut process = busybox_spec(["sh", "-c", script])["process"].clone();
+                process["noNewPrivileges"] = no_new_privileges.into();
+                process
+            };
+            let (stdio, [_in, mut stdout, _err]) = host.pipes().await;
+            let id = host.create_filtered(spec, stdio, no_mkdir()).await.unwrap();
+            host.start_container(&id).await.unwrap();
+            let mut line = [0; 11];
+            stdout.read_exact(&mut line).await.unwrap();
+            assert_eq!(&line, b"Seccomp:\t2\n");
+            assert_eq!(host.run_exec(&id, &process).await.stdout, "Seccomp:\t2\n");
+            host.kill(&id, "", 9).await.unwrap();
+            host.wait(&id, "").await.unwrap();
+            host.delete(&id, "").await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_user_namespace_maps_ids_and_an_exec_joins_it() {
+    block_on(async |host: &mut Host| {
+        // The tree belongs to the container's root.
+        let owner = format!("{}:{}", 100_000, 100_000);
+        let chown = std::process::Command::new("chown")
+            .args(["-R", &owner])
+            .arg(&host.rootfs)
+            .status()
+            .unwrap();
+        assert!(chown.success());
+        std::fs::set_permissions(host.directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let script = "id -u; head -c 21 /proc/self/uid_map | tr -s ' '; echo; touch /new;
+            stat -c %u /new; echo > /dev/null && echo null; exec sleep 100";
+        let mut spec = busybox_spec(["sh", "-c", script]);
+        spec["linux"]["namespaces"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"type": "user"}));
+        let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+        spec["linux"]["uidMappings"] = map.clone();
+        spec["linux"]["gidMappings"] = map;
+        let (stdio, [_in, mut stdout, mut stderr]) = host.pipes().await;
+        let id = host.create(spec, stdio).await.unwrap();
+        host.start_container(&id).await.unwrap();
+        let process = busybox_spec([
+            "sh",
+            "-c",
+            "id -u; readlink /proc/self/ns/user; echo again > /dev/stdout",
+        ])["process"]
+            .clone();
+        let ran = host.run_exec(&id, &process).await;
+        let ours = std::fs::read_link("/proc/self/ns/user").unwrap();
+        assert!(
+            ran.stdout.starts_with("0\nuser:"),
+            "{} {}",
+            ran.stdout,
+            ran.stderr
+        );
+        assert!(!ran.stdout.contains(ours.to_str().unwrap()));
+        host.kill(&id, "", 9).await.unwrap();
+        host.wait(&id, "").await.unwrap();
+        host.delete(&id, "").await.unwrap();
+        let (mut out, mut err) = (String::new(), String::new());
+        stdout.read_to_string(&mut out).await.unwrap();
+        stderr.read_to_string(&mut err).await.unwrap();
+        assert_eq!((&*out, &*err), ("0\n 0 100000\n0\nnull\n", ""));
+    });
+}
+
+#[test]
+fn a_container_can_share_another_ones_namespaces() {
+    block_on(async |host: &mut Host| {
+        let id = host
+            .create(busybox_spec(["sleep", "100"]), Stdio::default())
+            .await
+            .unwrap();
+        host.start_container(&id).await.unwrap();
+        let pid = host.pids(&id).await[0];
+        let seen = output(host, "ps | grep -c 'sleep 100'; echo $$", |spec| {
+            for (n, kind) in ["pid", "ipc", "uts"].into_iter().enumerate() {
+                spec["linux"]["namespaces"][n]["path"] = format!("/proc/{pid}/ns/{kind}").into();
+            }
+        })
+        .await;
+        assert!(
+            !seen.starts_with("0\n") && !seen.ends_with("\n1\n"),
+            "{seen}"
+        );
+        host.kill(&id, "", 9).await.unwrap();
+        host.wait(&id, "").await.unwrap();
+        host.delete(&id, "").await.unwrap();
+    });
+}
+
+#[test]
+fn a_container_that_takes_too_much_memory_is_killed_and_says_so_f56() {
+    block_on(async |host: &mut Host| {
+        if !host.has_controller("memory") {
+            return;
+        }
+        let script = "cat /sys/fs/cgroup/memory.max; dd if=/dev/zero of=/dev/null bs=64M; exit $?";
+        let mut spec = busybox_spec(["sh", "-c", script]);
+        spec["linux"]["resources"]["memory"] = json!({"limit": 16 << 20, "swap": 16 << 20});
+        let ran = host.run(spec).await;
+        assert_eq!(
+            (ran.status, &*ran.stdout),
+            (137, "16777216\n"),
+            "{}",
+            ran.stderr
+        );
+        assert!(ran.oom_killed);
+        assert!(!host.run(busybox_spec(["true"])).await.oom_killed);
+    });
+}
+
+#[test]
+fn a_fork_bomb_stops_at_the_limit_and_can_be_killed_f58() {
+    block_on(async |host: &mut Host| {
+        if !host.has_controller("pids") {
+            return;
+        }
+        let mut spec = busybox_spec(["sh", "-c", "b() { b | b & b; }; b 2>/dev/null; sleep 100"]);
+        spec["linux"]["resources"]["pids"] = json!({"limit": 32});
+        let id = host.create(spec, Stdio::default()).await.unwrap();
+        host.start_container(&id).await.unwrap();
+        host.kill_all(&id, 9).await.unwrap();
+        assert_eq!(host.wait(&id, "").await.unwrap().exit_status, 137);
+        host.delete(&id, "").await.unwrap();
+    });
+}
+
+#[test]
+fn limits_are_in_force_inside_and_bad_ones_are_refused_b11() {
+    block_on(async |host: &mut Host| {
+        if !host.has_controller("cpu") || !host.has_controller("cpuset") {
+            return;
+        }
+        let seen = output(
+            host,
+            "cd /sys/fs/cgroup; cat cpu.max cpu.weight cpuset.cpus",
+            |spec| {
+                spec["linux"]["resources"]["cpu"] =
+                    json!({"quota": 50_000, "period": 100_000, "shares": 1024, "cpus": "0"});
+            },
+        )
+        .await;
+        assert_eq!(seen, "50000 100000\n39\n0\n");
+        for (cpu, file) in [
+            (json!({"quota": 1}), "cpu.max"),
+            (json!({"cpus": "9999"}), "cpuset"),
+        ] {
+            let mut spec = busybox_spec(["true"]);
+            spec["linux"]["resources"]["cpu"] = cpu;
+            let text = refusal(host, spec).await;
+            assert!(text.contains(file), "{text}");
+        }
+    });
+}

@@ -1,0 +1,433 @@
+//! The command line: words, defaults and help. No behaviour.
+
+use std::{fmt, path::PathBuf, str::FromStr};
+
+use clap::{Args, Parser, Subcommand};
+
+/// Run containers, each in a virtual machine of its own.
+#[derive(Debug, Parser)]
+#[command(
+    name = "bulkhead",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a command in a new container.
+    Run(Run),
+    /// Run one more command in a running container.
+    Exec(Exec),
+    /// Send a signal to the first process of a container.
+    Kill(Kill),
+    /// Remove containers that have ended, with their files.
+    Rm(Rm),
+    /// List containers.
+    #[command(visible_alias = "ps")]
+    List(List),
+    /// Say whether this host can run containers in virtual machines, and if not why.
+    Check(Check),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a directory.
+    Man {
+        /// The directory; it must exist.
+        dir: PathBuf,
+    },
+}
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  bulkhead run debian.tar -- cat /etc/os-release
+  bulkhead run --rm -ti debian.tar -- bash
+  bulkhead run --rm -v $PWD:/src:ro -w /src --memory 1g --cpus 2 gcc.tar -- make
+  bulkhead run --rootfs /srv/rootfs -- /bin/sh -c 'uname -a'
+  tar c . | bulkhead run --rm -i debian.tar -- tar t
+
+The exit code is that of the command; 127 if it does not exist, 126 if it cannot be executed,
+125 if bulkhead itself failed.";
+
+/// Options of `run`.
+#[derive(Debug, Args)]
+#[command(after_help = RUN_EXAMPLES)]
+pub(crate) struct Run {
+    /// The image: an OCI image layout (a directory or a tar of one) or a tar of `docker save`.
+    #[arg(required_unless_present_any = ["rootfs", "bundle"], conflicts_with_all = ["rootfs", "bundle"])]
+    pub(crate) image: Option<PathBuf>,
+    /// Take this directory as the root file system, and let the container write to it.
+    #[arg(long, value_name = "DIR", conflicts_with = "bundle")]
+    pub(crate) rootfs: Option<PathBuf>,
+    /// Run an OCI bundle (config.json and a root file system) as it is.
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = ["env", "volume", "workdir", "user", "cpus", "memory", "hostname", "read_only", "command", "tty"],
+    )]
+    pub(crate) bundle: Option<PathBuf>,
+    /// Give the command a terminal.
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Pass standard input on.
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Set a variable; without =VALUE it is passed on from here.
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Show a directory or file of the host in the container.
+    #[arg(short, long, value_name = "SRC:DST[:ro]")]
+    pub(crate) volume: Vec<Volume>,
+    /// Directory in the container where the command starts.
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User, by name or number, and group of the command.
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+    /// Processors, such as 2 or 0.5.
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<Cpus>,
+    /// Memory, such as 512m or 2g (powers of 1024).
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<Memory>,
+    /// Remove the container and its files when it ends.
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// Name of the container; a random one if not given.
+    #[arg(long, value_name = "ID")]
+    pub(crate) name: Option<ContainerId>,
+    /// Host name in the container; its id if not given.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) hostname: Option<String>,
+    /// Refuse writes to the root file system.
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// The command and its arguments, in place of the image's.
+    #[arg(last = true, value_name = "CMD")]
+    pub(crate) command: Vec<String>,
+}
+
+/// Options of `exec`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bulkhead exec web ps\n  bulkhead exec -ti web sh")]
+pub(crate) struct Exec {
+    /// Give the command a terminal.
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Pass standard input on.
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Set a variable; without =VALUE it is passed on from here.
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Directory in the container where the command starts.
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User and group of the command, by number.
+    #[arg(short, long, value_name = "UID[:GID]")]
+    pub(crate) user: Option<String>,
+    /// The container.
+    pub(crate) id: ContainerId,
+    /// The command and its arguments.
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "CMD"
+    )]
+    pub(crate) command: Vec<String>,
+}
+
+/// Options of `kill`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bulkhead kill web\n  bulkhead kill web HUP")]
+pub(crate) struct Kill {
+    /// The container.
+    pub(crate) id: ContainerId,
+    /// A name, with or without SIG, or a number.
+    #[arg(default_value = "TERM")]
+    pub(crate) signal: crate::signal::Number,
+}
+
+/// Options of `rm`.
+#[derive(Debug, Args)]
+pub(crate) struct Rm {
+    /// Kill a container that still runs.
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// The containers.
+    #[arg(required = true)]
+    pub(crate) ids: Vec<ContainerId>,
+}
+
+/// Options of `list`.
+#[derive(Debug, Args)]
+pub(crate) struct List {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Options of `check`.
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The id of a container: `[A-Za-z0-9][A-Za-z0-9_.-]{0,127}`, a safe name of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ContainerId(String);
+
+impl ContainerId {
+    /// The id as text.
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for ContainerId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let plain = |byte: &u8| byte.is_ascii_alphanumeric();
+        if text.len() > 128 {
+            return Err("an id has at most 128 characters".to_owned());
+        }
+        if !text.as_bytes().first().is_some_and(plain) {
+            return Err("an id begins with a letter or digit".to_owned());
+        }
+        if !text
+            .bytes()
+            .all(|byte| plain(&byte) || b"_.-".contains(&byte))
+        {
+            return Err("an id has only letters, digits, '_', '.' and '-'".to_owned());
+        }
+        Ok(ContainerId(text.to_owned()))
+    }
+}
+
+/// May the container write to a volume?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// No.
+    ReadOnly,
+    /// Yes.
+    ReadWrite,
+}
+
+/// A directory or file of the host, and where it appears.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Volume {
+    /// On the host; may be relative.
+    pub(crate) source: PathBuf,
+    /// In the container; absolute.
+    pub(crate) destination: String,
+    /// Writable or not.
+    pub(crate) access: Access,
+}
+
+impl FromStr for Volume {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(':');
+        let (Some(source), Some(destination)) = (parts.next(), parts.next()) else {
+            return Err("a volume is SRC:DST or SRC:DST:ro".to_owned());
+        };
+        let access = match (parts.next(), parts.next()) {
+            (None | Some("rw"), None) => Access::ReadWrite,
+            (Some("ro"), None) => Access::ReadOnly,
+            _ => return Err("after SRC:DST only :ro or :rw can follow".to_owned()),
+        };
+        if source.is_empty() {
+            return Err("the source is empty; name a directory or file of the host".to_owned());
+        }
+        if !destination.starts_with('/') {
+            return Err(format!(
+                "the destination {destination:?} is not an absolute path"
+            ));
+        }
+        Ok(Volume {
+            source: source.into(),
+            destination: destination.to_owned(),
+            access,
+        })
+    }
+}
+
+/// Processor time, in thousandths of a processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cpus {
+    /// 10 to 64,000.
+    pub(crate) thousandths: u32,
+}
+
+impl FromStr for Cpus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+        let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+        if text.is_empty()
+            || whole.is_empty()
+            || fraction.len() > 3
+            || !digits(whole)
+            || !digits(fraction)
+        {
+            return Err("give a number such as 2 or 0.5".to_owned());
+        }
+        let whole: u32 = whole
+            .parse()
+            .map_err(|_| "at most 64 processors".to_owned())?;
+        let fraction: u32 = format!("{fraction:0<3}")
+            .parse()
+            .map_err(|_| "give a number".to_owned())?;
+        match whole
+            .checked_mul(1000)
+            .and_then(|whole| whole.checked_add(fraction))
+        {
+            Some(thousandths @ 10..=64_000) => Ok(Cpus { thousandths }),
+            _ => Err("it must lie between 0.01 and 64".to_owned()),
+        }
+    }
+}
+
+/// An amount of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Memory {
+    /// At least 4 MiB.
+    pub(crate) bytes: u64,
+}
+
+impl FromStr for Memory {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let end = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
+        let (number, unit) = text.split_at(end);
+        let shift = match unit.to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kb" | "ki" | "kib" => 10,
+            "m" | "mb" | "mi" | "mib" => 20,
+            "g" | "gb" | "gi" | "gib" => 30,
+            "t" | "tb" | "ti" | "tib" => 40,
+            _ => return Err(format!("{unit:?} is no unit; give a number and k, m or g")),
+        };
+        let bytes = number
+            .parse::<u64>()
+            .ok()
+            .and_then(|number| number.checked_mul(1 << shift));
+        match bytes {
+            Some(bytes) if bytes >> 60 != 0 => Err("that is more than any machine has".to_owned()),
+            Some(bytes) if bytes < 4 << 20 => Err("a container needs at least 4m".to_owned()),
+            Some(bytes) => Ok(Memory { bytes }),
+            None => Err("give a number such as 512m or 2g".to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn memory_is_counted_in_powers_of_1024() {
+        for (text, bytes) in [
+            ("4194304", 4 << 20),
+            ("512m", 512 << 20),
+            ("2G", 2 << 30),
+            ("1GiB", 1 << 30),
+        ] {
+            assert_eq!(text.parse(), Ok(Memory { bytes }), "{text}");
+        }
+        for text in [
+            "",
+            "m",
+            "-1m",
+            "1e9",
+            "12EiB",
+            "1k",
+            "99999999999999999999",
+            "16777216t",
+        ] {
+            assert!(text.parse::<Memory>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn processors_have_three_decimals_at_most() {
+        for (text, thousandths) in [("1", 1000), ("0.5", 500), ("2.25", 2250), ("0.01", 10)] {
+            assert_eq!(text.parse(), Ok(Cpus { thousandths }), "{text}");
+        }
+        for text in [
+            "",
+            "0",
+            "-1",
+            "1e3",
+            "NaN",
+            ".5",
+            "65",
+            "0.0001",
+            "9999999999",
+        ] {
+            assert!(text.parse::<Cpus>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_id_is_a_safe_file_name_b18() {
+        for id in ["a", "web-1.x_2", &"a".repeat(128)] {
+            assert!(id.parse::<ContainerId>().is_ok(), "{id}");
+        }
+        for id in [
+            "",
+            "../../x",
+            "-x",
+            ".",
+            "a/b",
+            "a\0",
+            "%n",
+            "ä",
+            &"a".repeat(129),
+        ] {
+            assert!(id.parse::<ContainerId>().is_err(), "{id}");
+        }
+    }
+
+    #[test]
+    fn volumes_that_are_not_understood_are_refused() {
+        let volume: Volume = "a/b:/c:ro".parse().unwrap();
+        assert_eq!(
+            (volume.destination.as_str(), volume.access),
+            ("/c", Access::ReadOnly)
+        );
+        for text in ["", "/a", "/a:b", ":/b", "/a:/b:x", "/a:/b:ro:ro"] {
+            assert!(text.parse::<Volume>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! Users and groups by name, from an image's own `/etc/passwd` and `/etc/group`.
+//!
+//! Files are opened below the image's root by openat2(2), which keeps symbolic
+//! links from leading out of it.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2};
+
+use super::{Error, Result};
+use crate::spec::User;
+
+/// Largest passwd or group file.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// Who a process is, and where that user is at home.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// Ids.
+    pub(crate) user: User,
+    /// Absolute path.
+    pub(crate) home: String,
+}
+
+/// Looks up `USER[:GROUP]` in the layers `roots`, uppermost first. Empty means root.
+pub(crate) fn look_up(roots: &[PathBuf], text: &str) -> Result<Identity> {
+    let (user, group) = match text.split_once(':') {
+        Some((user, group)) => (user, Some(group)),
+        None => (text, None),
+    };
+    let user = if user.is_empty() { "0" } else { user };
+    let passwd = read(roots, "etc/passwd")?;
+    let groups = read(roots, "etc/group")?;
+    resolve(user, group, &passwd, &groups).map_err(|reason| Error::User {
+        user: text.to_owned(),
+        reason,
+    })
+}
+
+fn resolve(
+    user: &str,
+    group: Option<&str>,
+    passwd: &str,
+    groups: &str,
+) -> Result<Identity, String> {
+    let number = user.parse::<u32>().ok();
+    let entry = passwd.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(':').collect();
+        let (name, uid) = (*fields.first()?, fields.get(2)?.parse::<u32>().ok()?);
+        let gid = fields.get(3)?.parse::<u32>().ok()?;
+        let home = fields.get(5).copied().unwrap_or_default();
+        let same = if number.is_some() {
+            number == Some(uid)
+        } else {
+            name == user
+        };
+        same.then_some((name, uid, gid, home))
+    });
+    let (name, uid, mut gid, home) = match (entry, number) {
+        (Some((name, uid, gid, home)), _) => (Some(name), uid, gid, home),
+        (None, Some(uid)) if uid != u32::MAX => (None, uid, 0, ""),
+        (None, Some(_)) => return Err("4294967295 is no user".to_owned()),
+        (None, None) => {
+            return Err(format!(
+                "{user:?} is not in the image's /etc/passwd; give a number"
+            ));
+        }
+    };
+    let entries = groups.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split(':').collect();
+        let gid = fields.get(2)?.parse::<u32>().ok()?;
+        Some((
+            *fields.first()?,
+            gid,
+            fields.get(3).copied().unwrap_or_default(),
+        ))
+    });
+    let mut further = Vec::new();
+    if let Some(group) = group {
+        gid = match group.parse::<u32>() {
+            Ok(u32::MAX) => return Err("4294967295 is no group".to_owned()),
+            Ok(gid) => gid,
+            Err(_) => entries
+                .clone()
+                .find_map(|(name, gid, _)| (name == group).then_some(gid))
+                .ok_or_else(|| {
+                    format!("{group:?} is not in the image's /etc/group; give a number")
+                })?,
+        };
+    } else if let Some(name) = name {
+        // A group that was asked for stands alone, as with Docker.
+        further = entries
+            .filter(|(_, other, members)| {
+                *other != gid && members.split(',').any(|member| member == name)
+            })
+            .map(|(_, gid, _)| gid)
+            .collect();
+        further.sort_unstable();
+        further.dedup();
+    }
+    let home = if home.starts_with('/') { home } else { "/" };
+    Ok(Identity {
+        user: User {
+            uid,
+            gid,
+            groups: further,
+        },
+        home: home.to_owned(),
+    })
+}
+
+/// The text of `name` in the uppermost layer that has it; empty if none has.
+fn read(roots: &[PathBuf], name: &'static str) -> Result<String> {
+    let failed = |root: &Path| {
+        let path = root.join(name);
+        move |source: io::Error| Error::Read { path, source }
+    };
+    for root in roots {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir =
+            openat(CWD, root, flags, Mode::empty()).map_err(|error| failed(root)(error.into()))?;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        // What is opened for good is known to be a regular file: a device node of an
+        // image is not touched.
+        let place = match openat2(
+            &dir,
+            name,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+            resolve,
+        ) {
+            Ok(place) => place,
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => {
+                continue;
+            }
+            Err(error) => return Err(failed(root)(error.into())),
+        };
+        let stat = rustix::fs::fstat(&place).map_err(|error| failed(root)(error.into()))?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => {}
+            // A whiteout: layers below do not count.
+            FileType::CharacterDevice => return Ok(String::new()),
+            _ => continue,
+        }
+        let file = openat2(&dir, name, flags, Mode::empty(), resolve)
+            .map_err(|error| failed(root)(error.into()))?;
+        let mut bytes = Vec::new();
+        File::from(file)
+            .take(MAX_BYTES)
+            .read_to_end(&mut bytes)
+            .map_err(failed(root))?;
+        return Ok(String::from_utf8_lossy(&bytes).into_owned());
+    }
+    Ok(String::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink};
+
+    use super::*;
+
+    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:34::/var/www:/bin/sh\n";
+    const GROUP: &str = "root:x:0:\nwww:x:34:web\nlog:x:4:root,web\nmail:x:8:webmaster\n";
+
+    fn who(user: &str, group: Option<&str>) -> Result<(u32, u32, Vec<u32>, String), String> {
+        let Identity { user, home } = resolve(user, group, PASSWD, GROUP)?;
+        Ok((user.uid, user.gid, user.groups, home))
+    }
+
+    #[test]
+    fn names_and_numbers_are_looked_up() {
+        assert_eq!(
+            who("web", None),
+            Ok((33, 34, vec![4], "/var/www".to_owned()))
+        );
+        assert_eq!(
+            who("33", None),
+            Ok((33, 34, vec![4], "/var/www".to_owned()))
+        );
+        assert_eq!(
+            who("web", Some("mail")),
+            Ok((33, 8, vec![], "/var/www".to_owned()))
+        );
+        assert_eq!(who("1000", None), Ok((1000, 0, vec![], "/".to_owned())));
+        assert_eq!(
+            who("1000", Some("7")),
+            Ok((1000, 7, vec![], "/".to_owned()))
+        );
+    }
+
+    #[test]
+    fn who_is_not_known_is_named() {
+        assert!(who("nobody", None).unwrap_err().contains("nobody"));
+        assert!(who("web", Some("wheel")).unwrap_err().contains("wheel"));
+        assert!(who("4294967295", None).is_err());
+        assert!(who("-1", None).is_err());
+    }
+
+    #[test]
+    fn a_link_out_of_the_image_reads_nothing_of_the_host_b35() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("etc")).unwrap();
+        symlink("/etc/passwd", dir.path().join("etc/group")).unwrap();
+        symlink(
+            "../../../../../../etc/passwd",
+            dir.path().join("etc/passwd"),
+        )
+        .unwrap();
+        let roots = [dir.path().to_owned()];
+        assert_eq!(read(&roots, "etc/passwd").unwrap(), "");
+        assert_eq!(read(&roots, "etc/group").unwrap(), "");
+    }
+}

@@ -1,0 +1,465 @@
+//! `bulkhead run`: from an image, a directory or a bundle to an exit code.
+//!
+//! Everything it makes is a guard, in the order of making: the container's
+//! directory, its bundle, the streams, the shim. A run that fails or is interrupted
+//! anywhere leaves nothing.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown},
+    path::{Path, PathBuf},
+};
+
+use containerd_shim_protos::api::{CreateTaskRequest, Mount};
+
+use crate::{
+    args::{self, ContainerId},
+    attach::{self, Signals},
+    client::{self, Process, Shim, Task},
+    error::{Error, Result, at, host},
+    image::{self, users::Identity},
+    paths,
+    record::{self, Container, Record, Scratch},
+    spec::{self, Settings},
+    stdio::{Streams, Wanted},
+    terminal,
+};
+
+/// Longest options of one mount that the kernel takes, less some for the rest.
+const MAX_MOUNT_OPTIONS: usize = 3900;
+
+/// Runs a container; answers the exit code.
+pub(crate) fn run(args: &args::Run) -> Result<u8> {
+    require_root()?;
+    let id = match &args.name {
+        Some(id) => id.clone(),
+        None => random_id()?,
+    };
+    let runtime = runtime()?;
+    runtime.block_on(async {
+        let mut signals = Signals::take()?;
+        let image = match args.image.clone() {
+            Some(path) => Some(
+                signals
+                    .or_stop(move |stop| Ok(image::open(&path, Path::new(paths::LAYERS), stop)?))
+                    .await?,
+            ),
+            None => None,
+        };
+        let container = Container::make(&id)?;
+        let own = Scratch::make(paths::bundle(&id)).map_err(at("make", paths::bundle(&id)))?;
+        let plan = Plan::new(args, image, &id, &container, own.path())?;
+        let mut record = plan.record(&id);
+        container.save(&record)?;
+        let status = supervise(&id, args.interactive, &plan, own.path(), &mut signals).await?;
+        own.remove()?;
+        if !args.rm {
+            record.exit_code = Some(status);
+            container.save(&record)?;
+            container.keep();
+        }
+        Ok(exit_code(status))
+    })
+}
+
+/// Only root can do what follows.
+pub(crate) fn require_root() -> Result<()> {
+    if rustix::process::geteuid().is_root() {
+        Ok(())
+    } else {
+        Err(Error::NotRoot)
+    }
+}
+
+/// One thread is enough for a client.
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(host("set up the event loop"))
+}
+
+/// The exit code of a process as ours.
+pub(crate) fn exit_code(status: u32) -> u8 {
+    u8::try_from(status & 0xff).unwrap_or(u8::MAX)
+}
+
+fn random_id() -> Result<ContainerId> {
+    let mut bytes = [0_u8; 6];
+    let mut source = fs::File::open("/dev/urandom").map_err(host("get random bytes"))?;
+    source
+        .read_exact(&mut bytes)
+        .map_err(host("get random bytes"))?;
+    hex::encode(bytes).parse().map_err(|reason| Error::Refused {
+        what: "Id",
+        value: String::new(),
+        reason,
+    })
+}
+
+/// Starts the supervisor, runs the process to its end and takes all down again.
+async fn supervise(
+    id: &ContainerId,
+    stdin: bool,
+    plan: &Plan,
+    own: &Path,
+    signals: &mut Signals,
+) -> Result<u32> {
+    let streams = Streams::new(
+        own,
+        "",
+        Wanted {
+            stdin,
+            terminal: plan.terminal,
+        },
+    )?;
+    let shim = Shim::start(id, &plan.bundle)?;
+    let address = shim.address().to_owned();
+    let task = signals.or(Task::connect(id, &address)).await?;
+    let [stdin, stdout, stderr] = streams.names();
+    let mut request = CreateTaskRequest::new();
+    request.id = id.to_string();
+    request.bundle = plan.bundle.to_string_lossy().into_owned();
+    request.rootfs.clone_from(&plan.rootfs);
+    request.terminal = plan.terminal;
+    request.stdin = stdin;
+    request.stdout = stdout;
+    request.stderr = stderr;
+    signals.or(task.create(&request)).await?;
+    let process = Process {
+        id: id.clone(),
+        exec_id: String::new(),
+    };
+    let status = attach::run(&task, &process, streams, plan.terminal, signals).await?;
+    // What the shim says of an end that nobody asked for is the cause; afterwards
+    // it is gone with the pod.
+    if let Some(reason) = client::reason(id) {
+        return Err(Error::Gone {
+            reason,
+            started: true,
+        });
+    }
+    task.delete(&process).await?;
+    shim.close(&task).await;
+    Ok(status)
+}
+
+/// A container that can be created: its bundle and root file system.
+struct Plan {
+    bundle: PathBuf,
+    rootfs: Vec<Mount>,
+    terminal: bool,
+    source: String,
+    command: Vec<String>,
+    env: Vec<String>,
+    cwd: String,
+    /// Removes the shim's `address` from a bundle that is not ours.
+    _address: Option<Leftover>,
+}
+
+/// A file that the shim leaves in the caller's bundle.
+struct Leftover(PathBuf);
+
+impl Drop for Leftover {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+impl Plan {
+    fn new(
+        args: &args::Run,
+        image: Option<image::Image>,
+        id: &ContainerId,
+        container: &Container,
+        own: &Path,
+    ) -> Result<Self> {
+        if let Some(bundle) = &args.bundle {
+            return Plan::of_bundle(bundle);
+        }
+        let (rootfs, roots, config, source) = if let Some(image) = image {
+            let mount = overlay(&image.layers, container)?;
+            let roots = image.layers.iter().rev().cloned().collect();
+            (
+                mount,
+                roots,
+                image.config,
+                args.image.clone().unwrap_or_default(),
+            )
+        } else {
+            let dir = args.rootfs.clone().unwrap_or_default();
+            let root = directory(&dir)?;
+            let mut mount = Mount::new();
+            mount.type_ = "bind".to_owned();
+            mount.source = utf8(&root)?;
+            mount.options = ["rbind", "rw"].map(str::to_owned).to_vec();
+            (mount, vec![root], image::Config::default(), dir)
+        };
+        let settings = settings(args, id, &roots, &config)?;
+        let text = serde_json::to_vec(&settings.spec())
+            .map_err(|error| at::<std::io::Error>("write", own)(error.into()))?;
+        let path = own.join("config.json");
+        let mut file = fs::File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(at("make", &path))?;
+        file.write_all(&text).map_err(at("write", &path))?;
+        let path = own.join("rootfs");
+        fs::create_dir(&path).map_err(at("make", &path))?;
+        Ok(Plan {
+            bundle: own.to_owned(),
+            rootfs: vec![rootfs],
+            terminal: args.tty,
+            source: source.display().to_string(),
+            command: settings.args,
+            env: settings.env,
+            cwd: settings.cwd,
+            _address: None,
+        })
+    }
+
+    /// A bundle of the caller is run as it is.
+    fn of_bundle(dir: &Path) -> Result<Self> {
+        let bundle = directory(dir)?;
+        let path = bundle.join("config.json");
+        let text = fs::read(&path).map_err(at("read", &path))?;
+        let spec: serde_json::Value = serde_json::from_slice(&text)
+            .map_err(|error| at::<std::io::Error>("understand", &path)(error.into()))?;
+        let process = spec.get("process");
+        let words = |name: &str| -> Vec<String> {
+            let list = process.and_then(|process| process.get(name)?.as_array());
+            list.into_iter()
+                .flatten()
+                .filter_map(|word| word.as_str().map(str::to_owned))
+                .collect()
+        };
+        let command = words("args");
+        if command.is_empty() {
+            return Err(Error::Refused {
+                what: "Bundle",
+                value: dir.display().to_string(),
+                reason: "process.args of its config.json names no program to run".to_owned(),
+            });
+        }
+        let terminal = process
+            .and_then(|process| process.get("terminal")?.as_bool())
+            .unwrap_or(false);
+        let cwd = process
+            .and_then(|process| process.get("cwd")?.as_str())
+            .unwrap_or("/");
+        Ok(Plan {
+            _address: Some(Leftover(bundle.join("address"))),
+            bundle,
+            rootfs: Vec::new(),
+            terminal,
+            source: dir.display().to_string(),
+            command,
+            env: words("env"),
+            cwd: cwd.to_owned(),
+        })
+    }
+
+    fn record(&self, id: &ContainerId) -> Record {
+        Record {
+            id: id.to_string(),
+            source: self.source.clone(),
+            command: self.command.clone(),
+            created: record::now(),
+            bundle: self.bundle.clone(),
+            env: self.env.clone(),
+            cwd: self.cwd.clone(),
+            exit_code: None,
+        }
+    }
+}
+
+fn settings(
+    args: &args::Run,
+    id: &ContainerId,
+    roots: &[PathBuf],
+    config: &image::Config,
+) -> Result<Settings> {
+    let user = args.user.as_deref().unwrap_or(&config.user);
+    let Identity { user, home } = image::users::look_up(roots, user)?;
+    let mut env = config.env.clone();
+    spec::merge_env(&mut env, &args.env, own_env);
+    spec::default_env(&mut env, "PATH", spec::PATH);
+    spec::default_env(&mut env, "HOME", &home);
+    let hostname = args
+        .hostname
+        .clone()
+        .unwrap_or_else(|| id.as_str().chars().take(64).collect());
+    spec::default_env(&mut env, "HOSTNAME", &hostname);
+    if args.tty {
+        let term = own_env("TERM").unwrap_or_else(|| "xterm".to_owned());
+        spec::default_env(&mut env, "TERM", &term);
+    }
+    let cwd = match args.workdir.as_deref().unwrap_or(&config.working_dir) {
+        "" => "/".to_owned(),
+        dir if dir.starts_with('/') => dir.to_owned(),
+        dir => {
+            return Err(refused(
+                "Working directory",
+                dir,
+                "it must be an absolute path in the container",
+            ));
+        }
+    };
+    let command = command(&args.command, config)?;
+    let mut volumes = Vec::new();
+    for volume in &args.volume {
+        let source = volume
+            .source
+            .canonicalize()
+            .map_err(at("use as a volume", &volume.source))?;
+        volumes.push((utf8(&source)?, volume.destination.clone(), volume.access));
+    }
+    Ok(Settings {
+        args: command,
+        env,
+        cwd,
+        user,
+        terminal: args.tty.then(terminal::size),
+        hostname,
+        read_only: args.read_only,
+        volumes,
+        cpus: args.cpus.map(|cpus| cpus.thousandths),
+        memory: args.memory.map(|memory| memory.bytes),
+    })
+}
+
+/// What runs: the image's entry point, followed by the caller's words or else the
+/// image's.
+fn command(words: &[String], config: &image::Config) -> Result<Vec<String>> {
+    let mut command = config.entrypoint.clone();
+    command.extend_from_slice(if words.is_empty() { &config.cmd } else { words });
+    if command.is_empty() {
+        return Err(refused(
+            "Command",
+            "",
+            "the image names none; give one after --",
+        ));
+    }
+    Ok(command)
+}
+
+/// The image's layers under a writable one of the container's own.
+fn overlay(layers: &[PathBuf], container: &Container) -> Result<Mount> {
+    let (upper, work) = (container.dir("upper")?, container.dir("work")?);
+    let empty;
+    let layers = if layers.is_empty() {
+        empty = [container.dir("empty")?];
+        &empty
+    } else {
+        layers
+    };
+    // The mount shows the root directory of the uppermost layer: give it the
+    // image's owner and mode.
+    if let Some(top) = layers.last() {
+        let meta = fs::metadata(top).map_err(at("use the layer", top))?;
+        chown(&upper, Some(meta.uid()), Some(meta.gid()))
+            .map_err(at("give an owner to", &upper))?;
+        let mode = fs::Permissions::from_mode(meta.mode() & 0o7777);
+        fs::set_permissions(&upper, mode).map_err(at("give a mode to", &upper))?;
+    }
+    let lower = layers
+        .iter()
+        .rev()
+        .map(|layer| utf8(layer))
+        .collect::<Result<Vec<_>>>()?
+        .join(":");
+    if lower.len() > MAX_MOUNT_OPTIONS {
+        let reason = "the kernel takes about 40 in one mount; squash the image";
+        return Err(refused(
+            "Number of layers",
+            &layers.len().to_string(),
+            reason,
+        ));
+    }
+    let mut mount = Mount::new();
+    mount.type_ = "overlay".to_owned();
+    mount.source = "overlay".to_owned();
+    mount.options = vec![
+        format!("lowerdir={lower}"),
+        format!("upperdir={}", utf8(&upper)?),
+        format!("workdir={}", utf8(&work)?),
+    ];
+    Ok(mount)
+}
+
+fn directory(dir: &Path) -> Result<PathBuf> {
+    let path = dir.canonicalize().map_err(at("open", dir))?;
+    if !path.is_dir() {
+        return Err(refused(
+            "Path",
+            &dir.display().to_string(),
+            "it is not a directory",
+        ));
+    }
+    Ok(path)
+}
+
+fn utf8(path: &Path) -> Result<String> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| refused("Path", &path.to_string_lossy(), "it is not valid UTF-8"))
+}
+
+/// A variable of our own environment.
+pub(crate) fn own_env(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// A refusal of a value.
+pub(crate) fn refused(what: &'static str, value: &str, reason: &str) -> Error {
+    Error::Refused {
+        what,
+        value: value.to_owned(),
+        reason: reason.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_callers_words_replace_the_images_but_not_its_entry_point() {
+        let words = |list: &[&str]| {
+            list.iter()
+                .map(|word| (*word).to_owned())
+                .collect::<Vec<_>>()
+        };
+        let config = image::Config {
+            entrypoint: words(&["e"]),
+            cmd: words(&["c"]),
+            ..image::Config::default()
+        };
+        assert_eq!(command(&[], &config).unwrap(), ["e", "c"]);
+        assert_eq!(
+            command(&words(&["x", "y"]), &config).unwrap(),
+            ["e", "x", "y"]
+        );
+        assert!(command(&[], &image::Config::default()).is_err());
+    }
+
+    #[test]
+    fn a_bundle_without_args_is_refused_b3() {
+        let dir = tempfile::tempdir().unwrap();
+        for text in ["{}", r#"{"process":{"args":[]}}"#] {
+            fs::write(dir.path().join("config.json"), text).unwrap();
+            let error = Plan::of_bundle(dir.path()).err().unwrap();
+            assert!(error.text().contains("process.args"), "{}", error.text());
+        }
+        fs::write(dir.path().join("config.json"), "nonsense").unwrap();
+        assert!(
+            Plan::of_bundle(dir.path())
+                .err()
+                .unwrap()
+                .text()
+                .contains("config.json")
+        );
+    }
+}

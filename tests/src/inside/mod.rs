@@ -1,0 +1,5 @@
+//! What suites are written with. Runs in the lab host.
+
+pub mod command;
+pub mod leaks;
+pub mod terminal;

@@ -1,0 +1,199 @@
+//! The images of tests and demonstration: OCI layouts made from Debian packages.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_guest_kernel::Progress;
+use bulkhead_guest_kernel::debian::{Apt, Mirror};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::cache::{self, Cache, Entry, sha256_of};
+use super::command::{clean, output};
+use super::packages::{BUSYBOX_IMAGE, DEBIAN, STABLE};
+use super::root::debootstrap;
+
+/// Changes whenever a step below does.
+const RECIPE: &str = "1";
+
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// An image in the cache.
+#[derive(Debug)]
+pub struct Image {
+    /// Its name: the last part of its path in the lab host.
+    pub name: &'static str,
+    entry: Entry,
+}
+
+impl Image {
+    /// The directory of its OCI layout.
+    #[must_use]
+    pub fn layout(&self) -> PathBuf {
+        self.entry.file("layout")
+    }
+
+    /// Hash of what it is made from.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        self.entry.key()
+    }
+}
+
+/// The images `busybox` and `debian`: out of the cache, or made now.
+///
+/// # Errors
+///
+/// A package is missing or cannot be fetched, or root's rights are.
+pub fn images(cache: &Cache, progress: &dyn Progress) -> Result<Vec<Image>> {
+    let key = cache::key([RECIPE, PATH, STABLE, BUSYBOX_IMAGE]);
+    let busybox = cache.entry("image-busybox", &key, |entry| {
+        progress.step("Making the busybox image");
+        make_busybox(entry)
+    })?;
+    let key = cache::key(
+        [RECIPE, PATH, STABLE]
+            .into_iter()
+            .chain(DEBIAN.iter().copied()),
+    );
+    let debian = cache.entry("image-debian", &key, |entry| {
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "The Debian image is made by debootstrap, which needs root: run this once as root"
+        );
+        progress.step("Making the Debian image (debootstrap)");
+        make_debian(entry, &cache.path().join("image-debian.log"))
+    })?;
+    Ok(vec![
+        Image {
+            name: "busybox",
+            entry: busybox,
+        },
+        Image {
+            name: "debian",
+            entry: debian,
+        },
+    ])
+}
+
+/// A directory for building beside `entry`: should this be interrupted, the
+/// next build removes it.
+fn work(entry: &Path) -> Result<tempfile::TempDir> {
+    let folder = entry.parent().context("An entry lies in a folder")?;
+    Ok(tempfile::Builder::new()
+        .prefix("work-")
+        .tempdir_in(folder)?)
+}
+
+fn make_busybox(entry: &Path) -> Result<()> {
+    let work = work(entry)?;
+    let tree = work.path().join("tree");
+    for dir in [
+        "bin", "dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp", "var",
+    ] {
+        fs::create_dir_all(tree.join(dir))?;
+    }
+    fs::set_permissions(tree.join("tmp"), fs::Permissions::from_mode(0o1777))?;
+    fs::write(
+        tree.join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n",
+    )?;
+    fs::write(tree.join("etc/group"), "root:x:0:\nuser:x:1000:\n")?;
+    let program = tree.join("bin/busybox");
+    let apt = Apt::new(
+        &work.path().join("apt"),
+        &Mirror::of_this_machine()?,
+        STABLE,
+    )?;
+    apt.candidate(BUSYBOX_IMAGE)?;
+    let unpacked = work.path().join("package");
+    output(
+        clean("dpkg-deb")
+            .arg("-x")
+            .arg(apt.download(BUSYBOX_IMAGE)?)
+            .arg(&unpacked),
+    )?;
+    fs::copy(unpacked.join("bin/busybox"), &program)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let applets = output(clean(&program.to_string_lossy()).arg("--list"))?;
+    for applet in applets.lines().filter(|name| *name != "busybox") {
+        symlink("busybox", tree.join("bin").join(applet))?;
+    }
+    write_layout(
+        &tree,
+        &entry.join("layout"),
+        "busybox",
+        &json!({"Env": [PATH], "Cmd": ["sh"]}),
+    )
+}
+
+fn make_debian(entry: &Path, log: &Path) -> Result<()> {
+    let work = work(entry)?;
+    let tree = work.path().join("tree");
+    debootstrap(&Mirror::of_this_machine()?, STABLE, DEBIAN, &tree, log)?;
+    write_layout(
+        &tree,
+        &entry.join("layout"),
+        "debian",
+        &json!({"Env": [PATH], "Cmd": ["bash"]}),
+    )
+}
+
+/// Writes an image of one uncompressed layer.
+fn write_layout(tree: &Path, layout: &Path, name: &str, process: &Value) -> Result<()> {
+    let blobs = layout.join("blobs/sha256");
+    fs::create_dir_all(&blobs)?;
+    let layer = blobs.join("layer");
+    output(
+        clean("tar")
+            .args([
+                "--sort=name",
+                "--mtime=@0",
+                "--numeric-owner",
+                "--xattrs",
+                "--xattrs-include=*",
+                "-C",
+            ])
+            .arg(tree)
+            .arg("-cf")
+            .arg(&layer)
+            .arg("."),
+    )?;
+    let digest = sha256_of(&layer)?;
+    let size = fs::metadata(&layer)?.len();
+    fs::rename(&layer, blobs.join(&digest))?;
+    let put = |value: &Value| -> Result<Value> {
+        let bytes = serde_json::to_vec(value)?;
+        let digest = hex::encode(Sha256::digest(&bytes));
+        fs::write(blobs.join(&digest), &bytes)?;
+        Ok(json!({"digest": format!("sha256:{digest}"), "size": bytes.len()}))
+    };
+    let with = |mut descriptor: Value, kind: &str| {
+        descriptor["mediaType"] = json!(format!("application/vnd.oci.image.{kind}"));
+        descriptor
+    };
+    let config = put(&json!({
+        "architecture": "amd64", "os": "linux", "config": process,
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
+    }))?;
+    let manifest = put(&json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": with(config, "config.v1+json"),
+        "layers": [with(json!({"digest": format!("sha256:{digest}"), "size": size}), "layer.v1.tar")],
+    }))?;
+    let mut entry = with(manifest, "manifest.v1+json");
+    entry["platform"] = json!({"architecture": "amd64", "os": "linux"});
+    entry["annotations"] = json!({
+        "io.containerd.image.name": format!("localhost/lab/{name}:latest"),
+        "org.opencontainers.image.ref.name": "latest",
+    });
+    let index = json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [entry]});
+    fs::write(layout.join("index.json"), serde_json::to_vec(&index)?)?;
+    fs::write(
+        layout.join("oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )?;
+    Ok(())
+}

@@ -1,0 +1,234 @@
+//! The QEMU machine of the lab host: its one command line, and its process.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use rustix::io::{FdFlags, fcntl_setfd};
+
+use super::command::{clean, output};
+
+/// The emulator.
+const QEMU: &str = "qemu-system-x86_64";
+
+/// Memory of the lab host in MiB. Only what it touches is taken.
+const MEMORY_MIB: u32 = 4096;
+
+/// The kernel's command line. `nx_huge_pages` costs milliseconds for each VM
+/// and guards against a flaw that an emulated processor has not.
+const KERNEL_ARGUMENTS: &str = "root=/dev/vda rw console=ttyS0 quiet loglevel=3 mitigations=off \
+     kvm.nx_huge_pages=never systemd.show_status=0 net.ifnames=0 apparmor=0";
+
+/// How the lab host's time passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// With that of this machine; two processors.
+    Wall,
+    /// With the instructions executed, one nanosecond each, whatever else this
+    /// machine does; one processor. For benches.
+    Instructions,
+}
+
+/// The files that a machine is made of.
+#[derive(Debug)]
+pub(crate) struct Parts<'a> {
+    pub(crate) kernel: &'a Path,
+    pub(crate) initrd: &'a Path,
+    /// Root disk, a qcow2 file that is written to.
+    pub(crate) disk: &'a Path,
+    /// The second disk, raw.
+    pub(crate) second: &'a Path,
+    /// The state to restore; with none the machine boots.
+    pub(crate) state: Option<&'a Path>,
+    pub(crate) clock: Clock,
+    /// QEMU's directory; the console is written to `console.log` there.
+    pub(crate) directory: &'a Path,
+}
+
+/// A running machine; killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    child: Child,
+    log: PathBuf,
+    /// The port to the lab host.
+    pub(crate) port: BufReader<UnixStream>,
+    monitor: Option<UnixStream>,
+}
+
+/// All that decides whether a saved state fits: QEMU's version and the command
+/// line.
+pub(crate) fn fingerprint() -> Result<String> {
+    let version = output(clean(QEMU).arg("--version"))?;
+    let arguments = arguments(
+        &Parts {
+            kernel: Path::new("k"),
+            initrd: Path::new("i"),
+            disk: Path::new("d"),
+            second: Path::new("s"),
+            state: None,
+            clock: Clock::Wall,
+            directory: Path::new("."),
+        },
+        0,
+        0,
+    );
+    Ok(format!("{version}\n{}", arguments.join("\n")))
+}
+
+fn arguments(parts: &Parts, port: i32, monitor: i32) -> Vec<String> {
+    let (accel, cpus) = match parts.clock {
+        Clock::Wall => ("tcg,thread=multi,tb-size=1024", "2"),
+        Clock::Instructions => ("tcg,thread=single,tb-size=1024", "1"),
+    };
+    let memory = MEMORY_MIB.to_string();
+    let drive = |path: &Path, format: &str| {
+        // A comma in a value of QEMU's is written twice.
+        let path = path.display().to_string().replace(',', ",,");
+        format!("file={path},format={format},if=virtio,cache=unsafe")
+    };
+    let mut arguments: Vec<String> = ["-M", "q35", "-accel", accel, "-cpu", "max", "-smp", cpus]
+        .into_iter()
+        .chain(["-m", &memory, "-nodefaults", "-display", "none"])
+        .chain(["-no-reboot", "-append", KERNEL_ARGUMENTS])
+        .chain(["-netdev", "user,id=n,restrict=on"])
+        .chain(["-device", "virtio-net-pci,netdev=n"])
+        .chain(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
+        .chain(["-device", "virtserialport,chardev=port,name=bulkhead.lab"])
+        .chain(["-chardev", "file,id=console,path=console.log"])
+        .chain(["-serial", "chardev:console"])
+        .chain(["-mon", "chardev=monitor,mode=control"])
+        .map(str::to_owned)
+        .collect();
+    arguments.extend([
+        "-kernel".to_owned(),
+        parts.kernel.display().to_string(),
+        "-initrd".to_owned(),
+        parts.initrd.display().to_string(),
+        "-drive".to_owned(),
+        drive(parts.disk, "qcow2"),
+        "-drive".to_owned(),
+        drive(parts.second, "raw") + ",readonly=on",
+        "-chardev".to_owned(),
+        format!("socket,id=port,fd={port}"),
+        "-chardev".to_owned(),
+        format!("socket,id=monitor,fd={monitor}"),
+    ]);
+    if parts.clock == Clock::Instructions {
+        arguments.extend(["-icount".to_owned(), "shift=0,sleep=off".to_owned()]);
+    }
+    arguments
+}
+
+impl Machine {
+    /// Starts it: booting, or going on where it was saved.
+    pub(crate) fn start(parts: &Parts) -> Result<Machine> {
+        let (port, port_theirs) = inherited_pair()?;
+        let (monitor, monitor_theirs) = inherited_pair()?;
+        let mut arguments = arguments(parts, port_theirs.as_raw_fd(), monitor_theirs.as_raw_fd());
+        if let Some(state) = parts.state {
+            // The shell that QEMU starts gets the path as it is: no quoting.
+            let link = parts.directory.join("state");
+            std::os::unix::fs::symlink(state, link)?;
+            arguments.extend(["-incoming".to_owned(), "exec:cat state".to_owned()]);
+        }
+        let log = parts.directory.join("qemu.log");
+        let log_file = fs::File::create(&log)?;
+        // QEMU must not outlive us, however we end.
+        let child = clean("setpriv")
+            .args(["--pdeathsig", "KILL", QEMU])
+            .args(arguments)
+            .current_dir(parts.directory)
+            .stdout(log_file.try_clone()?)
+            .stderr(log_file)
+            .spawn()
+            .context("Cannot start QEMU")?;
+        Ok(Machine {
+            child,
+            log,
+            port: BufReader::new(port),
+            monitor: Some(monitor),
+        })
+    }
+
+    /// QEMU's monitor; it can be had once.
+    pub(crate) fn monitor(&mut self) -> Result<super::qmp::Monitor> {
+        super::qmp::Monitor::new(self.monitor.take().context("The monitor is in use")?)
+    }
+
+    /// Waits until the lab host listens on its port.
+    pub(crate) fn ready(&mut self, timeout: Duration) -> Result<()> {
+        self.port.get_ref().set_read_timeout(Some(timeout))?;
+        let mut line = String::new();
+        let got = self.port.read_line(&mut line);
+        self.port.get_ref().set_read_timeout(None)?;
+        match got {
+            Ok(_) if line == "ready\n" => Ok(()),
+            Ok(0) => bail!("QEMU ended: {}", self.said()),
+            Ok(_) => bail!("The lab host says {line:?}"),
+            Err(error) => Err(error).with_context(|| {
+                format!(
+                    "The lab host does not answer within {} s: {}",
+                    timeout.as_secs(),
+                    self.said()
+                )
+            }),
+        }
+    }
+
+    /// Lets the lab host start `program` of the second disk.
+    pub(crate) fn go(&mut self, program: &str) -> Result<()> {
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+        // An empty line first: a restored port may lose what it had half read.
+        self.port
+            .get_mut()
+            .write_all(format!("\n{program} {seconds}\n").as_bytes())
+            .with_context(|| format!("QEMU ended: {}", self.said()))
+    }
+
+    /// Waits for QEMU to end by itself.
+    pub(crate) fn wait(&mut self) -> Result<()> {
+        self.child.wait().map(drop).context("Cannot wait for QEMU")
+    }
+
+    /// What QEMU and the lab host's kernel wrote last.
+    pub(crate) fn said(&self) -> String {
+        let console = self.log.with_file_name("console.log");
+        let [log, console] = [&self.log, &console].map(|path| {
+            let text = fs::read(path).unwrap_or_default();
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        let lines: Vec<&str> = log.lines().chain(console.lines()).collect();
+        lines[lines.len().saturating_sub(12)..].join("\n")
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Both fail only if QEMU has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A socket pair whose second end is inherited by programs that we start.
+fn inherited_pair() -> Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let theirs = OwnedFd::from(theirs);
+    fcntl_setfd(&theirs, FdFlags::empty())?;
+    Ok((ours, theirs))
+}
+
+/// Makes the qcow2 file `out`, which holds the differences to `base`.
+pub(crate) fn overlay(base: &Path, out: &Path) -> Result<()> {
+    let mut command: Command = clean("qemu-img");
+    command
+        .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+        .arg(base)
+        .arg(out);
+    output(&mut command).map(drop)
+}

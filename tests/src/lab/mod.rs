@@ -1,0 +1,37 @@
+//! A machine with a real KVM where there is none.
+//!
+//! Owns the *lab host*: a Debian system in a QEMU machine whose processor, with
+//! SVM and nested paging, is emulated. Bulkhead runs in it exactly as on
+//! hardware, and never knows.
+//!
+//! ```text
+//! debootstrap ─► root.qcow2 ─► booted once, images imported ─► state + disk.qcow2   (cache)
+//!                                                                   │ restored for each call
+//! binaries ─► mke2fs -d ─► second disk ────────────────────────► Session ─► jobs
+//! ```
+//!
+//! Promises:
+//! - A [`Session`] begins as every other one does, and leaves nothing behind.
+//! - Nothing in the cache is used without its hash having been compared.
+//! - The output of a job arrives byte for byte, with its exit code.
+//!
+//! Never changes the building machine's system: packages are the caller's
+//! matter ([`packages`]), everything made here lies below the cache directory.
+
+pub mod cache;
+mod command;
+mod disk;
+mod image;
+mod machine;
+pub mod packages;
+pub mod protocol;
+mod qmp;
+mod root;
+mod saved;
+mod session;
+mod terminal;
+
+pub use disk::Contents;
+pub use image::{Image, images};
+pub use machine::Clock;
+pub use session::{Exit, Job, Output, Session};

@@ -1,0 +1,343 @@
+//! One run of the lab host, and the jobs in it.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use bulkhead_guest_kernel::Progress;
+use nix::sys::signal::{SigSet, Signal};
+
+use super::cache::Cache;
+use super::disk::Contents;
+use super::image::Image;
+use super::machine::{self, Clock, Machine, Parts};
+use super::protocol::{Frame, Request};
+use super::{root, saved, terminal};
+
+/// Longest time for a restored lab host to answer; a busy machine is slow.
+const RESTORE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Longest time for a boot.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
+/// What a job may take beyond its deadline until the lab host is given up.
+const KILL_GRACE: Duration = Duration::from_secs(20);
+
+/// Gets what a job writes.
+type Take<'a> = dyn FnMut(&Frame) -> io::Result<()> + 'a;
+
+/// A lab host that runs. It ends, and is forgotten, when dropped.
+#[derive(Debug)]
+pub struct Session {
+    machine: Machine,
+    directory: Directory,
+}
+
+/// A job to run.
+#[derive(Clone, Debug)]
+pub struct Job {
+    request: Request,
+    deadline: Option<Duration>,
+}
+
+/// How a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// With this code; 128 and more for a signal, as shells say it.
+    Code(u8),
+    /// It was killed at its deadline.
+    Deadline,
+}
+
+/// What a job wrote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// How it ended.
+    pub exit: Exit,
+    /// Its standard output.
+    pub stdout: Vec<u8>,
+    /// Its standard error.
+    pub stderr: Vec<u8>,
+}
+
+impl Job {
+    /// A program and its arguments.
+    #[must_use]
+    pub fn new(argv: impl IntoIterator<Item = impl Into<String>>) -> Job {
+        Job {
+            request: Request {
+                argv: argv.into_iter().map(Into::into).collect(),
+                ..Request::default()
+            },
+            deadline: None,
+        }
+    }
+
+    /// A variable in its environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Job {
+        self.request.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// It is killed when it takes longer.
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Job {
+        self.deadline = Some(deadline);
+        self
+    }
+}
+
+impl Session {
+    /// Starts a lab host that has `images`, with `contents` on its second disk:
+    /// restored from its saved state, or booted for [`Clock::Instructions`].
+    ///
+    /// # Errors
+    ///
+    /// The lab host cannot be made, or does not come up.
+    pub fn start(
+        cache: &Cache,
+        images: &[Image],
+        contents: &Contents,
+        clock: Clock,
+        progress: &dyn Progress,
+    ) -> Result<Session> {
+        let root = root::ensure(cache, progress)?;
+        let state = saved::ensure(cache, &root, images, progress)?;
+        let directory = Directory::new(&cache.path().join("lab-sessions"))?;
+        progress.step("Packing what the lab host gets");
+        let second = directory.path.path().join("second.img");
+        contents.write(&second)?;
+        let disk = directory.path.path().join("disk.qcow2");
+        machine::overlay(&state.file(saved::DISK), &disk)?;
+        let [kernel, initrd, _] = root::paths(&root);
+        let saved = state.file(saved::STATE);
+        let mut machine = Machine::start(&Parts {
+            kernel: &kernel,
+            initrd: &initrd,
+            disk: &disk,
+            second: &second,
+            state: (clock == Clock::Wall).then_some(saved.as_path()),
+            clock,
+            directory: directory.path.path(),
+        })?;
+        match clock {
+            Clock::Wall => progress.step("Restoring the lab host"),
+            Clock::Instructions => {
+                progress.step("Booting the lab host");
+                machine.ready(BOOT_TIMEOUT)?;
+            }
+        }
+        machine.go("labd")?;
+        let mut session = Session { machine, directory };
+        // The first job proves that the lab host answers.
+        let answer = session
+            .wait_without_input(&Job::new(["true"]).deadline(RESTORE_TIMEOUT), &mut |_| {
+                Ok(())
+            })
+            .with_context(|| format!("The lab host does not answer: {}", session.machine.said()))?;
+        if answer != Exit::Code(0) {
+            bail!("The lab host cannot run a program: {answer:?}");
+        }
+        Ok(session)
+    }
+
+    /// The lab host's console, as it is now.
+    #[must_use]
+    pub fn console(&self) -> PathBuf {
+        self.directory.path.path().join("console.log")
+    }
+
+    /// Runs a job with its output to ours, its input from ours: on a terminal
+    /// of its own if ours is one and `interactive` says so.
+    ///
+    /// # Errors
+    ///
+    /// The lab host is lost.
+    pub fn run(&mut self, mut job: Job, interactive: bool) -> Result<Exit> {
+        let size = terminal::size().filter(|_| interactive);
+        job.request.terminal = size;
+        if let (Some(_), Ok(term)) = (size, std::env::var("TERM")) {
+            job = job.env("TERM", &term);
+        }
+        let raw = size.map(|_| terminal::Raw::new()).transpose()?;
+        Frame::Run(job.request.clone()).write(self.machine.port.get_mut())?;
+        let input = Input::start(self.machine.port.get_ref(), size.is_some())?;
+        let exit = self.wait(
+            &mut |frame| match frame {
+                Frame::Stdout(bytes) => {
+                    let mut stdout = io::stdout().lock();
+                    stdout.write_all(bytes).and_then(|()| stdout.flush())
+                }
+                Frame::Stderr(bytes) => io::stderr().write_all(bytes),
+                _ => Ok(()),
+            },
+            job.deadline,
+        );
+        input.stop();
+        drop(raw);
+        exit
+    }
+
+    /// Runs a job without input, and collects what it writes.
+    ///
+    /// # Errors
+    ///
+    /// The lab host is lost.
+    pub fn output(&mut self, job: &Job) -> Result<Output> {
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let exit = self.wait_without_input(job, &mut |frame| {
+            match frame {
+                Frame::Stdout(bytes) => stdout.extend(bytes),
+                Frame::Stderr(bytes) => stderr.extend(bytes),
+                _ => {}
+            }
+            Ok(())
+        })?;
+        Ok(Output {
+            exit,
+            stdout,
+            stderr,
+        })
+    }
+
+    /// Runs a job whose standard input is at its end.
+    fn wait_without_input(&mut self, job: &Job, take: &mut Take<'_>) -> Result<Exit> {
+        let port = self.machine.port.get_mut();
+        Frame::Run(job.request.clone()).write(port)?;
+        Frame::Stdin(Vec::new()).write(port)?;
+        self.wait(take, job.deadline)
+    }
+
+    /// Takes the frames of the job that runs until it has ended.
+    fn wait(&mut self, take: &mut Take<'_>, deadline: Option<Duration>) -> Result<Exit> {
+        let mut deadline = deadline.map(|limit| Instant::now() + limit);
+        let mut killed = false;
+        loop {
+            let timeout = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            match self.frame(timeout)? {
+                Some(Frame::Exit(_)) if killed => return Ok(Exit::Deadline),
+                Some(Frame::Exit(code)) => return Ok(Exit::Code(code)),
+                // Our own output may be closed; the job goes on to its end.
+                Some(frame) => drop(take(&frame)),
+                None if killed => bail!("The lab host hangs: {}", self.machine.said()),
+                None => {
+                    Frame::Kill.write(self.machine.port.get_mut())?;
+                    killed = true;
+                    deadline = Some(Instant::now() + KILL_GRACE);
+                }
+            }
+        }
+    }
+
+    /// The next frame; none if `timeout` passes first.
+    fn frame(&mut self, timeout: Option<Duration>) -> Result<Option<Frame>> {
+        let port = &mut self.machine.port;
+        if port.buffer().is_empty() {
+            // Zero would mean no limit.
+            let timeout = timeout.map(|limit| limit.max(Duration::from_millis(1)));
+            port.get_ref().set_read_timeout(timeout)?;
+            let waited = io::BufRead::fill_buf(port).map(<[u8]>::len);
+            port.get_ref().set_read_timeout(None)?;
+            match waited {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    ) =>
+                {
+                    return Ok(None);
+                }
+                other => drop(other.context("Cannot read from the lab host")?),
+            }
+        }
+        match Frame::read(port).context("The lab host sends no frame")? {
+            Some(frame) => Ok(Some(frame)),
+            None => bail!("The lab host ended: {}", self.machine.said()),
+        }
+    }
+}
+
+/// The directory of a session, removed with it.
+#[derive(Debug)]
+struct Directory {
+    path: tempfile::TempDir,
+    /// Locked while the session lives: a directory whose lock is free was left
+    /// by a process that was killed.
+    _lock: File,
+}
+
+impl Directory {
+    /// Makes one in `folder`, and removes what killed processes left there.
+    fn new(folder: &Path) -> Result<Directory> {
+        fs::create_dir_all(folder).with_context(|| format!("Cannot make {}", folder.display()))?;
+        let all = File::create(folder.join("lock"))?;
+        all.lock().context("Cannot lock the sessions")?;
+        for entry in fs::read_dir(folder)? {
+            let path = entry?.path();
+            let left = File::open(path.join("lock")).is_ok_and(|lock| lock.try_lock().is_ok());
+            if left {
+                fs::remove_dir_all(&path)
+                    .with_context(|| format!("Cannot remove {}", path.display()))?;
+            }
+        }
+        let path = tempfile::Builder::new()
+            .prefix("session-")
+            .tempdir_in(folder)?;
+        let lock = File::create(path.path().join("lock"))?;
+        lock.lock()?;
+        Ok(Directory { path, _lock: lock })
+    }
+}
+
+/// Hands our input, and changes of the terminal's size, to the job.
+struct Input {
+    port: Arc<Mutex<Option<UnixStream>>>,
+}
+
+impl Input {
+    fn start(port: &UnixStream, terminal: bool) -> Result<Input> {
+        let port = Arc::new(Mutex::new(Some(port.try_clone()?)));
+        let send = |port: &Mutex<Option<UnixStream>>, frame: &Frame| -> bool {
+            let mut port = port.lock().unwrap_or_else(PoisonError::into_inner);
+            port.as_mut().is_some_and(|port| frame.write(port).is_ok())
+        };
+        if terminal {
+            let mut signals = SigSet::empty();
+            signals.add(Signal::SIGWINCH);
+            signals.thread_block()?;
+            let port = Arc::clone(&port);
+            thread::spawn(move || {
+                while signals.wait().is_ok() {
+                    if let Some(size) = terminal::size()
+                        && !send(&port, &Frame::Resize(size))
+                    {
+                        break;
+                    }
+                }
+            });
+        }
+        let to = Arc::clone(&port);
+        // This thread ends with the process: a read of a terminal cannot be
+        // called off.
+        thread::spawn(move || {
+            let mut stdin = io::stdin().lock();
+            let mut buffer = vec![0; 64 << 10];
+            loop {
+                let n = stdin.read(&mut buffer).unwrap_or(0);
+                if !send(&to, &Frame::Stdin(buffer[..n].to_vec())) || n == 0 {
+                    break;
+                }
+            }
+        });
+        Ok(Input { port })
+    }
+
+    /// Nothing is sent from here on.
+    fn stop(self) {
+        *self.port.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}

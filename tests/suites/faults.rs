@@ -1,0 +1,233 @@
+//! Whatever breaks: one sentence with the cause, an exit code that is not 0, and
+//! nothing left behind.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use bulkhead_tests::{BUSYBOX, Command, LeakCheck, Outcome, Running};
+
+/// A container that runs until something happens to it.
+fn endless() -> Running {
+    let run = Command::bulkhead([
+        "run",
+        "--rm",
+        BUSYBOX,
+        "--",
+        "sh",
+        "-c",
+        "echo ready; while :; do sleep 1; done",
+    ])
+    .start();
+    run.wait_for_output("ready");
+    run
+}
+
+fn kill_all(pattern: &str) {
+    Command::new("pkill", ["-KILL", "-f", pattern])
+        .run()
+        .success();
+}
+
+/// A failure that a person can read: one line that names the cause.
+#[track_caller]
+fn assert_said(outcome: &Outcome, cause: &str) {
+    assert!(outcome.code != 0, "{outcome}");
+    assert!(outcome.stderr.contains(cause), "{outcome}");
+    assert!(!outcome.stderr.contains("panicked"), "{outcome}");
+    assert!(outcome.stderr.lines().count() <= 6, "{outcome}");
+}
+
+fn run_true() -> Outcome {
+    Command::bulkhead(["run", "--rm", BUSYBOX, "--", "true"]).run()
+}
+
+/// Puts a file aside; it is back when this is dropped.
+struct Aside(PathBuf);
+
+impl Aside {
+    fn put(path: impl Into<PathBuf>) -> Aside {
+        let path = path.into();
+        fs::rename(&path, path.with_extension("aside")).unwrap();
+        Aside(path)
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        fs::rename(self.0.with_extension("aside"), &self.0).unwrap();
+    }
+}
+
+/// A tmpfs of one MiB, full but for a few pages; unmounted when dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(path: &str) -> SmallDisk {
+        fs::create_dir_all(path).unwrap();
+        Command::new(
+            "mount",
+            ["-t", "tmpfs", "-o", "size=1M,mode=0700", "small", path],
+        )
+        .run()
+        .success();
+        SmallDisk(path.into())
+    }
+
+    fn fill(&self) {
+        let mut file = File::create(self.0.join("fill")).unwrap();
+        while file.write_all(&[0; 4096]).is_ok() {}
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        Command::new("umount", ["-l", self.0.to_str().unwrap()])
+            .run()
+            .success();
+    }
+}
+
+#[test]
+fn a_killed_vmm_ends_the_container_f22() {
+    let leaks = LeakCheck::start();
+    let run = endless();
+    kill_all("bulkhead-vmm");
+    let outcome = run.wait();
+    assert_eq!(outcome.code, 137, "{outcome}");
+    assert_said(&outcome, "virtual machine");
+    leaks.finish();
+}
+
+#[test]
+fn a_killed_shim_takes_the_machine_with_it_f1() {
+    let leaks = LeakCheck::start();
+    let run = endless();
+    kill_all("containerd-shim-bulkhead-v2");
+    assert_said(&run.wait(), "shim");
+    leaks.finish();
+}
+
+#[test]
+fn a_panic_of_the_guest_is_reported_with_its_message_f53() {
+    let leaks = LeakCheck::start();
+    let bundle = tempfile::tempdir().unwrap();
+    privileged_bundle(
+        bundle.path(),
+        "echo 2 > /proc/sys/vm/panic_on_oom; x=$(head -c 2000000000 /dev/zero | tr '\\0' x)",
+    );
+    let outcome =
+        Command::bulkhead(["run", "--rm", "--bundle", bundle.path().to_str().unwrap()]).run();
+    assert_eq!(outcome.code, 255, "{outcome}");
+    assert_said(&outcome, "panic");
+    leaks.finish();
+}
+
+#[test]
+fn a_missing_kernel_is_named_f32() {
+    let leaks = LeakCheck::start();
+    let aside = Aside::put("/usr/share/bulkhead/vmlinux");
+    assert_said(&run_true(), "/usr/share/bulkhead/vmlinux");
+    drop(aside);
+    run_true().success();
+    leaks.finish();
+}
+
+#[test]
+fn a_kernel_with_another_hash_is_refused_f32() {
+    let leaks = LeakCheck::start();
+    let path = Path::new("/usr/share/bulkhead/vmlinux");
+    let before = fs::read(path).unwrap();
+    OpenOptions::new()
+        .append(true)
+        .open(path)
+        .unwrap()
+        .write_all(b"x")
+        .unwrap();
+    let outcome = run_true();
+    fs::write(path, before).unwrap();
+    assert_said(&outcome, "/usr/share/bulkhead/vmlinux");
+    run_true().success();
+    leaks.finish();
+}
+
+#[test]
+fn a_host_without_kvm_is_told_what_to_do_f29() {
+    let leaks = LeakCheck::start();
+    let aside = Aside::put("/dev/kvm");
+    let outcome = run_true();
+    let check = Command::bulkhead(["check"]).run();
+    drop(aside);
+    assert_said(&outcome, "/dev/kvm");
+    assert!(check.code != 0, "{check}");
+    assert!(
+        check.stdout.contains("/dev/kvm") || check.stderr.contains("/dev/kvm"),
+        "{check}"
+    );
+    leaks.finish();
+}
+
+#[test]
+fn a_full_run_directory_fails_the_start_f8() {
+    let leaks = LeakCheck::start();
+    let disk = SmallDisk::mount("/run/bulkhead");
+    disk.fill();
+    assert_said(&run_true(), "No space left");
+    drop(disk);
+    run_true().success();
+    leaks.finish();
+}
+
+#[test]
+fn a_full_disk_is_an_error_in_the_guest_and_no_more_f10() {
+    let leaks = LeakCheck::start();
+    let disk = SmallDisk::mount("/mnt/small");
+    let out = Command::bulkhead([
+        "run", "--rm", "-v", "/mnt/small:/data", BUSYBOX, "--", "sh", "-c",
+        "dd if=/dev/zero of=/data/f bs=4k count=1000; echo $?; rm /data/f; echo fits > /data/f; cat /data/f",
+    ])
+    .run();
+    assert!(out.stderr.contains("No space left"), "{out}");
+    assert_eq!(out.success(), "1\nfits\n");
+    drop(disk);
+    leaks.finish();
+}
+
+/// A bundle of the busybox image whose first process may do everything.
+fn privileged_bundle(dir: &Path, script: &str) {
+    let rootfs = dir.join("rootfs");
+    fs::create_dir(&rootfs).unwrap();
+    let blobs = Path::new(BUSYBOX).join("blobs/sha256");
+    let layer = fs::read_dir(&blobs)
+        .unwrap()
+        .flatten()
+        .max_by_key(|blob| blob.metadata().unwrap().len())
+        .unwrap();
+    Command::new(
+        "tar",
+        [
+            "-C",
+            rootfs.to_str().unwrap(),
+            "-xf",
+            layer.path().to_str().unwrap(),
+        ],
+    )
+    .run()
+    .success();
+    let every: Vec<&str> = vec!["CAP_SYS_ADMIN", "CAP_SYS_RESOURCE", "CAP_DAC_OVERRIDE"];
+    let config = serde_json::json!({
+        "ociVersion": "1.2.0",
+        "process": {
+            "args": ["sh", "-c", script], "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0},
+            "capabilities": {"bounding": every, "effective": every, "permitted": every},
+        },
+        "root": {"path": "rootfs"},
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}]},
+    });
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+}

@@ -1,0 +1,238 @@
+//! `bulkhead run`, `exec`, `kill` and `rm`, as people and scripts use them.
+
+use bulkhead_tests::{BUSYBOX, Command, DEBIAN, LeakCheck, Outcome, Terminal};
+
+/// Runs a shell line in a fresh busybox container.
+fn sh(line: &str) -> Outcome {
+    Command::bulkhead(["run", "--rm", BUSYBOX, "--", "sh", "-c", line]).run()
+}
+
+/// Runs a shell line in a fresh container of the Debian image.
+fn debian(line: &str) -> Outcome {
+    Command::bulkhead([
+        "run", "--rm", "--memory", "512M", DEBIAN, "--", "sh", "-c", line,
+    ])
+    .run()
+}
+
+#[test]
+fn every_container_has_a_kernel_of_its_own() {
+    let leaks = LeakCheck::start();
+    let host = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let first = sh("uname -r; cat /proc/sys/kernel/random/boot_id").success();
+    let second = sh("uname -r; cat /proc/sys/kernel/random/boot_id").success();
+    assert!(first.starts_with("6.12."), "{first}");
+    assert_ne!(first, second);
+    assert!(!first.contains(host.trim()) && !second.contains(host.trim()));
+    leaks.finish();
+}
+
+#[test]
+fn the_exit_code_of_the_command_is_ours() {
+    let leaks = LeakCheck::start();
+    for code in [0, 1, 42] {
+        assert_eq!(sh(&format!("exit {code}")).code, code);
+    }
+    assert_eq!(sh("kill -9 $$").code, 137);
+    leaks.finish();
+}
+
+#[test]
+fn a_missing_command_gives_127_and_a_file_that_cannot_be_executed_126() {
+    let leaks = LeakCheck::start();
+    let missing = Command::bulkhead(["run", "--rm", BUSYBOX, "--", "no-such-command"]).run();
+    assert_eq!(missing.code, 127, "{missing}");
+    assert!(missing.stderr.contains("no-such-command"), "{missing}");
+    assert!(missing.stderr.contains("not found"), "{missing}");
+    let forbidden = Command::bulkhead(["run", "--rm", BUSYBOX, "--", "/etc/passwd"]).run();
+    assert_eq!(forbidden.code, 126, "{forbidden}");
+    assert!(
+        forbidden.stderr.contains("permission denied"),
+        "{forbidden}"
+    );
+    leaks.finish();
+}
+
+#[test]
+fn stdout_and_stderr_stay_apart() {
+    let out = sh("echo out; echo err >&2");
+    assert_eq!(out.stdout, "out\n");
+    assert_eq!(out.stderr, "err\n");
+}
+
+#[test]
+fn environment_directory_and_user_are_as_asked() {
+    let out = Command::bulkhead([
+        "run",
+        "--rm",
+        "-e",
+        "COLOUR=blue",
+        "-w",
+        "/tmp",
+        "-u",
+        "1000:1001",
+        BUSYBOX,
+        "--",
+        "sh",
+        "-c",
+        "echo $COLOUR $PWD $(id -u) $(id -g)",
+    ])
+    .run();
+    assert_eq!(out.success(), "blue /tmp 1000 1001\n");
+}
+
+#[test]
+fn memory_and_processors_are_as_asked() {
+    let out = Command::bulkhead([
+        "run",
+        "--rm",
+        "--cpus",
+        "2",
+        "--memory",
+        "300M",
+        BUSYBOX,
+        "--",
+        "sh",
+        "-c",
+        "nproc; cat /sys/fs/cgroup/memory.max",
+    ])
+    .run()
+    .success();
+    assert_eq!(out, format!("2\n{}\n", 300 << 20));
+}
+
+#[test]
+fn a_container_is_confined_as_runc_would_confine_it() {
+    let out = sh("grep -E '^(CapEff|Seccomp|NoNewPrivs):' /proc/self/status; cat /proc/1/comm; \
+                  cat /proc/kcore; mount -t tmpfs none /mnt; echo mount $?; echo x > /proc/sysrq-trigger; echo trigger $?")
+    .success();
+    assert!(out.contains("CapEff:\t00000000a80425fb"), "{out}");
+    assert!(out.contains("Seccomp:\t2"), "{out}");
+    assert!(
+        out.contains("mount 1") || out.contains("mount 255") || out.contains("mount 32"),
+        "{out}"
+    );
+    assert!(!out.contains("trigger 0"), "{out}");
+}
+
+#[test]
+fn sixty_four_mebibytes_pass_in_and_out_unchanged() {
+    let leaks = LeakCheck::start();
+    let dir = tempfile::tempdir().unwrap();
+    let (input, output) = (dir.path().join("in"), dir.path().join("out"));
+    Command::new(
+        "sh",
+        [
+            "-c",
+            &format!("head -c 67108864 /dev/urandom > {}", input.display()),
+        ],
+    )
+    .run()
+    .success();
+    let run = Command::bulkhead(["run", "--rm", "-i", BUSYBOX, "--", "cat"])
+        .stdin_from(&input)
+        .stdout_to(&output)
+        .run();
+    assert_eq!(run.code, 0, "{run}");
+    assert!(
+        Command::new("cmp", [&input, &output]).run().code == 0,
+        "what came out differs"
+    );
+    leaks.finish();
+}
+
+#[test]
+fn output_of_a_command_that_exits_at_once_is_complete() {
+    for _ in 0..5 {
+        assert_eq!(
+            sh("head -c 1000000 /dev/zero | tr '\\0' x").success().len(),
+            1_000_000
+        );
+    }
+}
+
+#[test]
+fn a_shell_on_a_terminal_is_interactive_and_follows_its_size() {
+    let leaks = LeakCheck::start();
+    let mut terminal = Terminal::open(
+        100,
+        30,
+        &Command::bulkhead(["run", "--rm", "-t", "-i", BUSYBOX, "--", "sh"]),
+    );
+    terminal.expect("# ");
+    terminal.send("stty size\n");
+    terminal.expect("30 100");
+    terminal.resize(120, 40);
+    terminal.send("sleep 1; stty size\n");
+    terminal.expect("40 120");
+    terminal.send("tty; exit 7\n");
+    terminal.expect("/dev/pts/0");
+    assert_eq!(terminal.wait(), 7);
+    leaks.finish();
+}
+
+#[test]
+fn python_runs() {
+    assert_eq!(debian("python3 -c 'print(sum(range(10)), __import__(\"hashlib\").sha256(b\"x\").hexdigest()[:8])'").success(), "45 2d711642\n");
+}
+
+#[test]
+fn the_package_manager_runs() {
+    assert!(debian("apt-get --version").success().starts_with("apt "));
+}
+
+#[test]
+fn a_c_compiler_builds_a_program_that_runs() {
+    let out = debian(
+        "cd /tmp && printf '#include <stdio.h>\\nint main(){puts(\"compiled\");return 3;}\\n' > a.c && cc a.c -o a && ./a; echo $?",
+    );
+    assert_eq!(out.success(), "compiled\n3\n");
+}
+
+#[test]
+fn redis_answers_a_client_in_the_same_container() {
+    let leaks = LeakCheck::start();
+    let server = Command::bulkhead([
+        "run",
+        "--rm",
+        "--name",
+        "redis",
+        "--memory",
+        "512M",
+        DEBIAN,
+        "--",
+        "redis-server",
+    ])
+    .start();
+    server.wait_for_output("Ready to accept connections");
+    let cli = |args: &[&str]| {
+        let mut all = vec!["exec", "redis", "redis-cli"];
+        all.extend(args);
+        Command::bulkhead(all).run().success()
+    };
+    assert_eq!(cli(&["set", "answer", "42"]), "OK\n");
+    assert_eq!(cli(&["get", "answer"]), "42\n");
+    Command::bulkhead(["kill", "redis", "TERM"]).run().success();
+    assert_eq!(server.wait().code, 0);
+    leaks.finish();
+}
+
+#[test]
+fn a_signal_to_the_launcher_reaches_the_command() {
+    let leaks = LeakCheck::start();
+    let run = Command::bulkhead([
+        "run",
+        "--rm",
+        BUSYBOX,
+        "--",
+        "sh",
+        "-c",
+        "trap 'echo caught; exit 9' TERM; echo ready; while :; do sleep 0.1; done",
+    ])
+    .start();
+    run.wait_for_output("ready");
+    run.signal(libc::SIGTERM);
+    let out = run.wait();
+    assert_eq!((out.code, out.stdout.as_str()), (9, "ready\ncaught\n"));
+    leaks.finish();
+}

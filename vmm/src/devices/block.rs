@@ -1,0 +1,391 @@
+//! A raw disk (virtio 1.2, 5.2): read, write, flush and get-id.
+//!
+//! Each disk has a thread of its own, since its file may block. The size is taken
+//! once, at the start; what lies beyond is refused, whatever the sector number.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::unwrap_used,
+        clippy::expect_used
+    )
+)]
+
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::fs::FileExt,
+    sync::Arc,
+};
+
+use virtio_queue::{DescriptorChain, Reader, Writer};
+use vm_memory::GuestMemoryMmap;
+
+use super::{
+    Device, Io, Worker,
+    queue::{Chain, Ring},
+};
+use crate::event_loop::{EventFlags, EventLoop, Handler, Watch, event_fd};
+
+const SECTOR: u64 = 512;
+/// Bytes copied at once.
+const PART: usize = 64 << 10;
+const QUEUE_SIZE: u16 = 256;
+
+/// Feature bits (5.2.3).
+const SEG_MAX: u64 = 1 << 2;
+const READ_ONLY: u64 = 1 << 5;
+const FLUSH: u64 = 1 << 9;
+
+/// Request types and answers (5.2.6).
+mod request {
+    pub(super) const IN: u32 = 0;
+    pub(super) const OUT: u32 = 1;
+    pub(super) const FLUSH: u32 = 4;
+    pub(super) const GET_ID: u32 = 8;
+}
+mod answer {
+    pub(super) const OK: u8 = 0;
+    pub(super) const IO_ERROR: u8 = 1;
+    pub(super) const UNSUPPORTED: u8 = 2;
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Block {
+    events: Arc<EventLoop>,
+    disk: Arc<Disk>,
+    config: [u8; 16],
+}
+
+#[derive(Debug)]
+struct Disk {
+    file: File,
+    /// Bytes, whole sectors only.
+    size: u64,
+    read_only: bool,
+    /// What get-id answers.
+    name: String,
+}
+
+/// Whether the guest may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Writes are refused.
+    ReadOnly,
+    /// Writes reach the file.
+    ReadWrite,
+}
+
+impl Block {
+    /// A disk with the content of `file`, served by `events`, which nothing else
+    /// should share. `name` is cut to 20 bytes.
+    pub fn new(
+        events: Arc<EventLoop>,
+        mut file: File,
+        access: Access,
+        name: String,
+    ) -> io::Result<Block> {
+        let sectors = file.seek(SeekFrom::End(0))? / SECTOR;
+        let mut config = [0; 16];
+        let (capacity, rest) = config.split_at_mut(8);
+        capacity.copy_from_slice(&sectors.to_le_bytes());
+        // seg_max follows size_max: the queue without header and status.
+        let segments = u32::from(QUEUE_SIZE).saturating_sub(2);
+        rest.split_at_mut(4)
+            .1
+            .copy_from_slice(&segments.to_le_bytes());
+        let disk = Arc::new(Disk {
+            file,
+            size: sectors.saturating_mul(SECTOR),
+            read_only: access == Access::ReadOnly,
+            name,
+        });
+        Ok(Block {
+            events,
+            disk,
+            config,
+        })
+    }
+}
+
+impl Device for Block {
+    fn id(&self) -> u32 {
+        2
+    }
+
+    fn features(&self) -> u64 {
+        let access = if self.disk.read_only { READ_ONLY } else { 0 };
+        SEG_MAX | FLUSH | access
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, mut io: Io) -> io::Result<Box<dyn Worker>> {
+        let ring = io.take(0);
+        let disk = Arc::clone(&self.disk);
+        let registration = self.events.add(|watch| {
+            if let Some(ring) = &ring {
+                watch.add(event_fd(&ring.notify), 0, EventFlags::IN)?;
+            }
+            Ok(Server {
+                ring,
+                disk,
+                buffer: Vec::new(),
+            })
+        })?;
+        Ok(Box::new(registration))
+    }
+}
+
+struct Server {
+    ring: Option<Ring>,
+    disk: Arc<Disk>,
+    buffer: Vec<u8>,
+}
+
+impl Handler for Server {
+    fn ready(&mut self, _: u32, _: EventFlags, _: &Watch<'_>) -> io::Result<()> {
+        if let Some(ring) = &mut self.ring {
+            ring.notify.read()?;
+            let mem = ring.mem.clone();
+            self.buffer.resize(PART, 0);
+            ring.drain(|chain| Chain::Used(self.disk.serve(chain, &mem, &mut self.buffer)));
+        }
+        Ok(())
+    }
+}
+
+impl Disk {
+    /// Serves one request; returns the number of bytes written to the chain.
+    fn serve(
+        &self,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+        mem: &GuestMemoryMmap,
+        buffer: &mut [u8],
+    ) -> u32 {
+        let (Ok(mut reader), Ok(mut writer)) = (chain.clone().reader(mem), chain.writer(mem))
+        else {
+            return 0;
+        };
+        // The last writable byte takes the answer.
+        let Some(room) = writer.available_bytes().checked_sub(1) else {
+            return 0;
+        };
+        let Ok(mut status) = writer.split_at(room) else {
+            return 0;
+        };
+        let answer = match self.answer(&mut reader, &mut writer, buffer) {
+            Ok(answer) => answer,
+            Err(_) => answer::IO_ERROR,
+        };
+        let written = writer.bytes_written();
+        match status.write_all(&[answer]) {
+            Ok(()) => u32::try_from(written.saturating_add(1)).unwrap_or(u32::MAX),
+            Err(_) => 0,
+        }
+    }
+
+    fn answer(
+        &self,
+        reader: &mut Reader<'_>,
+        writer: &mut Writer<'_>,
+        buffer: &mut [u8],
+    ) -> io::Result<u8> {
+        let kind: u32 = reader.read_obj::<u32>().map_err(io::Error::other)?;
+        let _reserved: u32 = reader.read_obj::<u32>().map_err(io::Error::other)?;
+        let sector: u64 = reader.read_obj::<u64>().map_err(io::Error::other)?;
+        match kind {
+            request::IN => {
+                let mut left = writer.available_bytes();
+                let mut offset = self.offset(sector, left)?;
+                while left > 0 {
+                    let (part, _) = buffer.split_at_mut(left.min(buffer.len()));
+                    self.file.read_exact_at(part, offset)?;
+                    writer.write_all(part)?;
+                    left = left.saturating_sub(part.len());
+                    offset = offset.saturating_add(u64::try_from(part.len()).unwrap_or(0));
+                }
+            }
+            request::OUT if self.read_only => return Ok(answer::IO_ERROR),
+            request::OUT => {
+                let mut left = reader.available_bytes();
+                let mut offset = self.offset(sector, left)?;
+                while left > 0 {
+                    let (part, _) = buffer.split_at_mut(left.min(buffer.len()));
+                    reader.read_exact(part)?;
+                    self.file.write_all_at(part, offset)?;
+                    left = left.saturating_sub(part.len());
+                    offset = offset.saturating_add(u64::try_from(part.len()).unwrap_or(0));
+                }
+            }
+            request::FLUSH => self.file.sync_data()?,
+            request::GET_ID => {
+                let mut id = [0; 20];
+                for (to, from) in id.iter_mut().zip(self.name.bytes()) {
+                    *to = from;
+                }
+                let (id, _) = id.split_at(writer.available_bytes().min(20));
+                writer.write_all(id)?;
+            }
+            _ => return Ok(answer::UNSUPPORTED),
+        }
+        Ok(answer::OK)
+    }
+
+    /// Where `sector` begins in the file, if `length` bytes from there lie in it
+    /// and are whole sectors.
+    fn offset(&self, sector: u64, length: usize) -> io::Result<u64> {
+        let length = u64::try_from(length).map_err(io::Error::other)?;
+        sector
+            .checked_mul(SECTOR)
+            .filter(|offset| {
+                length.is_multiple_of(SECTOR)
+                    && offset
+                        .checked_add(length)
+                        .is_some_and(|end| end <= self.size)
+            })
+            .ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Guest, READ, WRITE};
+    use super::*;
+
+    const HEADER: u64 = 0x1_0000;
+    const DATA: u64 = 0x2_0000;
+    const STATUS: u64 = 0x1_0100;
+
+    fn disk(sectors: u8, read_only: bool) -> Disk {
+        let mut file = tempfile::tempfile().unwrap();
+        for sector in 0..sectors {
+            file.write_all(&[sector; 512]).unwrap();
+        }
+        Disk {
+            file,
+            size: u64::from(sectors) * SECTOR,
+            read_only,
+            name: "bulkhead-0".into(),
+        }
+    }
+
+    fn serve(disk: &Disk, guest: &mut Guest) -> u32 {
+        let mem = guest.mem.clone();
+        let mut buffer = vec![0; PART];
+        guest
+            .ring
+            .drain(|chain| Chain::Used(disk.serve(chain, &mem, &mut buffer)));
+        guest.used().last().unwrap().1
+    }
+
+    /// One request; returns the answer, the used length and the data afterwards.
+    fn request(disk: &Disk, kind: u32, sector: u64, data: (u32, u16)) -> (u8, u32, Vec<u8>) {
+        let mut guest = Guest::new();
+        let header = [
+            kind.to_le_bytes().as_slice(),
+            &[0; 4],
+            &sector.to_le_bytes(),
+        ]
+        .concat();
+        guest.write(HEADER, &header);
+        guest.write(DATA, &[0xee; 4096]);
+        guest.write(STATUS, &[0xaa]);
+        let (length, flags) = data;
+        guest.offer(&[
+            (HEADER, 16, READ),
+            (DATA, length, flags),
+            (STATUS, 1, WRITE),
+        ]);
+        let used = serve(disk, &mut guest);
+        (guest.read(STATUS, 1)[0], used, guest.read(DATA, 4096))
+    }
+
+    #[test]
+    fn sectors_are_read_and_written() {
+        let disk = disk(8, false);
+        let (answer, used, data) = request(&disk, request::IN, 3, (1024, WRITE));
+        assert_eq!((answer, used), (answer::OK, 1025));
+        assert_eq!(data[..1024], [[3; 512], [4; 512]].concat());
+        assert_eq!(request(&disk, request::OUT, 7, (512, READ)).0, answer::OK);
+        assert_eq!(
+            request(&disk, request::IN, 7, (512, WRITE)).2[..512],
+            [0xee; 512]
+        );
+        assert_eq!(request(&disk, request::FLUSH, 0, (0, READ)).0, answer::OK);
+        let (answer, used, data) = request(&disk, request::GET_ID, 0, (20, WRITE));
+        assert_eq!((answer, used), (answer::OK, 21));
+        assert_eq!(&data[..20], b"bulkhead-0\0\0\0\0\0\0\0\0\0\0");
+    }
+
+    #[test]
+    fn a_read_only_disk_refuses_writes() {
+        let disk = disk(8, true);
+        let (answer, used, _) = request(&disk, request::OUT, 0, (512, READ));
+        assert_eq!((answer, used), (answer::IO_ERROR, 1));
+        assert_eq!(
+            request(&disk, request::IN, 0, (512, WRITE)).2[..512],
+            [0; 512]
+        );
+    }
+
+    #[test]
+    fn what_lies_beyond_the_end_is_refused_b52() {
+        let disk = disk(8, false);
+        for sector in [8, 9, u64::MAX, u64::MAX / 512, u64::MAX / 512 + 1, 1 << 55] {
+            for (kind, flags) in [(request::IN, WRITE), (request::OUT, READ)] {
+                let (answer, used, data) = request(&disk, kind, sector, (512, flags));
+                assert_eq!((answer, used), (answer::IO_ERROR, 1), "{sector:#x}");
+                assert_eq!(data, [0xee; 4096]);
+            }
+        }
+        assert_eq!(
+            request(&disk, request::IN, 7, (1024, WRITE)).0,
+            answer::IO_ERROR
+        );
+        assert_eq!(
+            request(&disk, request::IN, 0, (100, WRITE)).0,
+            answer::IO_ERROR
+        );
+        assert_eq!(disk.file.metadata().unwrap().len(), 8 * 512);
+    }
+
+    #[test]
+    fn unknown_requests_are_unsupported() {
+        let disk = disk(1, false);
+        for kind in [2, 3, 11, 13, u32::MAX] {
+            assert_eq!(request(&disk, kind, 0, (512, WRITE)).0, answer::UNSUPPORTED);
+        }
+    }
+
+    #[test]
+    fn a_chain_without_header_or_answer_is_returned_b45() {
+        let disk = disk(8, false);
+        for chain in [
+            &[(HEADER, 16, READ)][..],
+            &[(STATUS, 1, WRITE)],
+            &[(HEADER, 8, READ), (STATUS, 1, WRITE)],
+            &[(STATUS, 1, WRITE), (HEADER, 16, READ)],
+            &[
+                (HEADER, 16, READ),
+                (DATA, u32::MAX, WRITE),
+                (STATUS, 1, WRITE),
+            ],
+            &[(HEADER, 16, READ), (DATA, 512, WRITE), (STATUS, 0, WRITE)],
+        ] {
+            let mut guest = Guest::new();
+            guest.offer(chain);
+            let used = serve(&disk, &mut guest);
+            assert!(used <= 512, "{chain:x?}");
+            assert_eq!(guest.used().len(), 1, "{chain:x?}");
+        }
+    }
+}

@@ -1,0 +1,898 @@
+//! The device against a guest made of rings in ordinary memory, which speaks FUSE
+//! by hand. What needs root is skipped for others.
+
+use std::{
+    fs,
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    Fs,
+    front::{IN_HEADER, OUT_HEADER, opcode::*},
+};
+use crate::{
+    config::Share,
+    devices::{
+        Device, Interrupt, Io, Worker,
+        ring::{NEXT, Ring, WRITE},
+    },
+    event_loop::event_fd,
+    jail,
+};
+
+/// Request and reply buffers.
+const BUFFER: u32 = 0x11_0000;
+const ENTRY: usize = 128;
+
+/// A directory of its own, gone with the test.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new() -> Directory {
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let path = std::env::temp_dir().join(format!(
+            "bulkhead-fs-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+        ));
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        Directory(path)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+struct Guest {
+    mem: GuestMemoryMmap,
+    rings: Vec<Ring>,
+    irq: Arc<EventFd>,
+    worker: Option<Box<dyn Worker>>,
+    device: Fs,
+    dir: Directory,
+    /// As whom requests are sent.
+    uid: u32,
+    gid: u32,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if let Some(worker) = self.worker.take() {
+            worker.stop();
+        }
+    }
+}
+
+impl Guest {
+    fn new() -> Guest {
+        let mut guest = Guest::raw(false);
+        guest.init();
+        guest
+    }
+
+    fn read_only() -> Guest {
+        let mut guest = Guest::raw(true);
+        guest.init();
+        guest
+    }
+
+    /// A guest that can read an existing directory.
+    fn over(dir: &Path) -> Guest {
+        let mut guest = Guest::with(Directory::new(), dir, true);
+        guest.init();
+        guest
+    }
+
+    /// A guest that has not said INIT.
+    fn raw(read_only: bool) -> Guest {
+        let dir = Directory::new();
+        let path = dir.0.clone();
+        Guest::with(dir, &path, read_only)
+    }
+
+    fn with(dir: Directory, shared: &Path, read_only: bool) -> Guest {
+        let share = Share {
+            tag: "test".into(),
+            dir: shared.into(),
+            read_only,
+            queues: 1,
+        };
+        let device = Fs::new(&share, &jail::enter(None).unwrap()).unwrap();
+        let mut guest = Guest {
+            mem: GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x800_0000)]).unwrap(),
+            rings: Vec::new(),
+            irq: Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),
+            worker: None,
+            device,
+            dir,
+            uid: 0,
+            gid: 0,
+        };
+        guest.activate();
+        guest
+    }
+
+    fn activate(&mut self) {
+        self.rings = vec![Ring::new(0x1000, BUFFER), Ring::new(0x400_0000, BUFFER)];
+        self.mem
+            .write_slice(&[0; 0x4000], GuestAddress(0x1000))
+            .unwrap();
+        self.mem
+            .write_slice(&[0; 0x4000], GuestAddress(0x400_0000))
+            .unwrap();
+        let io = Io {
+            mem: self.mem.clone(),
+            queues: self
+                .rings
+                .iter()
+                .map(|ring| Some((ring.queue(), ring.event.try_clone().unwrap())))
+                .collect(),
+            interrupt: Interrupt::new(Arc::clone(&self.irq)),
+            features: 0,
+        };
+        self.worker = Some(self.device.activate(io).unwrap());
+    }
+
+    fn init(&mut self) {
+        let mut body = Vec::new();
+        // Version 7.38, all flags but those of newer kernels.
+        for word in [7_u32, 38, 0, 0x7fff_ffff, 0] {
+            body.extend(word.to_le_bytes());
+        }
+        body.extend([0; 44]);
+        assert_eq!(self.call(INIT, 0, &body).unwrap().len(), 64);
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.0.join(name)
+    }
+
+    /// Sends bytes as they are; what the device wrote.
+    fn exchange(&mut self, queue: usize, request: &[u8], room: u32) -> Vec<u8> {
+        let ring = &mut self.rings[queue];
+        self.mem.write_slice(request, ring.buffer(0)).unwrap();
+        let len = u32::try_from(request.len()).unwrap();
+        if room > 0 {
+            ring.describe(&self.mem, 0, len, NEXT);
+            ring.describe(&self.mem, 1, room, WRITE);
+        } else {
+            ring.describe(&self.mem, 0, len, 0);
+        }
+        ring.offer(&self.mem, 0);
+        ring.notify();
+        let used = loop {
+            if let Some((_, used)) = ring.used(&self.mem) {
+                break used;
+            }
+            let deadline = Timespec {
+                tv_sec: 20,
+                tv_nsec: 0,
+            };
+            let mut ready = [PollFd::from_borrowed_fd(event_fd(&self.irq), PollFlags::IN)];
+            assert_eq!(poll(&mut ready, Some(&deadline)).unwrap(), 1, "no answer");
+            let _ = self.irq.read();
+        };
+        let mut reply = vec![0; used as usize];
+        self.mem.read_slice(&mut reply, ring.buffer(1)).unwrap();
+        reply
+    }
+
+    fn request(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+        let mut request = Vec::new();
+        let len = u32::try_from(IN_HEADER + body.len()).unwrap();
+        request.extend(len.to_le_bytes());
+        request.extend(opcode.to_le_bytes());
+        request.extend(77_u64.to_le_bytes());
+        request.extend(node.to_le_bytes());
+        request.extend(self.uid.to_le_bytes());
+        request.extend(self.gid.to_le_bytes());
+        request.extend([0; 8]);
+        request.extend(body);
+        request
+    }
+
+    /// Calls the share; the body of the reply, or the errno.
+    fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        let request = self.request(opcode, node, body);
+        outcome(&self.exchange(1, &request, BUFFER))
+    }
+
+    fn lookup(&mut self, parent: u64, name: &str) -> Result<u64, i32> {
+        self.call(LOOKUP, parent, &named(&[], name)).map(|reply| {
+            assert_eq!(reply.len(), ENTRY);
+            word(&reply, 0)
+        })
+    }
+
+    fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+        let mut body = flags.to_le_bytes().to_vec();
+        body.extend([0; 4]);
+        self.call(OPEN, node, &body).map(|reply| word(&reply, 0))
+    }
+
+    fn read(&mut self, node: u64, handle: u64, offset: u64, size: u32) -> Result<Vec<u8>, i32> {
+        self.call(READ, node, &io(handle, offset, size))
+    }
+
+    fn write(&mut self, node: u64, handle: u64, offset: u64, data: &[u8]) -> Result<u64, i32> {
+        let mut body = io(handle, offset, u32::try_from(data.len()).unwrap());
+        body.extend(data);
+        self.call(WRITE_, node, &body)
+            .map(|reply| word(&reply, 0) & 0xffff_ffff)
+    }
+
+    fn create(&mut self, name: &str, flags: i32, mode: u32) -> Result<(u64, u64), i32> {
+        let mut body = Vec::new();
+        for value in [flags.cast_unsigned(), mode, 0o022, 0] {
+            body.extend(value.to_le_bytes());
+        }
+        self.call(CREATE, 1, &named(&body, name))
+            .map(|reply| (word(&reply, 0), word(&reply, ENTRY)))
+    }
+
+    fn mknod(&mut self, name: &str, mode: u32) -> Result<u64, i32> {
+        let mut body = Vec::new();
+        for value in [mode, 0x103, 0o022, 0] {
+            body.extend(value.to_le_bytes());
+        }
+        self.call(MKNOD, 1, &named(&body, name))
+            .map(|reply| word(&reply, 0))
+    }
+}
+
+// `WRITE` is also the name of a descriptor's flag.
+use super::front::opcode::WRITE as WRITE_;
+
+fn outcome(reply: &[u8]) -> Result<Vec<u8>, i32> {
+    assert!(reply.len() >= OUT_HEADER, "a reply has a header");
+    assert_eq!(word(reply, 0) & 0xffff_ffff, reply.len() as u64);
+    assert_eq!(word(reply, 8), 77);
+    match i32::from_le_bytes(reply[4..8].try_into().unwrap()) {
+        0 => Ok(reply[OUT_HEADER..].to_vec()),
+        errno => Err(-errno),
+    }
+}
+
+fn word(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+fn named(body: &[u8], name: &str) -> Vec<u8> {
+    [body, name.as_bytes(), &[0]].concat()
+}
+
+fn io(handle: u64, offset: u64, size: u32) -> Vec<u8> {
+    let mut body = Vec::new();
+    body.extend(handle.to_le_bytes());
+    body.extend(offset.to_le_bytes());
+    body.extend(size.to_le_bytes());
+    body.extend([0; 20]);
+    body
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+#[test]
+fn a_file_is_created_written_read_and_belongs_to_its_maker() {
+    let mut guest = Guest::new();
+    if is_root() {
+        (guest.uid, guest.gid) = (1234, 5678);
+    }
+    let (node, handle) = guest.create("file", libc::O_RDWR, 0o666).unwrap();
+    let text = vec![7_u8; 1 << 20];
+    assert_eq!(guest.write(node, handle, 3, &text), Ok(1 << 20));
+    let back = guest.read(node, handle, 0, 1 << 20).unwrap();
+    assert_eq!(back.len(), 1 << 20);
+    assert!(back[..3] == [0; 3] && back[3..] == text[..text.len() - 3]);
+    let status = fs::metadata(guest.path("file")).unwrap();
+    assert_eq!(
+        (status.len(), status.mode() & 0o7777),
+        ((1 << 20) + 3, 0o644)
+    );
+    if is_root() {
+        assert_eq!((status.uid(), status.gid()), (1234, 5678));
+    }
+    // Content changed by the host, at the same size, is there at once.
+    fs::write(guest.path("file"), vec![8; (1 << 20) + 3]).unwrap();
+    assert_eq!(guest.read(node, handle, 5, 2), Ok(vec![8, 8]));
+    guest
+        .call(
+            RELEASE,
+            node,
+            &[&handle.to_le_bytes()[..], &[0; 16]].concat(),
+        )
+        .unwrap();
+    assert_eq!(guest.read(node, handle, 0, 1), Err(libc::EBADF));
+}
+
+#[test]
+fn directories_links_and_renames_work_as_on_the_host() {
+    let mut guest = Guest::new();
+    let mut mode = 0o755_u32.to_le_bytes().to_vec();
+    mode.extend([0; 4]);
+    let dir = word(&guest.call(MKDIR, 1, &named(&mode, "dir")).unwrap(), 0);
+    let (file, _) = guest.create("a", libc::O_WRONLY, 0o600).unwrap();
+    let link = named(&file.to_le_bytes(), "b");
+    assert_eq!(word(&guest.call(LINK, dir, &link).unwrap(), 0), file);
+    guest.call(SYMLINK, 1, b"sym\0../../etc/passwd\0").unwrap();
+    let sym = guest.lookup(1, "sym").unwrap();
+    assert_eq!(guest.call(READLINK, sym, &[]).unwrap(), b"../../etc/passwd");
+    assert_eq!(guest.open(sym, libc::O_RDONLY), Err(libc::ENXIO));
+    let link = named(&sym.to_le_bytes(), "sym2");
+    assert_eq!(word(&guest.call(LINK, 1, &link).unwrap(), 0), sym);
+    let rename = [&dir.to_le_bytes()[..], b"a\0c\0"].concat();
+    guest.call(RENAME, 1, &rename).unwrap();
+    assert!(guest.path("dir/c").exists() && !guest.path("a").exists());
+    assert_eq!(guest.lookup(1, "a"), Err(libc::ENOENT));
+    assert_eq!(guest.call(RMDIR, 1, b"dir\0"), Err(libc::ENOTEMPTY));
+    guest.call(UNLINK, dir, b"b\0").unwrap();
+    guest.call(UNLINK, dir, b"c\0").unwrap();
+    guest.call(RMDIR, 1, b"dir\0").unwrap();
+    assert_eq!(guest.call(STATFS, 1, &[]).unwrap().len(), 80);
+}
+
+#[test]
+fn a_directory_is_listed_whole_in_pieces_of_any_size_b36() {
+    let mut guest = Guest::new();
+    let mut expected: Vec<String> = (0..300)
+        .map(|index| format!("{index}-{}", "n".repeat(index % 200)))
+        .collect();
+    for name in &expected {
+        fs::write(guest.path(name), "").unwrap();
+    }
+    let handle = word(&guest.call(OPENDIR, 1, &[0; 8]).unwrap(), 0);
+    for size in [300, 4096, 1 << 20] {
+        let (mut offset, mut names) = (0, Vec::new());
+        loop {
+            let part = guest.call(READDIR, 1, &io(handle, offset, size)).unwrap();
+            if part.is_empty() {
+                break;
+            }
+            let mut at = 0;
+            while at < part.len() {
+                offset = word(&part, at + 8);
+                let len = usize::try_from(word(&part, at + 16) & 0xffff_ffff).unwrap();
+                let name = &part[at + 24..at + 24 + len];
+                names.push(String::from_utf8(name.to_vec()).unwrap());
+                at += (24 + len).next_multiple_of(8);
+            }
+        }
+        names.retain(|name| name != "." && name != "..");
+        names.sort();
+        expected.sort();
+        assert_eq!(names, expected);
+    }
+}
+
+#[test]
+fn extended_attributes_of_containers_pass_and_others_do_not_exist_b37() {
+    let mut guest = Guest::new();
+    let (node, _) = guest.create("file", libc::O_RDWR, 0o644).unwrap();
+    let set = |name: &str, value: &[u8]| {
+        let mut body = u32::try_from(value.len()).unwrap().to_le_bytes().to_vec();
+        body.extend([0; 4]);
+        [named(&body, name), value.to_vec()].concat()
+    };
+    let get = |name: &str, size: u32| named(&[size.to_le_bytes(), [0; 4]].concat(), name);
+    guest
+        .call(SETXATTR, node, &set("user.a", b"value"))
+        .unwrap();
+    assert_eq!(
+        guest.call(GETXATTR, node, &get("user.a", 100)).unwrap(),
+        b"value"
+    );
+    let size = guest.call(GETXATTR, node, &get("user.a", 0)).unwrap();
+    assert_eq!(word(&size, 0), 5);
+    assert_eq!(
+        guest.call(GETXATTR, node, &get("user.a", 4)),
+        Err(libc::ERANGE)
+    );
+    assert_eq!(
+        guest.call(GETXATTR, node, &get("user.b", 9)),
+        Err(libc::ENODATA)
+    );
+    let list = [100_u32.to_le_bytes(), [0; 4]].concat();
+    assert_eq!(guest.call(LISTXATTR, node, &list).unwrap(), b"user.a\0");
+    for name in [
+        "trusted.x",
+        "security.selinux",
+        "security.ima",
+        "system.x",
+        "x",
+        "",
+    ] {
+        for body in [(SETXATTR, set(name, b"v")), (GETXATTR, get(name, 100))] {
+            assert_eq!(guest.call(body.0, node, &body.1), Err(libc::EOPNOTSUPP));
+        }
+        let remove = guest.call(REMOVEXATTR, node, &named(&[], name));
+        assert_eq!(remove, Err(libc::EOPNOTSUPP));
+    }
+    guest.call(REMOVEXATTR, node, b"user.a\0").unwrap();
+    assert_eq!(guest.call(LISTXATTR, node, &list).unwrap(), b"");
+}
+
+/// All names, types and contents below a directory.
+fn picture(dir: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let status = fs::symlink_metadata(&path).unwrap();
+        found.push(format!("{path:?} {:o} {}", status.mode(), status.size()));
+        if status.is_dir() {
+            found.extend(picture(&path));
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn names_that_are_paths_or_nothing_reach_no_file_b59() {
+    let outside = Directory::new();
+    fs::write(outside.0.join("secret"), "secret").unwrap();
+    let mut guest = Guest::new();
+    let inner = Directory(guest.path("inner"));
+    fs::create_dir(&inner.0).unwrap();
+    fs::write(inner.0.join("file"), "x").unwrap();
+    symlink(&outside.0, guest.path("way-out")).unwrap();
+    let before = (picture(&outside.0), picture(&guest.dir.0));
+    let (dir, file) = (guest.lookup(1, "inner").unwrap(), {
+        let dir = guest.lookup(1, "inner").unwrap();
+        guest.lookup(dir, "file").unwrap()
+    });
+    let way_out = guest.lookup(1, "way-out").unwrap();
+    assert_eq!(guest.lookup(way_out, "secret"), Err(libc::ENOTDIR));
+    let absolute = outside.0.join("secret").to_str().unwrap().to_owned();
+    let long = "n".repeat(256);
+    for (name, errno) in [
+        ("", libc::EINVAL),
+        (".", libc::EINVAL),
+        ("..", libc::EINVAL),
+        ("a/b", libc::EINVAL),
+        ("../secret", libc::EINVAL),
+        ("way-out/secret", libc::EINVAL),
+        ("inner/", libc::EINVAL),
+        (absolute.as_str(), libc::EINVAL),
+        (long.as_str(), libc::ENAMETOOLONG),
+    ] {
+        for parent in [1, dir] {
+            let mut requests = vec![
+                (LOOKUP, named(&[], name)),
+                (UNLINK, named(&[], name)),
+                (RMDIR, named(&[], name)),
+                (MKDIR, named(&[0; 8], name)),
+                (CREATE, named(&[0; 16], name)),
+                (
+                    MKNOD,
+                    named(&[0, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], name),
+                ),
+                (LINK, named(&file.to_le_bytes(), name)),
+                (SYMLINK, [named(&[], name), b"target\0".to_vec()].concat()),
+            ];
+            for (from, to) in [(name, "ok"), ("inner", name)] {
+                let names = [named(&[], from), named(&[], to)].concat();
+                requests.push((RENAME, [&1_u64.to_le_bytes()[..], &names].concat()));
+                requests.push((
+                    RENAME2,
+                    [&1_u64.to_le_bytes()[..], &[0; 8], &names].concat(),
+                ));
+            }
+            for (opcode, body) in requests {
+                let outcome = guest.call(opcode, parent, &body);
+                assert_eq!(outcome, Err(errno), "{opcode} {name:?}");
+            }
+        }
+    }
+    assert_eq!((picture(&outside.0), picture(&guest.dir.0)), before);
+}
+
+#[test]
+fn forged_and_forgotten_numbers_lead_nowhere_b60() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("file"), "x").unwrap();
+    let node = guest.lookup(1, "file").unwrap();
+    let handle = guest.open(node, libc::O_RDONLY).unwrap();
+    for forged in [0, node + 1, 1 << 40, u64::MAX] {
+        assert_eq!(guest.call(GETATTR, forged, &[0; 16]), Err(libc::ESTALE));
+        assert_eq!(guest.lookup(forged, "file"), Err(libc::ESTALE));
+        assert_eq!(guest.read(node, forged, 0, 1), Err(libc::EBADF));
+        assert_eq!(guest.read(forged, handle, 0, 1), Err(libc::EBADF));
+    }
+    assert_eq!(guest.read(1, handle, 0, 1), Err(libc::EBADF));
+    let forget = guest.request(FORGET, node, &u64::MAX.to_le_bytes());
+    assert_eq!(guest.exchange(0, &forget, 0), [0u8; 0]);
+    assert_eq!(guest.call(GETATTR, node, &[0; 16]), Err(libc::ESTALE));
+    // What is open stays open.
+    assert_eq!(guest.read(node, handle, 0, 9), Ok(b"x".to_vec()));
+    // A count that lies.
+    let mut body = 1000_u32.to_le_bytes().to_vec();
+    body.extend([0; 4 + 16]);
+    let forget = guest.request(BATCH_FORGET, 0, &body);
+    assert_eq!(guest.exchange(0, &forget, 0), [0u8; 0]);
+    assert!(guest.lookup(1, "file").is_ok());
+}
+
+#[test]
+fn what_comes_at_the_wrong_time_or_place_is_refused_b61() {
+    let mut guest = Guest::raw(false);
+    assert_eq!(guest.lookup(1, "x"), Err(libc::EIO), "before INIT");
+    let init = guest.request(INIT, 0, &[7, 0, 0, 0, 38, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(outcome(&guest.exchange(0, &init, 4096)), Err(libc::EINVAL));
+    let old = guest.call(INIT, 0, &[6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(old, Err(libc::EPROTO));
+    guest.init();
+    assert_eq!(outcome(&guest.exchange(1, &init, 4096)), Err(libc::EINVAL));
+    let lookup = guest.request(LOOKUP, 1, b"x\0");
+    assert_eq!(
+        outcome(&guest.exchange(0, &lookup, 4096)),
+        Err(libc::EINVAL)
+    );
+    for opcode in [0, 7, 19, 25, 31, 34, 37, 39, 40, 44, 47, 48, 49, 99, 65_535] {
+        assert_eq!(
+            guest.call(opcode, 1, &[0; 48]),
+            Err(libc::ENOSYS),
+            "{opcode}"
+        );
+    }
+    // A length that is not that of the descriptors.
+    for wrong in [0_u32, 39, 41, 43, u32::MAX] {
+        let mut request = guest.request(LOOKUP, 1, b"x\0");
+        request[..4].copy_from_slice(&wrong.to_le_bytes());
+        assert_eq!(
+            outcome(&guest.exchange(1, &request, 4096)),
+            Err(libc::EINVAL)
+        );
+    }
+    // No header at all, and no room for a reply.
+    for len in [0, 1, 39] {
+        assert_eq!(guest.exchange(1, &vec![0xff; len], 4096), [0u8; 0]);
+    }
+    let getattr = guest.request(GETATTR, 1, &[0; 16]);
+    for room in [0, 1, 15] {
+        assert_eq!(guest.exchange(1, &getattr, room), [0u8; 0]);
+    }
+    guest.call(DESTROY, 0, &[]).unwrap();
+    assert_eq!(guest.lookup(1, "x"), Err(libc::EIO));
+    guest.init();
+    assert_eq!(guest.lookup(1, "x"), Err(libc::ENOENT));
+}
+
+#[test]
+fn sizes_and_offsets_beyond_all_bounds_stay_within_the_buffers_b62() {
+    let mut guest = Guest::new();
+    let (node, handle) = guest.create("file", libc::O_RDWR, 0o644).unwrap();
+    guest.write(node, handle, 0, &[1; 5000]).unwrap();
+    assert_eq!(guest.read(node, handle, 0, u32::MAX).unwrap().len(), 5000);
+    assert_eq!(guest.read(node, handle, u64::MAX, 10), Err(libc::EINVAL));
+    assert_eq!(guest.write(node, handle, u64::MAX, b"x"), Err(libc::EINVAL));
+    let request = guest.request(READ, node, &io(handle, 0, 5000));
+    let short = guest.exchange(1, &request, 16 + 4999);
+    assert_eq!(outcome(&short).unwrap().len(), 4999);
+    let mut huge = io(handle, 0, u32::MAX);
+    huge.extend([0; 10]);
+    assert_eq!(guest.call(WRITE_, node, &huge), Err(libc::EINVAL));
+    let getattr = guest.request(GETATTR, 1, &[0; 16]);
+    assert_eq!(
+        outcome(&guest.exchange(1, &getattr, 16 + 103)),
+        Err(libc::EINVAL)
+    );
+    let size = named(&[u32::MAX.to_le_bytes(), [0; 4]].concat(), "user.x");
+    assert_eq!(guest.call(GETXATTR, node, &size), Err(libc::ENODATA));
+}
+
+#[test]
+fn nodes_of_other_kinds_are_made_but_never_opened_b63() {
+    let mut guest = Guest::new();
+    for (name, kind) in [
+        ("fifo", libc::S_IFIFO),
+        ("socket", libc::S_IFSOCK),
+        ("char", libc::S_IFCHR),
+        ("block", libc::S_IFBLK),
+    ] {
+        let made = guest.mknod(name, kind | 0o666);
+        if !is_root() && matches!(kind, libc::S_IFCHR | libc::S_IFBLK) {
+            assert_eq!(made, Err(libc::EPERM));
+            continue;
+        }
+        let node = made.unwrap();
+        let flags = [
+            libc::O_RDONLY,
+            libc::O_RDWR,
+            libc::O_WRONLY | libc::O_TRUNC,
+            libc::O_PATH,
+            libc::O_TMPFILE | libc::O_RDWR,
+            -1,
+        ];
+        for flags in flags {
+            assert_eq!(guest.open(node, flags), Err(libc::ENXIO), "{name}");
+            let create = guest.create(name, flags & !libc::O_EXCL, 0o666);
+            assert_eq!(create, Err(libc::ENXIO), "{name}");
+        }
+        let mut body = vec![0; 88];
+        body[..4].copy_from_slice(&8_u32.to_le_bytes());
+        assert_eq!(guest.call(SETATTR, node, &body), Err(libc::ENXIO));
+    }
+    let kind = fs::symlink_metadata(guest.path("fifo"))
+        .unwrap()
+        .file_type();
+    assert!(kind.is_fifo());
+    for kind in [libc::S_IFDIR, libc::S_IFLNK, 0o050_000] {
+        assert_eq!(guest.mknod("x", kind), Err(libc::EINVAL));
+    }
+    // All bits at once, on a regular file.
+    let (node, _) = guest.create("file", libc::O_RDWR, 0o644).unwrap();
+    assert!(guest.open(node, !libc::O_ACCMODE | libc::O_RDWR).is_ok());
+}
+
+#[test]
+fn a_read_only_share_changes_for_no_request_b64() {
+    let mut guest = Guest::read_only();
+    fs::write(guest.path("file"), "text").unwrap();
+    fs::create_dir(guest.path("dir")).unwrap();
+    let before = picture(&guest.dir.0);
+    let node = guest.lookup(1, "file").unwrap();
+    for flags in [
+        libc::O_WRONLY,
+        libc::O_RDWR,
+        libc::O_RDONLY | libc::O_TRUNC,
+        libc::O_ACCMODE,
+    ] {
+        assert_eq!(guest.open(node, flags), Err(libc::EROFS));
+        assert_eq!(guest.create("file", flags, 0o644), Err(libc::EROFS));
+    }
+    let handle = guest.open(node, libc::O_RDONLY | libc::O_APPEND).unwrap();
+    assert_eq!(guest.read(node, handle, 0, 10), Ok(b"text".to_vec()));
+    let write = [io(handle, 0, 1), vec![0]].concat();
+    for valid in 0..16_u32 {
+        let mut body = vec![0; 88];
+        body[..4].copy_from_slice(&(1_u32 << valid).to_le_bytes());
+        assert_eq!(guest.call(SETATTR, node, &body), Err(libc::EROFS));
+    }
+    for (opcode, node, body) in [
+        (CREATE, 1, named(&[0; 16], "new")),
+        (MKNOD, 1, named(&[0; 16], "new")),
+        (MKDIR, 1, named(&[0; 8], "new")),
+        (SYMLINK, 1, b"new\0target\0".to_vec()),
+        (LINK, 1, named(&node.to_le_bytes(), "new")),
+        (UNLINK, 1, b"file\0".to_vec()),
+        (RMDIR, 1, b"dir\0".to_vec()),
+        (
+            RENAME,
+            1,
+            [&1_u64.to_le_bytes()[..], b"file\0new\0"].concat(),
+        ),
+        (
+            RENAME2,
+            1,
+            [
+                &[1, 0, 0, 0, 0, 0, 0, 0][..],
+                &[2, 0, 0, 0, 0, 0, 0, 0],
+                b"file\0dir\0",
+            ]
+            .concat(),
+        ),
+        (WRITE_, node, write),
+        (
+            SETXATTR,
+            node,
+            [&[1, 0, 0, 0, 0, 0, 0, 0][..], b"user.x\0v"].concat(),
+        ),
+        (REMOVEXATTR, node, b"user.x\0".to_vec()),
+        (
+            FALLOCATE,
+            node,
+            [&handle.to_le_bytes()[..], &[0; 24]].concat(),
+        ),
+    ] {
+        assert_eq!(
+            guest.call(opcode, node, &body),
+            Err(libc::EROFS),
+            "{opcode}"
+        );
+    }
+    assert_eq!(picture(&guest.dir.0), before);
+}
+
+#[test]
+fn set_id_bits_go_when_the_guest_asks_for_that_b68() {
+    let mut guest = Guest::new();
+    if !is_root() {
+        return;
+    }
+    fs::write(guest.path("file"), "text").unwrap();
+    let mode = |guest: &Guest, mode| {
+        let path = guest.path("file");
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let now = |guest: &Guest| fs::metadata(guest.path("file")).unwrap().mode() & 0o7777;
+    let node = guest.lookup(1, "file").unwrap();
+    let handle = guest.open(node, libc::O_RDWR).unwrap();
+    for (kill, expected) in [(0_u32, 0o6755), (4, 0o755)] {
+        mode(&guest, 0o6755);
+        let mut body = io(handle, 0, 1);
+        body[20..24].copy_from_slice(&kill.to_le_bytes());
+        body.push(b'x');
+        guest.call(WRITE_, node, &body).unwrap();
+        assert_eq!(now(&guest), expected);
+    }
+    for (kill, expected) in [(0, 0o6755), (1 << 11, 0o755)] {
+        mode(&guest, 0o6755);
+        let mut body = vec![0; 88];
+        body[..4].copy_from_slice(&(8_u32 | kill).to_le_bytes());
+        guest.call(SETATTR, node, &body).unwrap();
+        assert_eq!(now(&guest), expected);
+    }
+    for (kill, expected) in [(0_u32, 0o6755), (1, 0o755)] {
+        mode(&guest, 0o6755);
+        let mut body = (libc::O_WRONLY | libc::O_TRUNC).to_le_bytes().to_vec();
+        body.extend(kill.to_le_bytes());
+        guest.call(OPEN, node, &body).unwrap();
+        assert_eq!(now(&guest), expected);
+    }
+}
+
+#[test]
+fn pages_are_kept_only_for_content_that_cannot_have_changed() {
+    const KEEP: u64 = 2;
+    let mut guest = Guest::new();
+    fs::write(guest.path("file"), "text").unwrap();
+    let node = guest.lookup(1, "file").unwrap();
+    let mut flags = || {
+        let reply = guest.call(OPEN, node, &[0; 8]).unwrap();
+        word(&reply, 8) & 0xffff_ffff
+    };
+    // The file is young: a change at the same size might not show.
+    assert_eq!((flags(), flags()), (0, 0));
+    // This one has not changed since it was checked out and compiled.
+    let mut guest = Guest::over(Path::new(env!("CARGO_MANIFEST_DIR")));
+    let node = guest.lookup(1, "Cargo.toml").unwrap();
+    let mut flags = || {
+        let reply = guest.call(OPEN, node, &[0; 8]).unwrap();
+        word(&reply, 8) & 0xffff_ffff
+    };
+    assert_eq!((flags(), flags()), (0, KEEP));
+}
+
+#[test]
+fn a_reset_lets_go_of_everything_and_the_device_works_again() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("file"), "text").unwrap();
+    for _ in 0..50 {
+        let node = guest.lookup(1, "file").unwrap();
+        guest.open(node, libc::O_RDONLY).unwrap();
+        guest.worker.take().unwrap().stop();
+        let held = fs::read_dir("/proc/self/fd")
+            .unwrap()
+            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+            .filter(|path| *path == guest.path("file"))
+            .count();
+        assert_eq!(held, 0);
+        guest.activate();
+        assert_eq!(guest.lookup(1, "file"), Err(libc::EIO));
+        guest.init();
+    }
+}
+
+#[test]
+fn a_tag_or_a_number_of_queues_out_of_range_is_refused() {
+    let confined = jail::enter(None).unwrap();
+    for (tag, queues) in [("", 1), (&"t".repeat(37)[..], 1), ("t", 0), ("t", 9)] {
+        let share = Share {
+            tag: tag.into(),
+            dir: "/".into(),
+            read_only: true,
+            queues,
+        };
+        assert!(Fs::new(&share, &confined).is_err());
+    }
+}
+
+/// Linux's own client mounts the share: its requests go from `/dev/fuse` into the
+/// rings and the replies back. Needs root and `/dev/fuse`, and is skipped without.
+#[test]
+fn linux_itself_works_on_the_share() {
+    use std::{io::Write, process::Command, thread};
+
+    use rustix::{
+        mount::{MountFlags, UnmountFlags, mount, unmount},
+        thread::UnshareFlags,
+    };
+
+    let fuse = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse");
+    let (true, Ok(mut fuse)) = (is_root(), fuse) else {
+        return;
+    };
+    let mut guest = Guest::raw(false);
+    let host = guest.dir.0.clone();
+    fs::write(host.join("from-host"), "text").unwrap();
+    let place = Directory::new();
+    let options = {
+        use std::os::fd::AsRawFd;
+        let fd = fuse.as_raw_fd();
+        format!("fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other")
+    };
+    let path = place.0.clone();
+    let client = fuse.try_clone().unwrap();
+    // The namespace is the thread's, so a failure leaves no mount behind.
+    let work = thread::spawn(move || {
+        // SAFETY: only this thread's mounts and file system context change.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
+        let private = rustix::mount::MountPropagationFlags::PRIVATE
+            | rustix::mount::MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+        let options = std::ffi::CString::new(options).unwrap();
+        mount(
+            "share",
+            &path,
+            "fuse",
+            MountFlags::empty(),
+            options.as_c_str(),
+        )
+        .unwrap();
+        drop(client);
+        let script = "
+            set -e; cd \"$1\"
+            test \"$(cat from-host)\" = text
+            mkdir -p a/b/c; echo one > a/b/c/f; ln a/b/c/f hard; ln -s a/b soft
+            test \"$(cat soft/c/f)\" = one; test \"$(stat -c %h hard)\" = 2
+            mv hard a/moved; test ! -e hard; echo two >> a/moved
+            test \"$(wc -l < a/b/c/f)\" = 2
+            mkfifo p; (echo through > p &); test \"$(cat p)\" = through
+            (umask 077; touch private); test \"$(stat -c %a private)\" = 600
+            chmod 4755 private; chown 12:34 private; test \"$(stat -c %a-%u-%g private)\" = 755-12-34
+            dd if=/dev/urandom of=big bs=64k count=30 2> /dev/null; cp big copy; cmp big copy
+            truncate -s 100 copy; test \"$(stat -c %s copy)\" = 100
+            exec 3<> open; rm open; echo data >&3; test \"$(cat /proc/self/fd/3)\" = data; exec 3>&-
+            mkdir many; for i in $(seq 100); do echo $i > many/$i; done
+            test \"$(ls many | wc -l)\" = 100; test \"$(cat many/* | sort -n | tail -n 1)\" = 100
+            rm -r many a; test ! -e many
+            ls -la > /dev/null; df . > /dev/null
+        ";
+        let done = Command::new("sh")
+            .args(["-c", script, "sh"])
+            .arg(&path)
+            .output();
+        unmount(&path, UnmountFlags::DETACH).unwrap();
+        done.unwrap()
+    });
+    let mut request = vec![0; BUFFER as usize];
+    loop {
+        use std::io::Read;
+        let len = match fuse.read(&mut request) {
+            Ok(len) => len,
+            // Not mounted yet, or no more.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                thread::yield_now();
+                continue;
+            }
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
+                break;
+            }
+        };
+        let reply = guest.exchange(1, &request[..len], BUFFER);
+        if !reply.is_empty() {
+            // Fails if the client no longer waits for it.
+            let _ = fuse.write(&reply);
+        }
+    }
+    let done = work.join().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{} {said}", done.status);
+    assert_eq!(fs::metadata(host.join("private")).unwrap().uid(), 12);
+}

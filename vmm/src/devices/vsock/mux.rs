@@ -1,0 +1,534 @@
+//! The multiplexer: two queues on one side, many Unix sockets on the other.
+//!
+//! Runs on an event loop and never blocks. Each socket is registered once,
+//! edge-triggered; what it was last ready for is remembered in its stream. A
+//! stream with something for the guest stands in one list, from which the receive
+//! queue is filled in turn, one packet each. The driver is interrupted at most
+//! once for each event, however many packets it brought.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+};
+
+use rustix::net::{
+    self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    SocketFlags, SocketType,
+};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    Host, limits,
+    packet::{Buffers, HEADER_LEN, Header, TYPE_STREAM, op},
+    stream::{After, Broken, Draining, HOST_CID, Ports, Stream},
+};
+use crate::{
+    devices::{Interrupt, Io},
+    event_loop::{EventFlags, Handler, Watch, event_fd},
+};
+
+/// Tokens of the event loop; those of sockets count up from the last.
+const RX: u32 = 0;
+const TX: u32 = 1;
+const LISTENER: u32 = 2;
+const FIRST_SOCKET: u32 = 3;
+
+/// Host ports of connections that the host opens start here: far from those on
+/// which a guest may look for a service.
+const FIRST_PORT: u32 = 1 << 30;
+
+/// All that a socket is ever watched for.
+const SOCKET_EVENTS: EventFlags = EventFlags::IN
+    .union(EventFlags::OUT)
+    .union(EventFlags::RDHUP)
+    .union(EventFlags::ET);
+
+/// A running device.
+#[derive(Debug)]
+pub(super) struct Mux {
+    host: Arc<Host>,
+    mem: GuestMemoryMmap,
+    rx: Ring,
+    tx: Ring,
+    interrupt: Interrupt,
+    sockets: HashMap<u32, Peer>,
+    by_ports: HashMap<Ports, u32>,
+    last_token: u32,
+    last_port: u32,
+    /// Streams with something for the guest, each once.
+    ready: VecDeque<u32>,
+    resets: VecDeque<Header>,
+}
+
+/// Who is at the other end of a socket, by the step that it has reached.
+#[derive(Debug)]
+enum Peer {
+    /// A program that has not said yet to which port it wants.
+    Greeting(OwnedFd),
+    Stream(Stream),
+    Draining(Draining),
+}
+
+/// A queue with the event of its notifications.
+#[derive(Debug)]
+struct Ring {
+    queue: Queue,
+    event: EventFd,
+    /// The driver broke the ring's own rules: it is left alone until the reset.
+    broken: bool,
+    used: bool,
+}
+
+impl Mux {
+    /// Takes the queues over and watches them and the listener.
+    pub(super) fn new(host: Arc<Host>, io: Io, watch: &Watch<'_>) -> io::Result<Mux> {
+        let mut queues = io.queues.into_iter().map(|ready| {
+            ready.ok_or_else(|| io::Error::other("The driver left a queue of vsock out"))
+        });
+        let mut next = || {
+            queues
+                .next()
+                .unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))
+        };
+        let mux = Mux {
+            host,
+            mem: io.mem,
+            rx: Ring::new(next()?),
+            tx: Ring::new(next()?),
+            interrupt: io.interrupt,
+            sockets: HashMap::new(),
+            by_ports: HashMap::new(),
+            last_token: FIRST_SOCKET - 1,
+            last_port: FIRST_PORT - 1,
+            ready: VecDeque::new(),
+            resets: VecDeque::new(),
+        };
+        watch.add(event_fd(&mux.rx.event), RX, EventFlags::IN)?;
+        watch.add(event_fd(&mux.tx.event), TX, EventFlags::IN)?;
+        if let Some(listener) = &mux.host.listener {
+            watch.add(listener, LISTENER, EventFlags::IN | EventFlags::ET)?;
+        }
+        // What the driver did before this moment made no event for us.
+        mux.rx.event.write(1)?;
+        mux.tx.event.write(1)?;
+        Ok(mux)
+    }
+
+    /// Takes packets from the guest, as many as the queue can hold at most.
+    fn transmit(&mut self, watch: &Watch<'_>) {
+        let mem = self.mem.clone();
+        for _ in 0..=self.tx.queue.size() {
+            let Some(chain) = self.tx.pop(&mem) else {
+                return;
+            };
+            let head = chain.head_index();
+            // A chain that is no packet is given back and otherwise ignored:
+            // there is nobody to reset.
+            if let Ok(buffers) = Buffers::of(&mem, chain.readable(), HEADER_LEN + limits::PACKET)
+                && let Some(header) = buffers.header()
+            {
+                self.packet(&header, &buffers, watch);
+            }
+            self.tx.give_back(&mem, head, 0);
+        }
+        // More came in meanwhile: others get their turn first.
+        let _ = self.tx.event.write(1);
+    }
+
+    /// A packet of the guest.
+    fn packet(&mut self, header: &Header, buffers: &Buffers<'_>, watch: &Watch<'_>) {
+        // Somebody else's packet (virtio 1.2, 5.10.6: src_cid must be the
+        // guest's): there is nobody to answer to.
+        if header.src_cid != self.host.guest_cid {
+            return;
+        }
+        let ports = Ports {
+            host: header.dst_port,
+            guest: header.src_port,
+        };
+        let operation = header.op;
+        if header.dst_cid != HOST_CID || header.kind != TYPE_STREAM {
+            return self.refuse(header);
+        }
+        let Some(&token) = self.by_ports.get(&ports) else {
+            if operation == op::REQUEST {
+                self.accept(ports, header, watch);
+            } else {
+                self.refuse(header);
+            }
+            return;
+        };
+        if operation == op::RST {
+            self.end(token);
+            return;
+        }
+        let len = header.len as usize;
+        let payload = buffers.part(HEADER_LEN, len);
+        let Some(Peer::Stream(stream)) = self.sockets.get_mut(&token) else {
+            return;
+        };
+        let after = if operation == op::RW && payload.len() != len {
+            Err(Broken)
+        } else {
+            stream.take(header, &payload)
+        };
+        match after {
+            Ok(After::GoesOn) => self.note(token),
+            Ok(After::Closed) | Err(Broken) => self.reset(token),
+        }
+    }
+
+    /// The guest asks for a connection.
+    fn accept(&mut self, ports: Ports, header: &Header, watch: &Watch<'_>) {
+        let token = if self.sockets.len() < limits::STREAMS && self.host.ports.contains(&ports.host)
+        {
+            self.offer(ports.host).and_then(|socket| {
+                let mut stream = Stream::to_host(ports, self.host.guest_cid, socket);
+                stream.hear(header);
+                self.add(Peer::Stream(stream), watch)
+            })
+        } else {
+            Err(io::ErrorKind::ConnectionRefused.into())
+        };
+        match token {
+            Ok(token) => {
+                self.by_ports.insert(ports, token);
+                self.note(token);
+            }
+            Err(_) => self.refuse(header),
+        }
+    }
+
+    /// Makes a pair of sockets and sends one end to whoever serves `port`.
+    fn offer(&self, port: u32) -> io::Result<OwnedFd> {
+        let acceptor = self
+            .host
+            .acceptor
+            .as_ref()
+            .ok_or(io::ErrorKind::ConnectionRefused)?;
+        let (ours, theirs) = net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        rustix::io::ioctl_fionbio(&ours, true)?;
+        let descriptors = [theirs.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+        net::sendmsg(
+            acceptor,
+            &[IoSlice::new(&port.to_le_bytes())],
+            &mut control,
+            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+        )?;
+        Ok(ours)
+    }
+
+    /// Takes in programs of the host that connected to the listener.
+    fn accept_programs(&mut self, watch: &Watch<'_>) {
+        let host = Arc::clone(&self.host);
+        let Some(listener) = &host.listener else {
+            return;
+        };
+        while let Ok(socket) =
+            net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
+        {
+            // Too many: closing it is the answer.
+            if self.sockets.len() < limits::STREAMS
+                && let Ok(token) = self.add(Peer::Greeting(socket), watch)
+            {
+                self.greeting(token);
+            }
+        }
+    }
+
+    /// Reads the first line of a program, as far as it has come.
+    fn greeting(&mut self, token: u32) {
+        let Some(Peer::Greeting(socket)) = self.sockets.get(&token) else {
+            return;
+        };
+        let port = match read_line(socket) {
+            Ok(Some(port)) => port,
+            Ok(None) => return,
+            Err(_) => {
+                self.sockets.remove(&token);
+                return;
+            }
+        };
+        let mut ports = Ports {
+            host: self.last_port,
+            guest: port,
+        };
+        loop {
+            ports.host = ports.host.wrapping_add(1).max(FIRST_PORT);
+            if !self.by_ports.contains_key(&ports) {
+                break;
+            }
+        }
+        self.last_port = ports.host;
+        if let Some(Peer::Greeting(socket)) = self.sockets.remove(&token) {
+            let stream = Stream::to_guest(ports, self.host.guest_cid, socket);
+            self.sockets.insert(token, Peer::Stream(stream));
+            self.by_ports.insert(ports, token);
+            self.note(token);
+        }
+    }
+
+    fn add(&mut self, peer: Peer, watch: &Watch<'_>) -> io::Result<u32> {
+        let mut token = self.last_token.wrapping_add(1).max(FIRST_SOCKET);
+        while self.sockets.contains_key(&token) {
+            token = token.wrapping_add(1).max(FIRST_SOCKET);
+        }
+        let fd = match &peer {
+            Peer::Greeting(socket) => socket.as_fd(),
+            Peer::Stream(stream) => stream.fd(),
+            Peer::Draining(draining) => draining.fd(),
+        };
+        watch.add(fd, token, SOCKET_EVENTS)?;
+        self.last_token = token;
+        self.sockets.insert(token, peer);
+        Ok(token)
+    }
+
+    /// A socket is ready for something.
+    fn socket_ready(&mut self, token: u32, events: EventFlags) {
+        let hung_up = events.intersects(EventFlags::HUP | EventFlags::ERR);
+        match self.sockets.get_mut(&token) {
+            Some(Peer::Greeting(_)) => self.greeting(token),
+            Some(Peer::Stream(stream)) => match stream.socket_ready(hung_up) {
+                Ok(()) => self.note(token),
+                Err(Broken) => self.reset(token),
+            },
+            Some(Peer::Draining(draining)) => {
+                let done = hung_up || draining.flush();
+                if done {
+                    self.sockets.remove(&token);
+                }
+            }
+            // Reported before it was closed in the same round.
+            None => {}
+        }
+    }
+
+    /// Puts a stream in the list if it has something for the guest.
+    fn note(&mut self, token: u32) {
+        if let Some(Peer::Stream(stream)) = self.sockets.get_mut(&token)
+            && stream.owes()
+            && !std::mem::replace(&mut stream.queued, true)
+        {
+            self.ready.push_back(token);
+        }
+    }
+
+    /// Ends a stream for the guest; what the guest sent before still drains.
+    fn end(&mut self, token: u32) -> Option<Ports> {
+        let Some(Peer::Stream(stream)) = self.sockets.remove(&token) else {
+            return None;
+        };
+        let ports = stream.ports;
+        self.by_ports.remove(&ports);
+        if let Some(draining) = stream.close() {
+            self.sockets.insert(token, Peer::Draining(draining));
+        }
+        Some(ports)
+    }
+
+    /// Ends a stream and tells the guest, which must hear of it.
+    fn reset(&mut self, token: u32) {
+        if let Some(ports) = self.end(token) {
+            self.resets.push_back(self.reset_packet(
+                HOST_CID,
+                ports.host,
+                ports.guest,
+                TYPE_STREAM,
+            ));
+        }
+    }
+
+    /// Answers a packet that belongs to no stream, if there is room for that.
+    fn refuse(&mut self, header: &Header) {
+        if header.op != op::RST && self.resets.len() < limits::RESETS {
+            self.resets.push_back(self.reset_packet(
+                header.dst_cid,
+                header.dst_port,
+                header.src_port,
+                header.kind,
+            ));
+        }
+    }
+
+    fn reset_packet(&self, from: u64, host: u32, guest: u32, kind: u16) -> Header {
+        Header {
+            src_cid: from,
+            dst_cid: self.host.guest_cid,
+            src_port: host,
+            dst_port: guest,
+            kind,
+            op: op::RST,
+            ..Header::default()
+        }
+    }
+
+    /// Gives the guest what there is for it, as far as it has given buffers.
+    fn receive(&mut self) {
+        let mem = self.mem.clone();
+        for _ in 0..=self.rx.queue.size() {
+            if self.resets.is_empty() && self.ready.is_empty() {
+                return;
+            }
+            let Some(chain) = self.rx.pop(&mem) else {
+                return;
+            };
+            let head = chain.head_index();
+            let room = Buffers::of(&mem, chain.writable(), HEADER_LEN + limits::PACKET);
+            let len = match room {
+                Ok(room) if room.len() >= HEADER_LEN => match self.next_packet(&room) {
+                    Some(len) => HEADER_LEN.saturating_add(len),
+                    None => {
+                        self.rx.undo_pop();
+                        return;
+                    }
+                },
+                // No buffer at all: back with it.
+                _ => 0,
+            };
+            // At most a header and a packet.
+            self.rx
+                .give_back(&mem, head, u32::try_from(len).unwrap_or(0));
+        }
+        let _ = self.rx.event.write(1);
+    }
+
+    /// Fills the buffers with the next packet; the length of its payload.
+    fn next_packet(&mut self, room: &Buffers<'_>) -> Option<usize> {
+        if let Some(header) = self.resets.pop_front() {
+            room.put_header(&header);
+            return Some(0);
+        }
+        let payload = room.part(HEADER_LEN, limits::PACKET);
+        while let Some(token) = self.ready.pop_front() {
+            let Some(Peer::Stream(stream)) = self.sockets.get_mut(&token) else {
+                continue;
+            };
+            stream.queued = false;
+            let header = stream.next(&payload);
+            self.note(token);
+            if let Some(header) = header {
+                room.put_header(&header);
+                return Some(header.len as usize);
+            }
+        }
+        None
+    }
+
+    /// Interrupts the driver if it wants to know of what was used.
+    fn notify(&mut self) {
+        let rx = self.rx.needs_notification(&self.mem);
+        if self.tx.needs_notification(&self.mem) || rx {
+            self.interrupt.used_buffer();
+        }
+    }
+}
+
+impl Handler for Mux {
+    fn ready(&mut self, token: u32, events: EventFlags, watch: &Watch<'_>) -> io::Result<()> {
+        match token {
+            RX => {
+                // Nothing there means that it was read already.
+                let _ = self.rx.event.read();
+            }
+            TX => {
+                let _ = self.tx.event.read();
+                self.transmit(watch);
+            }
+            LISTENER => self.accept_programs(watch),
+            _ => self.socket_ready(token, events),
+        }
+        self.receive();
+        self.notify();
+        Ok(())
+    }
+}
+
+impl Ring {
+    fn new((queue, event): (Queue, EventFd)) -> Ring {
+        Ring {
+            queue,
+            event,
+            broken: false,
+            used: false,
+        }
+    }
+
+    /// The next chain. When there is none, the driver is asked to notify.
+    fn pop<'m>(
+        &mut self,
+        mem: &'m GuestMemoryMmap,
+    ) -> Option<DescriptorChain<&'m GuestMemoryMmap>> {
+        while !self.broken {
+            match self.queue.iter(mem) {
+                Ok(mut chains) => {
+                    if let Some(chain) = chains.next() {
+                        return Some(chain);
+                    }
+                }
+                Err(_) => self.broken = true,
+            }
+            match self.queue.enable_notification(mem) {
+                Ok(true) if !self.broken => {}
+                Ok(_) => return None,
+                Err(_) => self.broken = true,
+            }
+        }
+        None
+    }
+
+    fn undo_pop(&mut self) {
+        let next = self.queue.next_avail().wrapping_sub(1);
+        self.queue.set_next_avail(next);
+    }
+
+    fn give_back(&mut self, mem: &GuestMemoryMmap, head: u16, len: u32) {
+        self.used = true;
+        self.broken |= self.queue.add_used(mem, head, len).is_err();
+    }
+
+    fn needs_notification(&mut self, mem: &GuestMemoryMmap) -> bool {
+        std::mem::take(&mut self.used) && self.queue.needs_notification(mem).unwrap_or(true)
+    }
+}
+
+/// The port in `CONNECT <port>\n`, which is taken from the socket and nothing
+/// more. `None`: the line has not come to its end yet.
+fn read_line(socket: &OwnedFd) -> io::Result<Option<u32>> {
+    let mut bytes = [0; limits::LINE];
+    let (_, seen) = match net::recv(socket, &mut bytes[..], RecvFlags::PEEK) {
+        Err(rustix::io::Errno::AGAIN) => return Ok(None),
+        other => other?,
+    };
+    let seen_line = bytes.iter().take(seen);
+    let Some(end) = seen_line.copied().position(|byte| byte == b'\n') else {
+        return if seen == 0 || seen == bytes.len() {
+            Err(io::ErrorKind::InvalidData.into())
+        } else {
+            Ok(None)
+        };
+    };
+    let (line, _) = bytes.split_at_mut(end.saturating_add(1));
+    let port = std::str::from_utf8(line)
+        .ok()
+        .and_then(|line| line.strip_suffix('\n'))
+        .and_then(|line| line.strip_prefix("CONNECT "))
+        .filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
+        .and_then(|port| port.parse().ok())
+        .ok_or(io::ErrorKind::InvalidData)?;
+    net::recv(socket, line, RecvFlags::empty())?;
+    Ok(Some(port))
+}

@@ -1,0 +1,515 @@
+//! A machine from its configuration to its end, as one straight line.
+//!
+//! The process is confined before the file system's threads start, all others
+//! start last: nothing of the guest runs before that.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{FromRawFd, OwnedFd},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+    time::{ClockId, clock_gettime},
+};
+use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::{
+    boot::{
+        self,
+        cmdline::{self, Slot},
+        kernel,
+    },
+    config::{self, Config, MOST_DEVICES},
+    cpuid::{self, Processor},
+    devices::{
+        Device, Interrupt,
+        block::{Access, Block},
+        console::{Console, Output},
+        fs::Fs,
+        rng::Rng,
+        vsock::Vsock,
+    },
+    event_loop::EventLoop,
+    exit::{End, Ending, Report, Stats},
+    jail, memory,
+    mmio::{self, Registers, Transport, Window, Wiring},
+    ports::{self, Ports, SerialPort},
+    vcpu::{Counts, Machine, Vcpu},
+};
+
+/// Guest-physical address of the first device's registers, in the hole of the RAM.
+const REGISTERS: u64 = 0xd000_0000;
+/// Interrupts of devices, in order: pins that only the I/O APIC has first.
+const IRQS: [u32; MOST_DEVICES] = [
+    16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 13, 14, 15,
+];
+/// Three pages below the BIOS that KVM on Intel processors uses for itself.
+const KVM_TSS: usize = 0xfffb_d000;
+/// Size of the descriptor table, made while one thread has it.
+const DESCRIPTORS: i32 = 1000;
+/// How long the reader of the console has to take the last of it.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
+/// Lines of the console in a report.
+const LAST_LINES: usize = 20;
+
+/// What KVM must be able to do, beside what every version can.
+const NEEDED: [(Cap, &str); 4] = [
+    (Cap::ReadonlyMem, "read-only memory"),
+    (Cap::CoalescedMmio, "the collecting of MMIO writes"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::Irqfd, "irqfd"),
+];
+
+/// Why a machine cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// See [`config::Error`].
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// See [`memory::Error`].
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// See [`cmdline::Error`].
+    #[error(transparent)]
+    Cmdline(#[from] cmdline::Error),
+    /// See [`kernel::Error`].
+    #[error(transparent)]
+    Kernel(#[from] kernel::Error),
+    /// See [`jail::Error`].
+    #[error(transparent)]
+    Jail(#[from] jail::Error),
+    /// A call to KVM failed.
+    #[error("KVM refused to {step}")]
+    Kvm {
+        /// What was to be done.
+        step: &'static str,
+        /// Why not.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM is too old.
+    #[error("KVM of this host does not support {0}")]
+    Lacks(&'static str),
+    /// A device, an event or a thread could not be made.
+    #[error("Cannot set up {what}")]
+    Setup {
+        /// What.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+trait During<T> {
+    /// Says what failed.
+    fn during(self, step: &'static str) -> Result<T, Error>;
+}
+
+impl<T> During<T> for Result<T, kvm_ioctls::Error> {
+    fn during(self, step: &'static str) -> Result<T, Error> {
+        self.map_err(|source| Error::Kvm { step, source })
+    }
+}
+
+impl<T> During<T> for io::Result<T> {
+    fn during(self, what: &'static str) -> Result<T, Error> {
+        self.map_err(|source| Error::Setup { what, source })
+    }
+}
+
+/// What a person at the command line may add to a configuration.
+#[derive(Debug, Default)]
+pub struct Extras {
+    /// Output of a serial port, which a machine otherwise has not.
+    pub serial: Option<File>,
+}
+
+/// CLOCK_MONOTONIC in µs.
+#[must_use]
+pub fn now_us() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let (seconds, nanoseconds) = (now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs());
+    seconds * 1_000_000 + nanoseconds / 1000
+}
+
+/// Boots the machine and waits for its end.
+///
+/// # Safety
+/// The descriptors that `config` names were inherited for it and belong to nobody
+/// else; this is called once.
+pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Report, Error> {
+    config.check()?;
+    // SAFETY: the caller vouches for the descriptors, `check` that each is named
+    // once; they are taken here and nowhere else.
+    let fds = unsafe { Descriptors::take(config) };
+    grow_descriptor_table(&fds.kvm);
+
+    let memory = memory::map(config.memory_mib)?;
+    let kvm = fds.kvm;
+    for (capability, what) in NEEDED {
+        if !kvm.check_extension(capability) {
+            return Err(Error::Lacks(what));
+        }
+    }
+    let vm = kvm.create_vm().during("create a virtual machine")?;
+    vm.set_tss_address(KVM_TSS).during("set the TSS address")?;
+    vm.create_irq_chip()
+        .during("create interrupt controllers")?;
+    add_memory(&vm, &memory)?;
+
+    let confined = jail::enter(config.jail.as_ref())?;
+    let ending = Ending::new().during("the end's event")?;
+    let output = Output::new(fds.console_output);
+    let mut loops = Loops::default();
+    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    for share in &config.shares {
+        devices.push(Box::new(
+            Fs::new(share, &confined).during("a shared directory")?,
+        ));
+    }
+    // The file system's threads run and keep what they may do; no other does.
+    confined.drop_capabilities()?;
+    if let Some(vsock) = &config.vsock {
+        let (listener, acceptor) = (fds.vsock_listener, fds.vsock_acceptor);
+        let ports = vsock.ports.clone();
+        let vsock = Vsock::new(vsock.guest_cid, listener, acceptor, ports, loops.shared()?);
+        devices.push(Box::new(vsock.during("the vsock device")?));
+    }
+    for (index, (file, access)) in fds.disks.into_iter().enumerate() {
+        let name = format!("bulkhead-{index}");
+        let disk = Block::new(loops.add("disk")?, file, access, name);
+        devices.push(Box::new(disk.during("a disk")?));
+    }
+    if config.console.is_some() {
+        let console = Console::new(loops.shared()?, output.clone(), fds.console_input);
+        devices.push(Box::new(console));
+    }
+    if config.rng {
+        devices.push(Box::new(Rng::new(loops.shared()?)));
+    }
+
+    let slots: Vec<Slot> = slots(devices.len());
+    let cmdline = cmdline::with_devices(&config.cmdline, &slots)?;
+    let images = kernel::Images {
+        kernel: &fds.kernel,
+        initramfs: fds.initramfs.as_ref(),
+        cmdline: &cmdline,
+    };
+    let entry = kernel::load(&memory, config.memory_mib, config.vcpus, &images)?;
+    boot::cpu::write_tables(&memory).map_err(kernel::Error::Memory)?;
+    let machine = Arc::new(Machine {
+        ports: Mutex::new(Ports::new(serial(&vm, extras.serial)?)),
+        window: Mutex::new(connect(&vm, &memory, devices, &slots)?),
+        counts: Counts::default(),
+    });
+    let vcpus = processors(&kvm, &vm, config.vcpus, entry, &machine, &ending)?;
+
+    for events in loops.all {
+        events.spawn(ending.clone()).during("a device's thread")?;
+    }
+    let first_run_us = now_us();
+    for vcpu in vcpus {
+        vcpu.spawn().during("a processor's thread")?;
+    }
+    let (end, reason) = wait(&ending, fds.alive.as_ref());
+    let end_us = now_us();
+    output.finish(LAST_OUTPUT);
+    Ok(Report {
+        end,
+        reason,
+        console: match end {
+            End::PowerOff | End::Reboot => Vec::new(),
+            _ => output.last_lines(LAST_LINES),
+        },
+        stats: Some(Stats {
+            exits: machine.counts.snapshot(),
+            main_us,
+            first_run_us,
+            end_us,
+        }),
+    })
+}
+
+/// The configuration's descriptors, owned.
+#[derive(Debug)]
+struct Descriptors {
+    kvm: Kvm,
+    kernel: File,
+    initramfs: Option<File>,
+    disks: Vec<(File, Access)>,
+    console_output: Option<OwnedFd>,
+    console_input: Option<OwnedFd>,
+    vsock_listener: Option<OwnedFd>,
+    vsock_acceptor: Option<OwnedFd>,
+    alive: Option<OwnedFd>,
+}
+
+impl Descriptors {
+    /// # Safety
+    /// As for [`config::Fd::take`], for each descriptor but that of the report.
+    unsafe fn take(config: &Config) -> Descriptors {
+        let take = |fd: config::Fd| {
+            // SAFETY: the caller vouches for it.
+            unsafe { fd.take() }
+        };
+        let console = config.console.as_ref();
+        let vsock = config.vsock.as_ref();
+        Descriptors {
+            // SAFETY: as above; the number is the descriptor of /dev/kvm.
+            kvm: unsafe { Kvm::from_raw_fd(config.kvm.0) },
+            kernel: take(config.kernel).into(),
+            initramfs: config.initramfs.map(|fd| take(fd).into()),
+            disks: config
+                .disks
+                .iter()
+                .map(|disk| {
+                    let access = if disk.read_only {
+                        Access::ReadOnly
+                    } else {
+                        Access::ReadWrite
+                    };
+                    (take(disk.fd).into(), access)
+                })
+                .collect(),
+            console_output: console.and_then(|console| console.output).map(take),
+            console_input: console.and_then(|console| console.input).map(take),
+            vsock_listener: vsock.and_then(|vsock| vsock.listener).map(take),
+            vsock_acceptor: vsock.and_then(|vsock| vsock.acceptor).map(take),
+            alive: config.alive.map(take),
+        }
+    }
+}
+
+/// Lets the kernel make the descriptor table large now: later, with threads, each
+/// growth would wait for an RCU grace period.
+fn grow_descriptor_table(any: &Kvm) {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+    // SAFETY: `any` owns the descriptor and outlives the borrow.
+    let any = unsafe { BorrowedFd::borrow_raw(any.as_raw_fd()) };
+    // Where the limit is lower the table stays as it is.
+    drop(rustix::io::fcntl_dupfd_cloexec(any, DESCRIPTORS));
+}
+
+/// Event loops that the devices share or have for themselves.
+#[derive(Debug, Default)]
+struct Loops {
+    all: Vec<Arc<EventLoop>>,
+    shared: Option<Arc<EventLoop>>,
+}
+
+impl Loops {
+    fn add(&mut self, name: &'static str) -> Result<Arc<EventLoop>, Error> {
+        let events = EventLoop::new(name).during("an event loop")?;
+        self.all.push(Arc::clone(&events));
+        Ok(events)
+    }
+
+    /// The loop of devices that never block.
+    fn shared(&mut self) -> Result<Arc<EventLoop>, Error> {
+        if let Some(events) = &self.shared {
+            return Ok(Arc::clone(events));
+        }
+        let events = self.add("devices")?;
+        self.shared = Some(Arc::clone(&events));
+        Ok(events)
+    }
+}
+
+fn slots(devices: usize) -> Vec<Slot> {
+    (REGISTERS..)
+        .step_by(mmio::PAGE)
+        .zip(IRQS)
+        .take(devices)
+        .map(|(address, irq)| Slot { address, irq })
+        .collect()
+}
+
+fn add_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr().expose_provenance() as u64,
+        };
+        // SAFETY: the region is a mapping of its length that is never unmapped, and
+        // no other slot covers its guest-physical range.
+        unsafe { vm.set_user_memory_region(region) }.during("add guest memory")?;
+    }
+    Ok(())
+}
+
+/// Gives each device its registers, notifications and interrupt.
+fn connect(
+    vm: &VmFd,
+    memory: &GuestMemoryMmap,
+    devices: Vec<Box<dyn Device>>,
+    slots: &[Slot],
+) -> Result<Window, Error> {
+    if devices.is_empty() {
+        return Ok(Window::new(REGISTERS, Vec::new()));
+    }
+    let file = MmapRegion::new(devices.len() * mmio::PAGE)
+        .map_err(io::Error::other)
+        .during("device registers")?;
+    let file = Arc::new(file);
+    let mut transports = Vec::new();
+    for (index, (device, slot)) in devices.into_iter().zip(slots).enumerate() {
+        let wiring = Wiring {
+            memory: memory.clone(),
+            page: Registers::new(Arc::clone(&file), index),
+            interrupt: interrupt(vm, slot.irq)?,
+            notify: notifications(vm, slot.address, device.queue_sizes().len())?,
+        };
+        for range in mmio::COLLECTED {
+            let length = u32::try_from(range.end - range.start).unwrap_or(0);
+            vm.register_coalesced_mmio(IoEventAddress::Mmio(slot.address + range.start), length)
+                .during("collect writes to device registers")?;
+        }
+        transports.push(Transport::new(device, wiring));
+    }
+    let registers = kvm_userspace_memory_region {
+        slot: u32::try_from(memory.num_regions()).unwrap_or(u32::MAX),
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: REGISTERS,
+        memory_size: file.size() as u64,
+        userspace_addr: file.as_ptr().expose_provenance() as u64,
+    };
+    // The machine lives as long as the process, so do its registers.
+    std::mem::forget(Arc::clone(&file));
+    // SAFETY: the mapping has this length and, with a reference given away above,
+    // is never unmapped; the range lies in the hole that no RAM covers.
+    unsafe { vm.set_user_memory_region(registers) }.during("add device registers")?;
+    Ok(Window::new(REGISTERS, transports))
+}
+
+fn interrupt(vm: &VmFd, irq: u32) -> Result<Interrupt, Error> {
+    let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).during("an interrupt's event")?;
+    vm.register_irqfd(&line, irq)
+        .during("connect an interrupt")?;
+    Ok(Interrupt::new(Arc::new(line)))
+}
+
+fn notifications(vm: &VmFd, address: u64, queues: usize) -> Result<Vec<EventFd>, Error> {
+    let register = IoEventAddress::Mmio(address + mmio::QUEUE_NOTIFY);
+    (0u32..)
+        .take(queues)
+        .map(|queue| {
+            let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).during("a queue's event")?;
+            vm.register_ioevent(&event, &register, queue)
+                .during("connect a queue's notifications")?;
+            Ok(event)
+        })
+        .collect()
+}
+
+fn serial(vm: &VmFd, output: Option<File>) -> Result<Option<SerialPort>, Error> {
+    output
+        .map(|output| {
+            let line = EventFd::new(EFD_CLOEXEC).during("the serial port's event")?;
+            vm.register_irqfd(&line, ports::SERIAL_IRQ)
+                .during("connect the serial port")?;
+            Ok(SerialPort::new(ports::Line(line), output))
+        })
+        .transpose()
+}
+
+fn processors(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    entry: u64,
+    machine: &Arc<Machine>,
+    ending: &Ending,
+) -> Result<Vec<Vcpu>, Error> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .during("say what processors it supports")?;
+    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    let mut vcpus = Vec::new();
+    for id in 0..count {
+        let mut fd = vm
+            .create_vcpu(u64::from(id))
+            .during("create a virtual processor")?;
+        let table = cpuid::table(
+            &supported,
+            Processor {
+                id,
+                vcpus: count,
+                tsc_deadline,
+            },
+        );
+        fd.set_cpuid2(&table).during("set a processor's CPUID")?;
+        boot::cpu::prepare(&fd).during("prepare a processor")?;
+        if id == 0 {
+            boot::cpu::start_at(&fd, entry).during("set the first processor's registers")?;
+        }
+        fd.map_coalesced_mmio_ring()
+            .during("map its ring of collected writes")?;
+        vcpus.push(Vcpu {
+            id,
+            fd,
+            machine: Arc::clone(machine),
+            ending: ending.clone(),
+        });
+    }
+    Ok(vcpus)
+}
+
+/// Waits until the machine ends or whoever started it is gone.
+fn wait(ending: &Ending, alive: Option<&OwnedFd>) -> (End, String) {
+    loop {
+        let mut fds = vec![PollFd::new(ending, PollFlags::IN)];
+        // No event: hang-up is reported in any case.
+        fds.extend(alive.map(|alive| PollFd::new(alive, PollFlags::empty())));
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return (End::Device, format!("Cannot wait for the end: {error}")),
+        }
+        if let Some(ended) = ending.get() {
+            return ended;
+        }
+        if fds.get(1).is_some_and(|fd| !fd.revents().is_empty()) {
+            return (
+                End::Orphaned,
+                "Whoever started the virtual machine is gone".into(),
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_device_has_a_page_and_an_interrupt_of_its_own() {
+        let slots = slots(MOST_DEVICES);
+        assert_eq!(slots.len(), MOST_DEVICES);
+        assert_eq!(slots[1].address - slots[0].address, 0x1000);
+        let mut irqs: Vec<u32> = slots.iter().map(|slot| slot.irq).collect();
+        irqs.sort_unstable();
+        irqs.dedup();
+        assert_eq!(irqs.len(), MOST_DEVICES);
+        assert!(irqs.iter().all(|irq| *irq < u32::from(boot::mptable::PINS)));
+    }
+
+    #[test]
+    fn a_closed_pipe_ends_the_machine() {
+        let (alive, other) = rustix::pipe::pipe().unwrap();
+        let ending = Ending::new().unwrap();
+        drop(other);
+        assert_eq!(wait(&ending, Some(&alive)).0, End::Orphaned);
+        ending.end(End::PowerOff, "off");
+        ending.end(End::Reboot, "later");
+        assert_eq!(wait(&ending, Some(&alive)), (End::PowerOff, "off".into()));
+    }
+}

@@ -1,0 +1,136 @@
+//! From sources to the files that are installed.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_guest_kernel::Progress;
+
+use crate::{cache, packages, progress::Bar};
+
+/// The programs for the host.
+const PROGRAMS: [&str; 3] = ["bulkhead", "bulkhead-vmm", "containerd-shim-bulkhead-v2"];
+
+const AGENT: &str = "bulkhead-agent";
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Everything that is installed, as files of the building machine.
+#[derive(Debug)]
+pub(crate) struct Product {
+    /// The programs for the host.
+    pub(crate) programs: Vec<PathBuf>,
+    /// Directory with kernel, guest root image and manifest.
+    pub(crate) assets: PathBuf,
+}
+
+/// Builds all of it.
+pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
+    let kernel = bulkhead_guest_kernel::ensure(&cache::dir()?, progress)?;
+    for note in &kernel.notes {
+        eprintln!("Note: {note}");
+    }
+    progress.step("Building the agent");
+    // A target directory of its own: other flags would rebuild everything else.
+    let agent_target = target_dir().join("agent");
+    cargo(
+        &[
+            "build",
+            "--profile",
+            "agent",
+            "--package",
+            AGENT,
+            "--target",
+            TARGET,
+        ],
+        &[
+            ("CARGO_TARGET_DIR", agent_target.as_os_str()),
+            ("RUSTFLAGS", "-C target-feature=+crt-static".as_ref()),
+        ],
+    )?;
+    progress.step("Building bulkhead, shim and virtual machine monitor");
+    cargo(
+        &[
+            "build",
+            "--release",
+            "--package",
+            "bulkhead-cli",
+            "--package",
+            "bulkhead-shim",
+            "--package",
+            "bulkhead-vmm",
+        ],
+        &[],
+    )?;
+    let assets = target_dir().join("guest");
+    fs::create_dir_all(&assets)?;
+    let agent = agent_target.join(TARGET).join("agent").join(AGENT);
+    let image = bulkhead_rootfs_builder::build(&agent, &target_dir().join("guest-root.cpio"))?;
+    bulkhead_rootfs_builder::write_manifest(&assets, &kernel, &image)?;
+    Ok(Product {
+        programs: PROGRAMS
+            .iter()
+            .map(|name| target_dir().join("release").join(name))
+            .collect(),
+        assets,
+    })
+}
+
+/// Builds and copies below `prefix`.
+pub(crate) fn install(prefix: &Path) -> Result<()> {
+    let bar = Bar::new();
+    packages::ensure_installed(&bar)?;
+    copy_into(&product(&bar)?, prefix)
+}
+
+/// Copies the product to the places below `prefix` where it is looked for.
+pub(crate) fn copy_into(product: &Product, prefix: &Path) -> Result<()> {
+    let bin = prefix.join("bin");
+    let share = prefix.join("share/bulkhead");
+    for dir in [&bin, &share] {
+        fs::create_dir_all(dir).with_context(|| format!("Cannot make {}", dir.display()))?;
+    }
+    let assets = fs::read_dir(&product.assets)?.filter_map(|entry| Some(entry.ok()?.path()));
+    for (file, dir) in product
+        .programs
+        .iter()
+        .map(|file| (file.clone(), &bin))
+        .chain(assets.map(|file| (file, &share)))
+    {
+        let target = dir.join(file.file_name().unwrap_or_default());
+        // A running program cannot be written to, but it can be replaced.
+        let fresh = target.with_extension("new");
+        fs::copy(&file, &fresh)
+            .and_then(|_| fs::rename(&fresh, &target))
+            .with_context(|| format!("Cannot write {}", target.display()))?;
+    }
+    Ok(())
+}
+
+/// Runs cargo, its output to our standard error.
+pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &std::ffi::OsStr)]) -> Result<()> {
+    let status = Command::new(cargo_program())
+        .args(arguments)
+        .args(["--quiet"])
+        .current_dir(workspace())
+        .envs(variables.iter().copied())
+        .status()
+        .context("Cannot start cargo")?;
+    ensure!(status.success(), "cargo {} failed", arguments.join(" "));
+    Ok(())
+}
+
+pub(crate) fn cargo_program() -> std::ffi::OsString {
+    env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+pub(crate) fn workspace() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+pub(crate) fn target_dir() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
