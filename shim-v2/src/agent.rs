@@ -84,13 +84,22 @@ pub struct Ended {
 #[derive(Clone)]
 pub struct Agent {
     client: AgentClient,
-    limit: Duration,
+    limits: Limits,
+}
+
+/// Time for the agent's answers.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// To Create, which mounts and may meet a guest that is still waking up.
+    pub create: Duration,
+    /// To everything else but SIGKILL and Shutdown, which have limits of their own.
+    pub request: Duration,
 }
 
 impl std::fmt::Debug for Agent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Agent")
-            .field("limit", &self.limit)
+            .field("limits", &self.limits)
             .finish_non_exhaustive()
     }
 }
@@ -98,7 +107,7 @@ impl std::fmt::Debug for Agent {
 impl Agent {
     /// Reads the greeting on a connection that the guest opened. The caller
     /// limits the time.
-    pub async fn greet(mut stream: UnixStream, limit: Duration) -> Result<Self> {
+    pub async fn greet(mut stream: UnixStream, limits: Limits) -> Result<Self> {
         let line = read_line(&mut stream, 64).await.map_err(|error| {
             Error::Boot(format!("the agent's greeting cannot be read: {error}"))
         })?;
@@ -112,14 +121,20 @@ impl Agent {
         let client = Client::new(Socket::new(Bounded::new(stream)));
         Ok(Agent {
             client: AgentClient::new(client),
-            limit,
+            limits,
         })
     }
 
     /// Creates a container and its first process.
     pub async fn create(&self, request: &CreateRequest) -> Result<()> {
         let call = self.client.create(ttrpc::context::with_timeout(0), request);
-        answer("Create", self.limit, "OCI runtime create failed", call).await?;
+        answer(
+            "Create",
+            self.limits.create,
+            "OCI runtime create failed",
+            call,
+        )
+        .await?;
         Ok(())
     }
 
@@ -127,7 +142,13 @@ impl Agent {
     pub async fn start(&self, container: &ContainerId) -> Result<()> {
         let request = container_request(container);
         let call = self.client.start(ttrpc::context::with_timeout(0), &request);
-        answer("Start", self.limit, "OCI runtime start failed", call).await?;
+        answer(
+            "Start",
+            self.limits.request,
+            "OCI runtime start failed",
+            call,
+        )
+        .await?;
         Ok(())
     }
 
@@ -142,7 +163,7 @@ impl Agent {
             ..ExecRequest::default()
         };
         let call = self.client.exec(ttrpc::context::with_timeout(0), &request);
-        answer("Exec", self.limit, "OCI runtime exec failed", call).await?;
+        answer("Exec", self.limits.request, "OCI runtime exec failed", call).await?;
         Ok(())
     }
 
@@ -169,7 +190,7 @@ impl Agent {
         let limit = if signal == libc::SIGKILL.unsigned_abs() {
             KILL
         } else {
-            self.limit
+            self.limits.request
         };
         let call = self.client.kill(ttrpc::context::with_timeout(0), &request);
         answer("Kill", limit, "Kill failed", call).await?;
@@ -182,7 +203,7 @@ impl Agent {
         let call = self
             .client
             .delete(ttrpc::context::with_timeout(0), &request);
-        answer("Delete", self.limit, "Delete failed", call).await?;
+        answer("Delete", self.limits.request, "Delete failed", call).await?;
         Ok(())
     }
 
@@ -198,7 +219,7 @@ impl Agent {
         let call = self
             .client
             .resize_pty(ttrpc::context::with_timeout(0), &request);
-        answer("ResizePty", self.limit, "ResizePty failed", call).await?;
+        answer("ResizePty", self.limits.request, "ResizePty failed", call).await?;
         Ok(())
     }
 
@@ -285,6 +306,11 @@ pub fn escape(text: &str) -> String {
 mod tests {
     use super::*;
 
+    const LIMITS: Limits = Limits {
+        create: KILL,
+        request: KILL,
+    };
+
     #[test]
     fn texts_of_the_guest_are_escaped_and_cut_b74() {
         assert_eq!(escape("exec: \"x\": not found"), "exec: \"x\": not found");
@@ -312,7 +338,7 @@ mod tests {
         tokio::io::AsyncWriteExt::write_all(&mut guest, b"bulkhead-agent 9.9.9\n")
             .await
             .unwrap();
-        let text = Agent::greet(host, KILL).await.unwrap_err().to_string();
+        let text = Agent::greet(host, LIMITS).await.unwrap_err().to_string();
         assert!(
             text.contains("9.9.9") && text.contains(env!("CARGO_PKG_VERSION")),
             "{text}"
@@ -325,7 +351,7 @@ mod tests {
         tokio::io::AsyncWriteExt::write_all(&mut guest, &[b'x'; 4096])
             .await
             .unwrap();
-        assert!(Agent::greet(host, KILL).await.is_err());
+        assert!(Agent::greet(host, LIMITS).await.is_err());
     }
 
     #[tokio::test]
@@ -334,7 +360,10 @@ mod tests {
         let client = Client::new(Socket::new(Bounded::new(host)));
         let agent = Agent {
             client: AgentClient::new(client),
-            limit: Duration::from_millis(50),
+            limits: Limits {
+                create: Duration::from_millis(50),
+                request: Duration::from_millis(50),
+            },
         };
         let name = ProcessName {
             container: ContainerId::new("c").unwrap(),
@@ -358,7 +387,10 @@ mod tests {
         let client = Client::new(Socket::new(Bounded::new(host)));
         let agent = Agent {
             client: AgentClient::new(client),
-            limit: Duration::from_secs(10),
+            limits: Limits {
+                create: Duration::from_secs(10),
+                request: Duration::from_secs(10),
+            },
         };
         drop(guest);
         let name = ProcessName {

@@ -63,9 +63,10 @@ pub struct Config {
     /// Memory in MiB that a guest has above its container's limit: for the
     /// kernel, the agent and page tables.
     pub guest_overhead_mib: u32,
-    /// Seconds from the start of the VM to the agent's greeting.
+    /// Seconds from the start of the VM to the agent's greeting, and for the
+    /// creation of a container in it.
     pub boot_timeout_s: u64,
-    /// Seconds for the agent's answer to a request.
+    /// Seconds for the agent's answer to any other request.
     pub rpc_timeout_s: u64,
     /// Give the guest a console and log what it says.
     pub guest_console: bool,

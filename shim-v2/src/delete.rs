@@ -24,9 +24,9 @@ use crate::{
 };
 
 /// Time for the shim to end in order once its VM is gone.
-const ORDERLY_MS: u32 = 1000;
-/// Time for a killed process to be gone.
-const KILLED_MS: u32 = 400;
+const ORDERLY_MS: u32 = 800;
+/// Time for a killed process to be gone; it takes what the kernel needs.
+const KILLED_MS: u32 = 1000;
 /// Exit status of a task whose shim is gone: 128 and SIGKILL.
 const STATUS: u32 = 137;
 

@@ -204,8 +204,8 @@ fn of_io(error: &io::Error) -> Code {
     }
 }
 
-impl From<Error> for ttrpc::Error {
-    fn from(error: Error) -> Self {
+impl From<&Error> for ttrpc::Error {
+    fn from(error: &Error) -> Self {
         ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error.text()))
     }
 }

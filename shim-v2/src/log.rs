@@ -93,6 +93,10 @@ struct Fields {
 
 impl Fields {
     fn add(&mut self, name: &str, value: &str) {
+        // Where in a library a message of the crate log comes from.
+        if name.starts_with("log.") {
+            return;
+        }
         let _ = write!(self.rest, " {name}={}", quoted(value));
     }
 }

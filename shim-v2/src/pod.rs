@@ -78,6 +78,7 @@ pub struct Pod {
     vm: OnceCell<Arc<Vm>>,
     slots: Mutex<BTreeMap<ContainerId, Slot>>,
     stopping: AtomicBool,
+    stopped: OnceCell<()>,
 }
 
 /// A place in the table of containers.
@@ -134,6 +135,7 @@ impl Pod {
             vm: OnceCell::new(),
             slots: Mutex::default(),
             stopping: AtomicBool::new(false),
+            stopped: OnceCell::new(),
         })
     }
 
@@ -294,11 +296,14 @@ impl Pod {
             .map_or(0, |vm| vm.vmm().process().pid.unsigned_abs())
     }
 
-    /// Ends the pod: VM, containers, events, state directory.
+    /// Ends the pod: VM, containers, events, state directory. Whoever calls it
+    /// again waits for the same end.
     pub async fn stop(&self) {
-        if self.stopping.swap(true, Ordering::SeqCst) {
-            return;
-        }
+        self.stopping.store(true, Ordering::SeqCst);
+        self.stopped.get_or_init(|| self.end()).await;
+    }
+
+    async fn end(&self) {
         let creating: Vec<ContainerId> = lock(&self.slots)
             .iter()
             .filter(|(_, slot)| matches!(slot, Slot::Creating(_)))
@@ -307,8 +312,14 @@ impl Pod {
         for id in creating {
             self.cancel_create(&id).await;
         }
+        match self.vm.get() {
+            // Every container was deleted, so the guest holds nothing of value.
+            Some(vm) if self.is_empty() => vm.vmm().kill(),
+            Some(vm) => vm.stop().await,
+            None => {}
+        }
         if let Some(vm) = self.vm.get() {
-            vm.stop().await;
+            vm.vmm().ended().await;
         }
         for container in self.containers() {
             // The end of the VM ends every process that was started in it.

@@ -5,7 +5,10 @@
 //! answer Internal.
 
 use std::{
-    collections::HashMap, future::Future, panic::AssertUnwindSafe, path::PathBuf, sync::Arc,
+    collections::HashMap,
+    future::Future,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use async_trait::async_trait;
@@ -20,9 +23,8 @@ use containerd_shim_protos::{
     protobuf::{EnumOrUnknown, MessageField},
     shim_async::{Task, create_task},
 };
-use futures::FutureExt;
 use tokio::sync::Notify;
-use tracing::{debug, error, warn};
+use tracing::{debug, warn};
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::{
@@ -54,7 +56,7 @@ const ABSENT: [&str; 3] = [
 pub struct TaskService {
     pod: Arc<Pod>,
     /// The shim's socket, removed before Shutdown is answered.
-    socket: Option<PathBuf>,
+    socket: Arc<Mutex<Option<PathBuf>>>,
     /// Told after Shutdown.
     end: Arc<Notify>,
 }
@@ -64,6 +66,7 @@ impl TaskService {
     /// shim may exit.
     #[must_use]
     pub fn new(pod: Arc<Pod>, socket: Option<PathBuf>, end: Arc<Notify>) -> Self {
+        let socket = Arc::new(Mutex::new(socket));
         TaskService { pod, socket, end }
     }
 
@@ -87,8 +90,14 @@ impl TaskService {
 
     /// Ends the pod and gives up its socket.
     pub async fn stop(&self) {
-        // Who comes from now on starts a shim of their own.
-        if let Some(socket) = &self.socket
+        // Who comes from now on starts a shim of their own, whose socket has the
+        // same name.
+        let socket = self
+            .socket
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(socket) = socket
             && let Err(error) = std::fs::remove_file(socket)
         {
             debug!(%error, "the socket is gone already");
@@ -97,23 +106,24 @@ impl TaskService {
     }
 }
 
-/// Runs a handler; a failure is logged, a panic becomes a failure.
-async fn answer<T>(
+/// Logs a failure and gives it its status.
+fn refuse(call: &'static str, id: &str, error: &Error) -> ttrpc::Error {
+    warn!(call, id, error = error.text(), "request failed");
+    error.into()
+}
+
+/// Runs a handler in a task of its own: it goes on when the caller has lost
+/// patience, and its panic is only a failed request.
+async fn answer<T: Send + 'static>(
     call: &'static str,
     id: &str,
-    handler: impl Future<Output = Result<T>>,
+    handler: impl Future<Output = Result<T>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     debug!(call, id, "request");
-    let result = AssertUnwindSafe(handler).catch_unwind().await;
+    let result = tokio::spawn(handler).await;
     result
         .unwrap_or(Err(Error::Panicked(call)))
-        .map_err(|error| {
-            match &error {
-                Error::Panicked(_) => error!(call, id, "a handler panicked"),
-                error => warn!(call, id, error = error.text(), "request failed"),
-            }
-            error.into()
-        })
+        .map_err(|error| refuse(call, id, &error))
 }
 
 fn name(id: &str, exec: &str) -> Result<ProcessName> {
@@ -139,12 +149,13 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
+        let service = self.clone();
         let id = request.id.clone();
-        answer("Create", &id, async {
+        answer("Create", &id, async move {
             if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
                 return Err(Error::Unsupported("Restoring a checkpoint"));
             }
-            let pid = self
+            let pid = service
                 .pod
                 .create(Create {
                     id: ContainerId::new(&request.id)?,
@@ -167,8 +178,10 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        answer("Start", &request.id, async {
-            let pid = self
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("Start", &id, async move {
+            let pid = service
                 .pod
                 .start(&name(&request.id, &request.exec_id)?)
                 .await?;
@@ -181,8 +194,12 @@ impl Task for TaskService {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        answer("State", &request.id, async {
-            let found = self.pod.describe(&name(&request.id, &request.exec_id)?)?;
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("State", &id, async move {
+            let found = service
+                .pod
+                .describe(&name(&request.id, &request.exec_id)?)?;
             let status = found.process.status();
             let stdio = found.process.stdio.clone();
             let mut response = StateResponse {
@@ -211,21 +228,24 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        answer("Wait", &request.id, async {
-            let exit = self.pod.wait(&name(&request.id, &request.exec_id)?).await?;
-            Ok(WaitResponse {
-                exit_status: u32::from(exit.status),
-                exited_at: MessageField::some(exit.at),
-                ..WaitResponse::default()
-            })
+        // Not a task of its own: it ends with its caller.
+        let wait = async { self.pod.wait(&name(&request.id, &request.exec_id)?).await };
+        let exit = wait
+            .await
+            .map_err(|error| refuse("Wait", &request.id, &error))?;
+        Ok(WaitResponse {
+            exit_status: u32::from(exit.status),
+            exited_at: MessageField::some(exit.at),
+            ..WaitResponse::default()
         })
-        .await
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        answer("Kill", &request.id, async {
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("Kill", &id, async move {
             let name = name(&request.id, &request.exec_id)?;
-            self.pod.kill(&name, request.signal, request.all).await?;
+            service.pod.kill(&name, request.signal, request.all).await?;
             Ok(Empty::new())
         })
         .await
@@ -236,8 +256,10 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
-        answer("Delete", &request.id, async {
-            let (pid, exit) = self
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("Delete", &id, async move {
+            let (pid, exit) = service
                 .pod
                 .delete(&name(&request.id, &request.exec_id)?)
                 .await?;
@@ -252,7 +274,9 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        answer("Exec", &request.id, async {
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("Exec", &id, async move {
             let process = json::parse(&request.spec.value).map_err(|source| Error::Json {
                 what: "the process of an exec".to_owned(),
                 source,
@@ -263,7 +287,7 @@ impl Task for TaskService {
                 stderr: request.stderr.clone(),
                 terminal: request.terminal,
             };
-            self.pod.exec(
+            service.pod.exec(
                 &ContainerId::new(&request.id)?,
                 ExecId::new(&request.exec_id)?,
                 process,
@@ -275,10 +299,12 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        answer("Pids", &request.id, async {
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("Pids", &id, async move {
             // Processes of the guest have no number on the host: the VMM stands
             // for them.
-            let pid = self.pod.describe(&init(&request.id)?)?.pid;
+            let pid = service.pod.describe(&init(&request.id)?)?.pid;
             let process = ProcessInfo {
                 pid,
                 ..ProcessInfo::default()
@@ -292,12 +318,14 @@ impl Task for TaskService {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        answer("CloseIO", &request.id, async {
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("CloseIO", &id, async move {
             let name = name(&request.id, &request.exec_id)?;
             if request.stdin {
-                self.pod.close_stdin(&name)?;
+                service.pod.close_stdin(&name)?;
             } else {
-                self.pod.describe(&name)?;
+                service.pod.describe(&name)?;
             }
             Ok(Empty::new())
         })
@@ -309,11 +337,14 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: ResizePtyRequest,
     ) -> ttrpc::Result<Empty> {
-        answer("ResizePty", &request.id, async {
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("ResizePty", &id, async move {
             let name = name(&request.id, &request.exec_id)?;
             // A terminal counts in 16 bits.
             let cells = |count: u32| count.min(u32::from(u16::MAX));
-            self.pod
+            service
+                .pod
                 .resize(&name, cells(request.width), cells(request.height))
                 .await?;
             Ok(Empty::new())
@@ -322,8 +353,10 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        answer("Stats", &request.id, async {
-            self.pod.describe(&init(&request.id)?)?;
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("Stats", &id, async move {
+            service.pod.describe(&init(&request.id)?)?;
             let stats = MessageField::some(stats::zeros());
             Ok(StatsResponse {
                 stats,
@@ -338,8 +371,10 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: ConnectRequest,
     ) -> ttrpc::Result<ConnectResponse> {
-        answer("Connect", &request.id, async {
-            let found = init(&request.id).and_then(|name| self.pod.describe(&name));
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("Connect", &id, async move {
+            let found = init(&request.id).and_then(|name| service.pod.describe(&name));
             Ok(ConnectResponse {
                 shim_pid: std::process::id(),
                 task_pid: found.map_or(0, |found| found.pid),
@@ -351,10 +386,12 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        answer("Shutdown", &request.id, async {
-            if self.pod.is_empty() || request.now {
-                self.stop().await;
-                self.end.notify_one();
+        let service = self.clone();
+        let id = request.id.clone();
+        answer("Shutdown", &id, async move {
+            if service.pod.is_empty() || request.now {
+                service.stop().await;
+                service.end.notify_one();
             }
             Ok(Empty::new())
         })
@@ -362,17 +399,11 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        answer("Pause", &request.id, async {
-            Err(Error::Unsupported("Pause"))
-        })
-        .await
+        Err(refuse("Pause", &request.id, &Error::Unsupported("Pause")))
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        answer("Resume", &request.id, async {
-            Err(Error::Unsupported("Resume"))
-        })
-        .await
+        Err(refuse("Resume", &request.id, &Error::Unsupported("Resume")))
     }
 
     async fn checkpoint(
@@ -380,16 +411,14 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: CheckpointTaskRequest,
     ) -> ttrpc::Result<Empty> {
-        answer("Checkpoint", &request.id, async {
-            Err(Error::Unsupported("Checkpoint"))
-        })
-        .await
+        Err(refuse(
+            "Checkpoint",
+            &request.id,
+            &Error::Unsupported("Checkpoint"),
+        ))
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        answer("Update", &request.id, async {
-            Err(Error::Unsupported("Update"))
-        })
-        .await
+        Err(refuse("Update", &request.id, &Error::Unsupported("Update")))
     }
 }

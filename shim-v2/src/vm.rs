@@ -20,7 +20,7 @@ use tracing::info;
 
 use self::vmm::{End, Launch, Vmm};
 use crate::{
-    agent::Agent,
+    agent::{self, Agent},
     assets::Assets,
     config::Config,
     error::{Error, Result, host},
@@ -128,11 +128,15 @@ impl Vm {
         let state =
             crate::mount::open_dir(boot.dir.path()).map_err(host("open the state directory"))?;
         let vmm = Vmm::launch(launch).await?;
+        let limits = agent::Limits {
+            create: boot.config.boot_timeout(),
+            request: boot.config.rpc_timeout(),
+        };
         let greeted = async {
             let stream = acceptor::accept(acceptor, AGENT_PORT)
                 .await
                 .map_err(|error| Error::Boot(format!("no connection from the agent: {error}")))?;
-            Agent::greet(stream, boot.config.rpc_timeout()).await
+            Agent::greet(stream, limits).await
         };
         let result = tokio::select! {
             result = timeout_at(deadline, greeted) => result,
@@ -198,7 +202,6 @@ impl Vm {
             let _ = timeout(REPORT, self.vmm.ended()).await;
         }
         self.vmm.kill();
-        self.vmm.ended().await;
     }
 }
 

@@ -7,13 +7,13 @@
 
 use std::{
     fs::File,
-    io::{self, PipeReader, Read, Seek, Write},
+    io::{self, PipeReader, PipeWriter, Read, Seek, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::process::ExitStatusExt,
     },
     path::{Path, PathBuf},
-    process::{Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
     thread,
 };
@@ -237,7 +237,16 @@ type Started = oneshot::Sender<Result<(Process, OwnedFd)>>;
 
 /// The life of the thread: start, tell, wait, report.
 fn parent(launch: Launch, alive: OwnedFd, started: Started, end: &watch::Sender<Option<End>>) {
-    let (mut child, report, stderr) = match spawn(launch, alive) {
+    // First of all: a thread whose children get another pid namespace cannot start
+    // threads any more.
+    let messages = io::pipe().and_then(|(messages, stderr)| {
+        let reader = thread::Builder::new().name("vmm-messages".to_owned());
+        reader.spawn(|| log_messages(messages)).map(|_| stderr)
+    });
+    let spawned = messages
+        .map_err(host("read what the VMM says"))
+        .and_then(|stderr| spawn(launch, alive, stderr));
+    let (mut child, report) = match spawned {
         Ok(spawned) => spawned,
         Err(error) => {
             let _ = started.send(Err(error));
@@ -250,12 +259,6 @@ fn parent(launch: Launch, alive: OwnedFd, started: Started, end: &watch::Sender<
         // Nobody waits any more.
         let _ = child.kill();
     }
-    let messages = thread::Builder::new()
-        .name("vmm-messages".to_owned())
-        .spawn(|| log_messages(stderr));
-    if let Err(error) = messages {
-        warn!(%error, "messages of the VMM are lost");
-    }
     let result = match child.wait() {
         Ok(status) => End::of(status, read_report(report)),
         Err(error) => End {
@@ -267,7 +270,7 @@ fn parent(launch: Launch, alive: OwnedFd, started: Started, end: &watch::Sender<
     end.send_replace(Some(result));
 }
 
-fn open(child: &std::process::Child) -> io::Result<(Process, OwnedFd)> {
+fn open(child: &Child) -> io::Result<(Process, OwnedFd)> {
     let number = child.id().cast_signed();
     let pid = Pid::from_raw(number).ok_or_else(|| io::Error::other("no process id"))?;
     // The child is not reaped yet, so the number is its own.
@@ -275,7 +278,7 @@ fn open(child: &std::process::Child) -> io::Result<(Process, OwnedFd)> {
     Ok((Process::of(number)?, pidfd))
 }
 
-fn spawn(launch: Launch, alive: OwnedFd) -> Result<(std::process::Child, PipeReader, PipeReader)> {
+fn spawn(launch: Launch, alive: OwnedFd, stderr: PipeWriter) -> Result<(Child, PipeReader)> {
     // The new pid namespace is the child's; the others are this thread's as well,
     // which does nothing else.
     unshare(
@@ -297,7 +300,6 @@ fn spawn(launch: Launch, alive: OwnedFd) -> Result<(std::process::Child, PipeRea
     drop(top);
 
     let (report, report_end) = io::pipe().map_err(host("make a pipe"))?;
-    let (stderr, stderr_end) = io::pipe().map_err(host("make a pipe"))?;
     let fd = |fd: &dyn AsFd| Fd(fd.as_fd().as_raw_fd());
     let config = Config {
         kvm: fd(&launch.kvm),
@@ -346,7 +348,7 @@ fn spawn(launch: Launch, alive: OwnedFd) -> Result<(std::process::Child, PipeRea
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(stderr_end);
+        .stderr(stderr);
     inherit::only(&mut command, kept, inherit::OnParentDeath::Kill);
     let child = command.spawn().map_err(|source| Error::Path {
         action: "start",
@@ -356,7 +358,7 @@ fn spawn(launch: Launch, alive: OwnedFd) -> Result<(std::process::Child, PipeRea
     // Each of these must have one holder, so that its close is seen.
     drop((launch.acceptor, launch.listener, alive, report_end));
     set_oom_score(child.id(), launch.oom_score_adj);
-    Ok((child, report, stderr))
+    Ok((child, report))
 }
 
 fn config_file(config: &Config) -> io::Result<File> {
