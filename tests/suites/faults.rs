@@ -99,7 +99,7 @@ fn a_killed_vmm_ends_the_container_f22() {
     kill_all("bulkhead-vmm");
     let outcome = run.wait();
     assert_eq!(outcome.code, 137, "{outcome}");
-    assert_said(&outcome, "virtual machine");
+    assert_said(&outcome, "the VM was killed");
     leaks.finish();
 }
 
@@ -108,7 +108,7 @@ fn a_killed_shim_takes_the_machine_with_it_f1() {
     let leaks = LeakCheck::start();
     let run = endless();
     kill_all("containerd-shim-bulkhead-v2");
-    assert_said(&run.wait(), "shim");
+    assert_said(&run.wait(), "its supervisor is gone");
     leaks.finish();
 }
 
@@ -118,7 +118,7 @@ fn a_panic_of_the_guest_is_reported_with_its_message_f53() {
     let bundle = tempfile::tempdir().unwrap();
     privileged_bundle(
         bundle.path(),
-        "echo 2 > /proc/sys/vm/panic_on_oom; x=$(head -c 2000000000 /dev/zero | tr '\\0' x)",
+        "echo 2 > /proc/sys/vm/panic_on_oom; tail /dev/zero",
     );
     let outcome =
         Command::bulkhead(["run", "--rm", "--bundle", bundle.path().to_str().unwrap()]).run();

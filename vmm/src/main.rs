@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     tell(&report);
     if let (true, Some(stats)) = (cli.stats, report.stats) {
         let stats = serde_json::to_string(&stats).unwrap_or_default();
-        eprintln!("{stats}");
+        say(&stats);
     }
     ExitCode::from(report.end.status())
 }
@@ -92,9 +92,14 @@ fn failure(end: End, reason: &str) -> Report {
     }
 }
 
+/// Writes a line to standard error, whose reader may be gone.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Says how the machine ended: to people, and to the parent.
 fn tell(report: &Report) {
-    eprintln!("bulkhead-vmm: {}", report.reason);
+    say(&format!("bulkhead-vmm: {}", report.reason));
     if let (Some(mut file), Ok(mut line)) = (REPORT.get(), serde_json::to_vec(report)) {
         line.push(b'\n');
         // A parent that is gone does not read it.
