@@ -766,6 +766,22 @@ fn pages_are_kept_only_for_content_that_cannot_have_changed() {
 }
 
 #[test]
+fn the_guest_believes_nothing_of_files_and_little_of_directories() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("file"), "text").unwrap();
+    fs::create_dir(guest.path("dir")).unwrap();
+    // Seconds for which the name and the attributes are valid. The share's own
+    // mount is where containers come and go: no name in it is kept.
+    for (name, expected) in [("file", (0, 0)), ("dir", (0, 1))] {
+        let reply = guest.call(LOOKUP, 1, &named(&[], name)).unwrap();
+        assert_eq!((word(&reply, 16), word(&reply, 24)), expected, "{name}");
+        assert_eq!(word(&reply, 32), 0, "and no nanoseconds");
+        let attr = guest.call(GETATTR, word(&reply, 0), &[0; 16]).unwrap();
+        assert_eq!(word(&attr, 0), expected.1, "{name}");
+    }
+}
+
+#[test]
 fn a_reset_lets_go_of_everything_and_the_device_works_again() {
     let mut guest = Guest::new();
     fs::write(guest.path("file"), "text").unwrap();
