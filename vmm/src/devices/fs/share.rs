@@ -9,12 +9,13 @@
 //! Only regular files and directories are ever opened. Device nodes, FIFOs and
 //! sockets exist as names with attributes: what they lead to is the guest's.
 //!
-//! The host may change every file, so the guest asks before it believes what it
-//! knows of one: names, attributes and absence are valid for no time at all. The
-//! price is a request or two for each `stat`. Two things it may keep: attributes
-//! of directories for a second, and names of directories inside a mount, so that
-//! a long path does not cost a request for each of its parts; and content that
-//! provably did not change since it was last opened.
+//! The host may change every file, so the guest's kernel asks for each name that
+//! it walks, and what it opens or looks at by name is what is there now. Through
+//! an open descriptor it sees changes after 10 ms at most: without that much, each
+//! `read` of cached content would cost a request. Names of directories inside a
+//! mount, and attributes of directories, are good for a second, so that a long
+//! path does not cost a request for each of its parts. Content that provably did
+//! not change since it was last opened stays in the guest's page cache.
 //!
 //! A read-only share answers EROFS here, whatever is mounted how.
 
@@ -57,6 +58,10 @@ use super::{
 
 /// How long the guest may believe what it was told of a directory.
 const DIRECTORY_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long it may believe the attributes of anything else. No name is valid for
+/// any time, and attributes come with it, so this matters for open files only.
+const FILE_TIMEOUT: Duration = Duration::from_millis(10);
 
 /// A file counts as settled when nothing changed it for this long. Longer than
 /// Linux takes to write back, and thereby note, a memory-mapped change.
@@ -761,9 +766,13 @@ impl FileSystem for Shared {
 
 /// How long attributes are good for.
 fn timeout(attr: &libc::stat64) -> Duration {
-    if attr.st_mode & libc::S_IFMT == libc::S_IFDIR {
+    if is_directory(attr) {
         DIRECTORY_TIMEOUT
     } else {
-        Duration::ZERO
+        FILE_TIMEOUT
     }
+}
+
+fn is_directory(attr: &libc::stat64) -> bool {
+    attr.st_mode & libc::S_IFMT == libc::S_IFDIR
 }
