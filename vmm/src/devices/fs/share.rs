@@ -9,10 +9,13 @@
 //! Only regular files and directories are ever opened. Device nodes, FIFOs and
 //! sockets exist as names with attributes: what they lead to is the guest's.
 //!
-//! Nothing is cached in the guest without asking here first (timeouts of zero),
-//! because the host may change every file. The price is a request for each path
-//! component and each `stat`. Content that provably did not change since it was
-//! last opened stays in the guest's page cache.
+//! The host may change every file, so the guest's kernel asks for each name that
+//! it walks, and what it opens or looks at by name is what is there now. Through
+//! an open descriptor it sees changes after 10 ms at most: without that much, each
+//! `read` of cached content would cost a request. Names of directories inside a
+//! mount, and attributes of directories, are good for a second, so that a long
+//! path does not cost a request for each of its parts. Content that provably did
+//! not change since it was last opened stays in the guest's page cache.
 //!
 //! A read-only share answers EROFS here, whatever is mounted how.
 
@@ -53,8 +56,12 @@ use super::{
     table::{Node, Seen, Table},
 };
 
-/// How long the guest may believe what it was told: not at all.
-const TIMEOUT: Duration = Duration::ZERO;
+/// How long the guest may believe what it was told of a directory.
+const DIRECTORY_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long it may believe the attributes of anything else. No name is valid for
+/// any time, and attributes come with it, so this matters for open files only.
+const FILE_TIMEOUT: Duration = Duration::from_millis(10);
 
 /// A file counts as settled when nothing changed it for this long. Longer than
 /// Linux takes to write back, and thereby note, a memory-mapped change.
@@ -79,6 +86,8 @@ const OPEN_KILL_SUIDGID: u32 = 1;
 #[derive(Debug)]
 pub(super) struct Shared {
     table: Table,
+    /// The mount in which the directory itself is.
+    root_mount: u64,
     /// `/proc/self/fd`: through it a node's descriptor becomes an open file.
     proc_self_fd: OwnedFd,
     read_only: bool,
@@ -98,6 +107,7 @@ impl Shared {
     ) -> io::Result<Shared> {
         let (root, _) = identify(root)?;
         Ok(Shared {
+            root_mount: root.identity.mount,
             table: Table::new(root, limit),
             proc_self_fd,
             read_only,
@@ -146,13 +156,22 @@ impl Shared {
                 attr_flags |= ATTR_SUBMOUNT;
             }
         }
+        let attr = attributes(&status);
+        // Names that lead to mounts, and those around them, come and go with
+        // containers: the same name may be another directory at once.
+        let within =
+            node.identity.mount == parent.identity.mount && node.identity.mount != self.root_mount;
         Ok(Entry {
             inode: self.table.look_up(node)?,
             generation: 0,
-            attr: attributes(&status),
             attr_flags,
-            attr_timeout: TIMEOUT,
-            entry_timeout: TIMEOUT,
+            attr_timeout: timeout(&attr),
+            entry_timeout: if within {
+                timeout(&attr)
+            } else {
+                Duration::ZERO
+            },
+            attr,
         })
     }
 
@@ -197,7 +216,8 @@ impl Shared {
             Some(handle) => statx(self.table.handle(handle, inode)?.file.as_fd())?,
             None => statx(self.table.node(inode)?.as_fd())?,
         };
-        Ok((attributes(&status), TIMEOUT))
+        let attr = attributes(&status);
+        Ok((attr, timeout(&attr)))
     }
 
     fn resize(&self, inode: u64, handle: Option<u64>, size: u64, kill: bool) -> io::Result<()> {
@@ -742,4 +762,17 @@ impl FileSystem for Shared {
         let _position = handle.lock();
         Ok(sys::seek(&handle.file, target)?)
     }
+}
+
+/// How long attributes are good for.
+fn timeout(attr: &libc::stat64) -> Duration {
+    if is_directory(attr) {
+        DIRECTORY_TIMEOUT
+    } else {
+        FILE_TIMEOUT
+    }
+}
+
+fn is_directory(attr: &libc::stat64) -> bool {
+    attr.st_mode & libc::S_IFMT == libc::S_IFDIR
 }

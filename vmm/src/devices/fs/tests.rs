@@ -766,6 +766,22 @@ fn pages_are_kept_only_for_content_that_cannot_have_changed() {
 }
 
 #[test]
+fn the_guest_believes_no_name_and_attributes_for_a_moment() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("file"), "text").unwrap();
+    fs::create_dir(guest.path("dir")).unwrap();
+    // The share's own mount is where containers come and go: no name is kept.
+    for (name, seconds, nanoseconds) in [("file", 0, 10_000_000), ("dir", 1, 0)] {
+        let reply = guest.call(LOOKUP, 1, &named(&[], name)).unwrap();
+        assert_eq!(word(&reply, 16), 0, "{name}");
+        assert_eq!(word(&reply, 24), seconds, "{name}");
+        assert_eq!(word(&reply, 32), nanoseconds << 32, "{name}");
+        let attr = guest.call(GETATTR, word(&reply, 0), &[0; 16]).unwrap();
+        assert_eq!((word(&attr, 0), word(&attr, 8)), (seconds, nanoseconds));
+    }
+}
+
+#[test]
 fn a_reset_lets_go_of_everything_and_the_device_works_again() {
     let mut guest = Guest::new();
     fs::write(guest.path("file"), "text").unwrap();
