@@ -93,6 +93,14 @@ pub(crate) enum Error {
         /// Did the program run already?
         started: bool,
     },
+    /// The VM ended under the running program.
+    #[error("The container was killed: {reason}")]
+    Ended {
+        /// One sentence.
+        reason: String,
+        /// What the shim gives as the exit status: 137, or 255 if the VM failed.
+        code: u8,
+    },
     /// A signal came before the program ran.
     #[error("Interrupted by signal {0} before the command ran")]
     Interrupted(u8),
@@ -102,7 +110,7 @@ impl Error {
     /// The exit code of the command.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Error::Program { code, .. } => *code,
+            Error::Program { code, .. } | Error::Ended { code, .. } => *code,
             Error::Gone { started: true, .. } => 137,
             Error::Interrupted(signal) => signal.saturating_add(128),
             Error::Refused { .. }

@@ -135,9 +135,9 @@ async fn supervise(
     // What the shim says of an end that nobody asked for is the cause; afterwards
     // it is gone with the pod.
     if let Some(reason) = client::reason(id) {
-        return Err(Error::Gone {
+        return Err(Error::Ended {
             reason,
-            started: true,
+            code: exit_code(status),
         });
     }
     task.delete(&process).await?;

@@ -43,7 +43,7 @@ use crate::{
     share::{ContainerShare, Share},
     state::{self, Op, Refusal, State},
     statedir::StateDir,
-    vm::{Boot, Size, Vm},
+    vm::{Boot, Size, Vm, vmm::End},
 };
 
 /// Time that output gets to be delivered after its process ended.
@@ -421,6 +421,14 @@ impl Pod {
         for line in &end.console {
             warn!(message_of = "guest", "{line}");
         }
+        self.write_reason(&end);
+    }
+
+    /// Leaves the reason of an end that nobody asked for where clients look for it.
+    fn write_reason(&self, end: &End) {
+        if self.stopping.load(Ordering::SeqCst) {
+            return;
+        }
         if let Err(error) = self.dir.write_reason(&end.reason) {
             warn!(%error, "cannot write the reason");
         }
@@ -439,7 +447,10 @@ impl Pod {
                         warn!(reason, "killing the VM");
                         vm.vmm().kill();
                     }
-                    (vm.vmm().ended().await.status, false)
+                    let end = vm.vmm().ended().await;
+                    // Before anybody learns of the exit and asks why.
+                    pod.write_reason(&end);
+                    (end.status, false)
                 }
                 Err(error) => {
                     warn!(process = %process.name, error = error.text(), "its end is not known");
