@@ -127,7 +127,7 @@ fn a_change_on_the_host_is_seen_at_once_even_at_the_same_size_ss_50() {
 }
 
 /// Operations of fsx. A hundred thousand take longer than a test may.
-const FSX_OPERATIONS: &str = "5000";
+const FSX_OPERATIONS: &str = "10000";
 
 /// What the suite is told: which optional calls Linux has, and two users.
 const PJDFSTEST: &str = r#"
