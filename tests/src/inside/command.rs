@@ -14,7 +14,7 @@ use std::{
 };
 
 /// A hang is a failure. The machine is emulated and slow.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 /// A program to be run.
 #[derive(Debug)]

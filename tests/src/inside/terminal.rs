@@ -13,7 +13,7 @@ use nix::pty::{Winsize, openpty};
 
 use super::command::{Command, Reader};
 
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 /// The person's side of the terminal. The program is killed when it is dropped.
 #[derive(Debug)]
