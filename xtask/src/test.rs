@@ -153,11 +153,13 @@ fn in_the_lab(
             let began = Instant::now();
             let job =
                 Job::new([&program, "--exact", test, "--test-threads=1"]).deadline(TEST_DEADLINE);
-            let output = session.output(&job)?;
+            // A lab host that is lost fails the test, and no other.
+            let output = session.output(&job);
             let seconds = began.elapsed().as_secs();
-            let text = String::from_utf8_lossy(&output.stdout);
-            if output.exit == Exit::Code(0) {
-                let skipped = text.contains("1 ignored");
+            if let Ok(output) = &output
+                && output.exit == Exit::Code(0)
+            {
+                let skipped = String::from_utf8_lossy(&output.stdout).contains("1 ignored");
                 let word = if skipped { "skipped" } else { "ok" };
                 writeln!(out, "{test} … {word}, {seconds} s")?;
                 add(sum, |sum| {
@@ -175,19 +177,32 @@ fn in_the_lab(
                 good = false;
                 add(sum, |sum| sum.failed += 1);
             }
-            // What it wrote is not counted a second time.
-            let mut plain = stdout();
-            plain.write_all(&output.stdout)?;
-            plain.write_all(&output.stderr)?;
             let place = evidence.join(suite).join(test.replace("::", "-"));
-            keep_evidence(&mut session, &output, &place)?;
-            let why = match output.exit {
-                Exit::Code(code) => format!("exit code {code}"),
-                Exit::Deadline => format!("killed after {} s", TEST_DEADLINE.as_secs()),
+            let why = match output {
+                Ok(output) => {
+                    // What it wrote is not counted a second time.
+                    let mut plain = stdout();
+                    plain.write_all(&output.stdout)?;
+                    plain.write_all(&output.stderr)?;
+                    let kept = keep_evidence(&mut session, &output, &place);
+                    let why = match output.exit {
+                        Exit::Code(code) => format!("exit code {code}"),
+                        Exit::Deadline => format!("killed after {} s", TEST_DEADLINE.as_secs()),
+                    };
+                    match kept {
+                        Ok(()) => why,
+                        Err(error) => format!("{why}, evidence incomplete: {error:#}"),
+                    }
+                }
+                Err(error) => {
+                    fs::create_dir_all(&place)?;
+                    fs::copy(session.console(), place.join("console"))?;
+                    format!("{error:#}")
+                }
             };
             writeln!(
-                plain,
-                "{test} … FAILED{}, {why}, {seconds} s; evidence: {}",
+                stdout(),
+                "{test} … FAILED{}, {seconds} s, {why}; evidence: {}",
                 if tries > 1 { " at the first try" } else { "" },
                 place.display()
             )?;
