@@ -16,6 +16,9 @@ use thiserror::Error;
 /// Directory of the configuration.
 pub const DIR: &str = "/etc/bulkhead";
 
+/// Where packages put the assets.
+const ASSETS_DIR: &str = "/usr/share/bulkhead";
+
 /// A configuration that is refused.
 #[derive(Debug, Error)]
 pub enum Error {
@@ -79,7 +82,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Config {
-            assets_dir: PathBuf::from("/usr/share/bulkhead"),
+            assets_dir: installed_assets(std::env::current_exe().ok().as_deref()),
             vcpus: 1,
             memory_mib: 512,
             guest_overhead_mib: 128,
@@ -90,6 +93,14 @@ impl Default for Config {
             debug: false,
         }
     }
+}
+
+/// The assets that were installed together with the program `own`, whatever the
+/// prefix; else where packages put them.
+fn installed_assets(own: Option<&Path>) -> PathBuf {
+    own.and_then(|own| Some(own.parent()?.parent()?.join("share/bulkhead")))
+        .filter(|dir| dir.join(bulkhead_vmm::assets::MANIFEST).is_file())
+        .unwrap_or_else(|| PathBuf::from(ASSETS_DIR))
 }
 
 /// One file: every key is optional.
@@ -234,6 +245,18 @@ mod tests {
         fs::write(dir.path().join("config.d/note"), "not toml").unwrap();
         let config = Config::load_from(dir.path()).unwrap();
         assert_eq!((config.vcpus, config.memory_mib), (4, 1024));
+    }
+
+    #[test]
+    fn assets_are_those_of_the_same_prefix_if_there_are_any() {
+        let prefix = tempfile::tempdir().unwrap();
+        let own = prefix.path().join("bin/program");
+        assert_eq!(installed_assets(Some(&own)), Path::new(ASSETS_DIR));
+        assert_eq!(installed_assets(None), Path::new(ASSETS_DIR));
+        let assets = prefix.path().join("share/bulkhead");
+        fs::create_dir_all(&assets).unwrap();
+        fs::write(assets.join(bulkhead_vmm::assets::MANIFEST), "{}").unwrap();
+        assert_eq!(installed_assets(Some(&own)), assets);
     }
 
     #[test]

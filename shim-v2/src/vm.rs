@@ -214,7 +214,8 @@ fn prepare(
 ) -> Result<(Launch, OwnedFd)> {
     let kvm = open_kvm(Path::new("/dev/kvm"))?;
     let assets = Assets::open(&config.assets_dir, Path::new(crate::statedir::RUN_DIR))?;
-    let binary = vmm::find()?;
+    let own = std::env::current_exe().map_err(host("find the shim's own file"))?;
+    let binary = vmm::find(&own)?;
     let listener = listen(dir)?;
     let (ours, theirs) = acceptor::pair()?;
     let mut cmdline = CMDLINE.to_owned();

@@ -8,9 +8,10 @@ use std::{
     fmt::Write as _,
     fs::{self, File},
     io::{self, Read, Write},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
+use bulkhead_shim::config::Config;
 use bulkhead_vmm::assets::{Asset, MANIFEST, Manifest};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
@@ -204,47 +205,19 @@ fn next_step(errno: i32) -> &'static str {
     }
 }
 
-/// The directory of kernel and root image, from the configuration.
-fn assets_dir() -> Result<PathBuf, Finding> {
-    let root = Path::new("/etc/bulkhead");
-    let mut files = vec![root.join("config.toml")];
-    if let Ok(entries) = fs::read_dir(root.join("config.d")) {
-        let mut more: Vec<PathBuf> = entries
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .collect();
-        more.retain(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "toml")
-        });
-        more.sort();
-        files.extend(more);
-    }
-    let mut dir = PathBuf::from("/usr/share/bulkhead");
-    for file in files {
-        let Ok(text) = fs::read_to_string(&file) else {
-            continue;
-        };
-        let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
-            Finding::failure(
-                "configuration",
-                format!("{}: {}", file.display(), error.message()),
-                "correct the file",
-            )
-        })?;
-        if let Some(value) = table.get("assets_dir").and_then(toml::Value::as_str) {
-            dir = value.into();
-        }
-    }
-    Ok(dir)
-}
-
 fn assets() -> Vec<Finding> {
     const NAME: &str = "guest assets";
     const BUILD: &str =
         "install bulkhead's kernel and root image, or set assets_dir in /etc/bulkhead/config.toml";
-    let dir = match assets_dir() {
-        Ok(dir) => dir,
-        Err(finding) => return vec![finding],
+    let dir = match Config::load() {
+        Ok(config) => config.assets_dir,
+        Err(error) => {
+            return vec![Finding::failure(
+                "configuration",
+                error.to_string(),
+                "correct the file",
+            )];
+        }
     };
     let path = dir.join(MANIFEST);
     let manifest: Manifest = match fs::read(&path) {
@@ -317,19 +290,10 @@ fn sha256(path: &Path) -> io::Result<String> {
 fn binaries() -> Vec<Finding> {
     const NEXT: &str = "install it beside bulkhead";
     let shim = find_binary(SHIM);
-    let mut places = vec![
-        PathBuf::from("/usr/libexec/bulkhead"),
-        PathBuf::from("/usr/bin"),
-    ];
-    let beside = shim
-        .as_ref()
-        .ok()
-        .and_then(|shim| shim.canonicalize().ok()?.parent().map(Path::to_owned));
-    places.splice(0..0, beside);
-    let vmm = places
-        .into_iter()
-        .map(|dir| dir.join("bulkhead-vmm"))
-        .find(|path| path.is_file());
+    let vmm = shim.as_ref().ok().and_then(|shim| {
+        let shim = shim.canonicalize().ok()?;
+        bulkhead_shim::vm::vmm::find(&shim).ok()
+    });
     vec![
         match shim {
             Ok(path) => Finding::ok("shim", path.display().to_string()),

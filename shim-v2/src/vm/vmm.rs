@@ -212,11 +212,10 @@ impl Drop for Vmm {
     }
 }
 
-/// Finds the program: beside the shim, else where packages put it. `PATH` is not
-/// searched.
-pub fn find() -> Result<PathBuf> {
-    let own = std::env::current_exe().map_err(host("find the shim's own file"))?;
-    let beside = own.parent().unwrap_or_else(|| Path::new("/usr/bin"));
+/// Finds the program for the shim's program: beside it, else where packages put
+/// it. `PATH` is not searched.
+pub fn find(shim: &Path) -> Result<PathBuf> {
+    let beside = shim.parent().unwrap_or_else(|| Path::new("/usr/bin"));
     let places = [
         beside,
         Path::new("/usr/libexec/bulkhead"),
