@@ -43,8 +43,7 @@ fn features() -> Value {
         "mountOptions": [
             "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "noatime",
             "nodev", "nodiratime", "noexec", "norelatime", "nostrictatime", "nosuid", "private",
-            "rbind", "relatime", "ro", "rprivate", "rslave", "rw", "slave", "strictatime", "suid",
-            "sync",
+            "rbind", "relatime", "ro", "rprivate", "rw", "strictatime", "suid", "sync",
         ],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],

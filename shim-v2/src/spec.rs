@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 
 pub use self::{
     field::{Error, Field},
-    process::check_process,
+    process::{check_process, without_labels},
 };
 use crate::names::ContainerId;
 
@@ -130,13 +130,7 @@ pub fn prepare(
         root.insert("path".to_owned(), format!("{SHARE_DIR}/{id}/rootfs").into());
     }
     if let Some(process) = member(&mut guest, "process") {
-        for label in ["apparmorProfile", "selinuxLabel"] {
-            if process.remove(label).is_some_and(|value| value != "") {
-                notes.push(format!(
-                    "process.{label} is ignored: it belongs to the host's kernel"
-                ));
-            }
-        }
+        notes.extend(without_labels(process));
         process.insert("terminal".to_owned(), (terminal == Terminal::Yes).into());
     }
     let seccomp = match member(&mut guest, "linux") {
@@ -471,10 +465,10 @@ fn mounts(
         }
         for option in &options {
             match *option {
-                "shared" | "rshared" => {
-                    return Err(mount.required("options")?.refuse(
-                        "a mount made in a virtual machine cannot appear on the host (rshared)",
-                    ));
+                "shared" | "rshared" | "slave" | "rslave" => {
+                    return Err(mount.required("options")?.refuse(&format!(
+                        "mounts do not pass between host and virtual machine ({option})"
+                    )));
                 }
                 "idmap" | "ridmap" => {
                     return Err(mount

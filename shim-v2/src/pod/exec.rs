@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted};
 use serde_json::Value;
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::{Container, DRAIN, Pod, lock, refused};
 use crate::{
@@ -46,8 +46,9 @@ impl Pod {
         spec::check_process(&field)?;
         let size = spec::console_size(&field)?;
         if let Some(object) = process.as_object_mut() {
-            object.remove("apparmorProfile");
-            object.remove("selinuxLabel");
+            for note in spec::without_labels(object) {
+                info!(container = %id, %exec, "{note}");
+            }
             object.insert("terminal".to_owned(), stdio.terminal.into());
         }
         {

@@ -106,6 +106,16 @@ pub fn check_process(process: &Field<'_>) -> Result<(), Error> {
     Ok(())
 }
 
+/// Takes out the labels of security modules: they belong to the host's kernel. A
+/// note for each that says something.
+pub fn without_labels(process: &mut serde_json::Map<String, serde_json::Value>) -> Vec<String> {
+    ["apparmorProfile", "selinuxLabel"]
+        .into_iter()
+        .filter(|label| process.remove(*label).is_some_and(|value| value != ""))
+        .map(|label| format!("process.{label} is ignored: it belongs to the host's kernel"))
+        .collect()
+}
+
 fn check_user(user: &Field<'_>) -> Result<(), Error> {
     // 4,294,967,295 is -1: "no change" to the kernel.
     let most = i64::from(u32::MAX) - 1;
