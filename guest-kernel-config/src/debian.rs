@@ -172,7 +172,10 @@ impl Apt {
         fs::read_dir(&self.directory)
             .with_context(|| format!("Cannot read {}", self.directory.display()))?
             .filter_map(|entry| Some(entry.ok()?.path()))
-            .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+            .find(|path| {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                name.starts_with(&format!("{package}_")) && name.ends_with(".deb")
+            })
             .with_context(|| format!("apt-get left no package in {}", self.directory.display()))
     }
 }

@@ -9,6 +9,7 @@ pub mod inside;
 pub mod lab;
 
 pub use inside::{
+    bundle,
     command::{Command, Outcome, Running},
     leaks::LeakCheck,
     terminal::Terminal,

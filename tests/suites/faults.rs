@@ -7,9 +7,11 @@ use std::{
     fs::{self, File, OpenOptions},
     io::Write,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
-use bulkhead_tests::{BUSYBOX, Command, LeakCheck, Outcome, Running};
+use bulkhead_tests::{BUSYBOX, Command, LeakCheck, Outcome, Running, bundle};
 
 /// A container that runs until something happens to it.
 fn endless() -> Running {
@@ -113,19 +115,61 @@ fn a_killed_shim_takes_the_machine_with_it_f1() {
     leaks.finish();
 }
 
+/// Runs `script` in a guest in which it may do everything.
+fn run_privileged(script: &str) -> Outcome {
+    let dir = tempfile::tempdir().unwrap();
+    bundle::write(dir.path(), &bundle::privileged_config(script));
+    Command::bulkhead(["run", "--rm", "--bundle", dir.path().to_str().unwrap()]).run()
+}
+
 #[test]
 fn a_panic_of_the_guest_is_reported_with_its_message_f53() {
     let leaks = LeakCheck::start();
-    let bundle = tempfile::tempdir().unwrap();
-    privileged_bundle(
-        bundle.path(),
-        "echo 2 > /proc/sys/vm/panic_on_oom; tail /dev/zero",
-    );
-    let outcome =
-        Command::bulkhead(["run", "--rm", "--bundle", bundle.path().to_str().unwrap()]).run();
+    let outcome = run_privileged("echo 2 > /proc/sys/vm/panic_on_oom; tail /dev/zero");
     assert_eq!(outcome.code, 255, "{outcome}");
     assert_said(&outcome, "The guest's kernel panicked: Out of memory");
     leaks.finish();
+}
+
+#[test]
+fn a_killed_agent_is_reported_as_what_it_is_f53() {
+    let leaks = LeakCheck::start();
+    // No signal reaches the first process of a guest; without its code it ends.
+    let outcome = run_privileged(
+        "code=$(grep -m1 r-xp /proc/1/maps); start=$((0x${code%%-*} / 4096)); \
+         dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$start count=64 conv=notrunc; sleep 60",
+    );
+    assert_eq!(outcome.code, 255, "{outcome}");
+    assert_said(&outcome, "Attempted to kill init!");
+    leaks.finish();
+}
+
+/// Kills every process whose command line has `pattern` after each of these delays
+/// from the start of a container.
+fn killed_after(pattern: &str, delays_ms: impl IntoIterator<Item = u64>) {
+    for delay in delays_ms {
+        let leaks = LeakCheck::start();
+        let run = Command::bulkhead(["run", "--rm", BUSYBOX, "--", "sleep", "600"]).start();
+        thread::sleep(Duration::from_millis(delay));
+        // It may not be there yet.
+        while Command::new("pkill", ["-KILL", "-f", pattern]).run().code != 0 {
+            thread::sleep(Duration::from_millis(10));
+        }
+        let outcome = run.wait();
+        assert_said(&outcome, "bulkhead: ");
+        let left = leaks.left_over();
+        assert!(left.is_empty(), "after {delay} ms: {left:?}\n{outcome}");
+    }
+}
+
+#[test]
+fn a_vmm_killed_at_any_moment_leaves_nothing_f22() {
+    killed_after("bulkhead-vmm", (0..3000).step_by(430));
+}
+
+#[test]
+fn a_shim_killed_at_any_moment_leaves_nothing_f1() {
+    killed_after("containerd-shim-bulkhead-v2", (0..3000).step_by(430));
 }
 
 #[test]
@@ -196,39 +240,4 @@ fn a_full_disk_is_an_error_in_the_guest_and_no_more_f10() {
     assert_eq!(out.success(), "1\nfits\n");
     drop(disk);
     leaks.finish();
-}
-
-/// A bundle of the busybox image whose first process may do everything.
-fn privileged_bundle(dir: &Path, script: &str) {
-    let rootfs = dir.join("rootfs");
-    fs::create_dir(&rootfs).unwrap();
-    let blobs = Path::new(BUSYBOX).join("blobs/sha256");
-    let layer = fs::read_dir(&blobs)
-        .unwrap()
-        .flatten()
-        .max_by_key(|blob| blob.metadata().unwrap().len())
-        .unwrap();
-    Command::new(
-        "tar",
-        [
-            "-C",
-            rootfs.to_str().unwrap(),
-            "-xf",
-            layer.path().to_str().unwrap(),
-        ],
-    )
-    .run()
-    .success();
-    let every: Vec<&str> = vec!["CAP_SYS_ADMIN", "CAP_SYS_RESOURCE", "CAP_DAC_OVERRIDE"];
-    let config = serde_json::json!({
-        "ociVersion": "1.2.0",
-        "process": {
-            "args": ["sh", "-c", script], "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0},
-            "capabilities": {"bounding": every, "effective": every, "permitted": every},
-        },
-        "root": {"path": "rootfs"},
-        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
-        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}]},
-    });
-    fs::write(dir.join("config.json"), config.to_string()).unwrap();
 }

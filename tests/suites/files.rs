@@ -8,7 +8,8 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_tests::{BUSYBOX, Command, DEBIAN, LeakCheck, TOOLS};
+use bulkhead_agent_api::SHARE_TAG;
+use bulkhead_tests::{BUSYBOX, Command, DEBIAN, LeakCheck, Outcome, TOOLS, bundle};
 
 #[test]
 fn what_a_container_writes_is_on_the_host_with_owner_mode_and_attributes() {
@@ -80,6 +81,37 @@ fn a_read_only_volume_refuses_writes() {
 }
 
 #[test]
+fn a_guest_that_mounts_it_anew_cannot_write_to_a_read_only_volume_b64() {
+    let leaks = LeakCheck::start();
+    let dir = tempfile::tempdir().unwrap();
+    let volume = tempfile::tempdir().unwrap();
+    fs::write(volume.path().join("f"), "kept").unwrap();
+    // Once through the mount of the container, once through a mount of all that the
+    // guest is shown: in both no kernel but the host's stands in the way.
+    let mut config = bundle::privileged_config(&format!(
+        "try() {{ (cd $1 && echo x > f; echo x >> f; rm f; mv f g; ln f l; chmod 0 f; touch -d @1 f; \
+         mkdir d; mknod p p; truncate -s 1 f; cat f); }}
+         mount -o remount,bind,rw /data && try /data
+         mount -t virtiofs {SHARE_TAG} /mnt && try $(dirname $(find /mnt -path '*volumes*' -name f))"
+    ));
+    let mount = serde_json::json!({
+        "destination": "/data", "type": "bind", "source": volume.path(), "options": ["bind", "ro"],
+    });
+    config["mounts"].as_array_mut().unwrap().push(mount);
+    bundle::write(dir.path(), &config);
+    fs::create_dir_all(dir.path().join("rootfs/mnt")).unwrap();
+    let out = Command::bulkhead(["run", "--rm", "--bundle", dir.path().to_str().unwrap()]).run();
+    assert_eq!(out.stdout, "keptkept", "{out}");
+    assert_eq!(
+        out.stderr.matches("Read-only file system").count(),
+        20,
+        "{out}"
+    );
+    assert_eq!(fs::read_dir(volume.path()).unwrap().count(), 1);
+    leaks.finish();
+}
+
+#[test]
 fn a_single_file_volume_does_not_show_its_siblings() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("shown"), "shown").unwrap();
@@ -126,55 +158,68 @@ fn a_change_on_the_host_is_seen_at_once_even_at_the_same_size_ss_50() {
     assert_eq!(run.wait().stdout, "first value\nother value\n");
 }
 
-/// Operations of fsx. A hundred thousand take longer than a test may.
-const FSX_OPERATIONS: &str = "10000";
-
-/// A root directory on the host's own disk: busybox and the test
-/// programs, without an overlay.
+/// A root directory on the host's own disk: busybox, the test programs, two users.
 fn plain_root() -> tempfile::TempDir {
     let root = tempfile::tempdir_in("/var/tmp").unwrap();
     let path = |name: &str| root.path().join(name);
-    let blobs = fs::read_dir(format!("{BUSYBOX}/blobs/sha256"))
-        .unwrap()
-        .flatten();
-    let layer = blobs
-        .max_by_key(|blob| blob.metadata().unwrap().len())
-        .unwrap();
-    Command::new(
-        "tar",
-        ["-C".as_ref(), root.path(), "-xf".as_ref(), &layer.path()],
-    )
-    .run()
-    .success();
+    bundle::busybox_root(root.path());
     Command::new(
         "cp",
         ["-a".as_ref(), TOOLS.as_ref(), path("tools").as_os_str()],
     )
     .run()
     .success();
+    fs::write(path("pjdfstest.toml"), PJDFSTEST).unwrap();
+    let users = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\ndaemon:x:1:1::/:/bin/sh\n";
+    fs::write(path("etc/passwd"), users).unwrap();
+    let groups = "root:x:0:\nnogroup:x:65534:\ndaemon:x:1:\n";
+    fs::write(path("etc/group"), groups).unwrap();
     fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
     root
 }
 
-#[test]
-fn fsx_finds_no_fault_g8() {
+/// Runs a line of the shell on it.
+fn on_plain_root(line: &str) -> Outcome {
     let leaks = LeakCheck::start();
     let root = plain_root();
-    Command::bulkhead([
-        "run",
-        "--rm",
-        "--rootfs",
-        root.path().to_str().unwrap(),
-        "--",
-        "/tools/fsx",
-        "-N",
-        FSX_OPERATIONS,
-        "-S",
-        "7",
-        "/fsx.file",
-    ])
-    .deadline(Duration::from_secs(500))
-    .run()
-    .success();
+    let path = root.path().to_str().unwrap();
+    let outcome = Command::bulkhead(["run", "--rm", "--rootfs", path, "--", "sh", "-c", line])
+        .deadline(Duration::from_secs(550))
+        .run();
     leaks.finish();
+    outcome
+}
+
+/// What the suite is told: which optional calls the host's ext4 has, and two users.
+const PJDFSTEST: &str = r#"
+[features]
+posix_fallocate = {}
+rename_ctime = {}
+utimensat = {}
+utime_now = {}
+[settings]
+naptime = 0.01
+[dummy_auth]
+entries = [["nobody", "nogroup"], ["daemon", "daemon"]]
+"#;
+
+#[test]
+fn pjdfstest_finds_no_fault_on_the_shared_root_g7() {
+    let out = on_plain_root("mkdir /w && cd /w && /tools/pjdfstest -c /pjdfstest.toml -p /w");
+    assert_eq!(out.code, 0, "{out}");
+    let mut lines = out.stdout.lines();
+    let summary = lines.find(|line| line.starts_with("Summary:"));
+    let summary = summary.unwrap_or_default();
+    assert!(
+        summary.contains(" 0 failed, 23 skipped, 375 passed"),
+        "{summary}"
+    );
+}
+
+/// Operations of fsx.
+const FSX_OPERATIONS: u32 = 100_000;
+
+#[test]
+fn fsx_finds_no_fault_g8() {
+    on_plain_root(&format!("/tools/fsx -N {FSX_OPERATIONS} -S 7 /fsx.file")).success();
 }

@@ -1,5 +1,6 @@
 //! What suites are written with. Runs in the lab host.
 
+pub mod bundle;
 pub mod command;
 pub mod leaks;
 pub mod terminal;

@@ -12,9 +12,7 @@ use anyhow::{Context, Result, bail};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::command::{clean, output};
-
-/// The emulator.
-const QEMU: &str = "qemu-system-x86_64";
+use super::emulator::Emulator;
 
 /// Memory of the lab host in MiB. Only what it touches is taken.
 const MEMORY_MIB: u32 = 4096;
@@ -62,8 +60,7 @@ pub(crate) struct Machine {
 
 /// All that decides whether a saved state fits: QEMU's version and the command
 /// line.
-pub(crate) fn fingerprint() -> Result<String> {
-    let version = output(clean(QEMU).arg("--version"))?;
+pub(crate) fn fingerprint(emulator: &Emulator) -> String {
     let arguments = arguments(
         &Parts {
             kernel: Path::new("k"),
@@ -77,7 +74,7 @@ pub(crate) fn fingerprint() -> Result<String> {
         0,
         0,
     );
-    Ok(format!("{version}\n{}", arguments.join("\n")))
+    format!("{}\n{}", emulator.version, arguments.join("\n"))
 }
 
 fn arguments(parts: &Parts, port: i32, monitor: i32) -> Vec<String> {
@@ -126,7 +123,7 @@ fn arguments(parts: &Parts, port: i32, monitor: i32) -> Vec<String> {
 
 impl Machine {
     /// Starts it: booting, or going on where it was saved.
-    pub(crate) fn start(parts: &Parts) -> Result<Machine> {
+    pub(crate) fn start(emulator: &Emulator, parts: &Parts) -> Result<Machine> {
         let (port, port_theirs) = inherited_pair()?;
         let (monitor, monitor_theirs) = inherited_pair()?;
         let mut arguments = arguments(parts, port_theirs.as_raw_fd(), monitor_theirs.as_raw_fd());
@@ -138,11 +135,9 @@ impl Machine {
         }
         let log = parts.directory.join("qemu.log");
         let log_file = fs::File::create(&log)?;
-        // QEMU must not outlive us, however we end.
-        let child = clean("setpriv")
-            .args(["--pdeathsig", "KILL", QEMU])
+        let child = emulator
+            .command(parts.directory)
             .args(arguments)
-            .current_dir(parts.directory)
             .stdout(log_file.try_clone()?)
             .stderr(log_file)
             .spawn()

@@ -21,6 +21,7 @@
 pub mod cache;
 mod command;
 mod disk;
+mod emulator;
 mod image;
 mod machine;
 pub mod packages;

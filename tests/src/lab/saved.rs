@@ -8,6 +8,7 @@ use bulkhead_guest_kernel::Progress;
 
 use super::cache::{self, Cache, Entry};
 use super::disk::Contents;
+use super::emulator::Emulator;
 use super::image::Image;
 use super::machine::{self, Clock, Machine, Parts};
 use super::root;
@@ -26,11 +27,12 @@ const PREPARE_TIMEOUT: Duration = Duration::from_secs(900);
 /// or booted now.
 pub(crate) fn ensure(
     cache: &Cache,
+    emulator: &Emulator,
     root: &Entry,
     images: &[Image],
     progress: &dyn Progress,
 ) -> Result<Entry> {
-    let fingerprint = machine::fingerprint()?;
+    let fingerprint = machine::fingerprint(emulator);
     let (name, script) = root::prepare_script();
     let mut parts = vec![root.key(), &fingerprint, script];
     parts.extend(images.iter().map(Image::key));
@@ -49,15 +51,18 @@ pub(crate) fn ensure(
         contents.write(&second)?;
 
         progress.step("Booting the lab host for the first time");
-        let mut machine = Machine::start(&Parts {
-            kernel: &kernel,
-            initrd: &initrd,
-            disk: &overlay,
-            second: &second,
-            state: None,
-            clock: Clock::Wall,
-            directory: work.path(),
-        })?;
+        let mut machine = Machine::start(
+            emulator,
+            &Parts {
+                kernel: &kernel,
+                initrd: &initrd,
+                disk: &overlay,
+                second: &second,
+                state: None,
+                clock: Clock::Wall,
+                directory: work.path(),
+            },
+        )?;
         machine.ready(BOOT_TIMEOUT)?;
         progress.step("Importing images in the lab host");
         machine.go(name)?;

@@ -17,7 +17,7 @@ use super::disk::Contents;
 use super::image::Image;
 use super::machine::{self, Clock, Machine, Parts};
 use super::protocol::{Frame, Request};
-use super::{root, saved, terminal};
+use super::{emulator, root, saved, terminal};
 
 /// Longest time for a restored lab host to answer; a busy machine is slow.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -105,8 +105,9 @@ impl Session {
         clock: Clock,
         progress: &dyn Progress,
     ) -> Result<Session> {
+        let emulator = emulator::ensure(cache, progress)?;
         let root = root::ensure(cache, progress)?;
-        let state = saved::ensure(cache, &root, images, progress)?;
+        let state = saved::ensure(cache, &emulator, &root, images, progress)?;
         let directory = Directory::new(&cache.path().join("lab-sessions"))?;
         progress.step("Packing what the lab host gets");
         let second = directory.path.path().join("second.img");
@@ -115,15 +116,18 @@ impl Session {
         machine::overlay(&state.file(saved::DISK), &disk)?;
         let [kernel, initrd, _] = root::paths(&root);
         let saved = state.file(saved::STATE);
-        let mut machine = Machine::start(&Parts {
-            kernel: &kernel,
-            initrd: &initrd,
-            disk: &disk,
-            second: &second,
-            state: (clock == Clock::Wall).then_some(saved.as_path()),
-            clock,
-            directory: directory.path.path(),
-        })?;
+        let mut machine = Machine::start(
+            &emulator,
+            &Parts {
+                kernel: &kernel,
+                initrd: &initrd,
+                disk: &disk,
+                second: &second,
+                state: (clock == Clock::Wall).then_some(saved.as_path()),
+                clock,
+                directory: directory.path.path(),
+            },
+        )?;
         match clock {
             Clock::Wall => progress.step("Restoring the lab host"),
             Clock::Instructions => {
