@@ -5,6 +5,7 @@
 //! back. Debian 12 has QEMU 10 among its backports; there its packages are
 //! unpacked in the cache, and the system's own stay as they are.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -63,6 +64,8 @@ pub(crate) fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Emulator>
             let archive = apt.download(package)?;
             output(clean("dpkg-deb").arg("-x").arg(archive).arg(entry))?;
         }
+        // Has links to directories; an entry of the cache consists of files.
+        fs::remove_dir_all(entry.join("usr/share/doc"))?;
         Ok(())
     })?;
     let mut emulator = Emulator {
