@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use bulkhead_agent_api::SHARE_DIR;
 use bulkhead_tests::{BUSYBOX, Command, LeakCheck, Outcome, Running, bundle};
 
 /// A container that runs until something happens to it.
@@ -134,11 +135,18 @@ fn a_panic_of_the_guest_is_reported_with_its_message_f53() {
 #[test]
 fn a_killed_agent_is_reported_as_what_it_is_f53() {
     let leaks = LeakCheck::start();
-    // No signal reaches the first process of a guest; without its code it ends.
-    let outcome = run_privileged(
-        "code=$(grep -m1 r-xp /proc/1/maps); start=$((0x${code%%-*} / 4096)); \
-         dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$start count=64 conv=notrunc; sleep 60",
-    );
+    // No signal reaches the first process of a guest. What the guest's kernel starts
+    // for a core dump sees that process, and can take its code away.
+    let outcome = run_privileged(&format!(
+        r#"cat > /kill << 'END'
+code=$(grep -m1 r-xp /proc/1/maps)
+dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((0x${{code%%-*}} / 4096)) count=64 conv=notrunc
+END
+root={SHARE_DIR}$(awk '$5 == "/" {{ print $4 }}' /proc/self/mountinfo)
+echo "|$root/bin/busybox sh $root/kill" > /proc/sys/kernel/core_pattern
+sh -c 'kill -SEGV $$'
+sleep 60"#
+    ));
     assert_eq!(outcome.code, 255, "{outcome}");
     assert_said(&outcome, "Attempted to kill init!");
     leaks.finish();

@@ -4,11 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bulkhead_guest_kernel::Progress;
 use bulkhead_tests::DEBIAN;
-use bulkhead_tests::lab::cache::Cache;
-use bulkhead_tests::lab::{Clock, Contents, Exit, Image, Job, Session, images};
+use bulkhead_tests::lab::cache::{self, Cache};
+use bulkhead_tests::lab::{Clock, Contents, Exit, Image, Job, Session, Store, images};
 
 use crate::progress::Bar;
 use crate::{build, packages};
@@ -18,6 +18,8 @@ pub(crate) struct Ready {
     cache: Cache,
     images: Vec<Image>,
     contents: Contents,
+    /// Images that the product has unpacked.
+    store: Option<Store>,
 }
 
 impl Ready {
@@ -40,13 +42,16 @@ impl Ready {
         let images = images(&cache, progress)?;
         let mut contents =
             Contents::default().with("labd", build::target_dir().join("debug/bulkhead-labd"));
+        let mut store = None;
         if let Some(prefix) = prefix {
             contents = contents.with("root/usr", prefix);
+            store = Some(unpacked(&cache, &images, &contents, progress)?);
         }
         Ok(Ready {
             cache,
             images,
             contents,
+            store,
         })
     }
 
@@ -58,8 +63,61 @@ impl Ready {
 
     /// Starts a lab host.
     pub(crate) fn session(&self, clock: Clock, progress: &dyn Progress) -> Result<Session> {
-        Session::start(&self.cache, &self.images, &self.contents, clock, progress)
+        Session::start(
+            &self.cache,
+            &self.images,
+            &self.contents,
+            self.store.as_ref(),
+            clock,
+            progress,
+        )
     }
+}
+
+/// The demo image as the product unpacks it, which takes the emulated machine half
+/// a minute: out of the cache, or made by a first run. How it lies on the disk is
+/// the business of one module of the CLI.
+fn unpacked(
+    cache: &Cache,
+    images: &[Image],
+    contents: &Contents,
+    progress: &dyn Progress,
+) -> Result<Store> {
+    let module = build::workspace().join("cli/src/image");
+    let mut sources = Vec::new();
+    for path in files(&module)? {
+        sources.push(fs::read_to_string(&path)?);
+    }
+    let parts = images.iter().map(Image::key);
+    let key = cache::key(parts.chain(sources.iter().map(String::as_str)));
+    let entry = cache.entry("lab-store", &key, |entry| {
+        let mut session = Session::start(cache, images, contents, None, Clock::Wall, progress)?;
+        progress.step("Unpacking the demo image");
+        let job = Job::new(["bulkhead", "run", "--rm", DEBIAN, "--", "true"]);
+        let output = session.output(&job)?;
+        ensure!(
+            output.exit == Exit::Code(0),
+            "The demo image cannot be run: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        session.keep_store(entry)
+    })?;
+    Ok(Store::of(entry))
+}
+
+/// All files below the directory `path`, in order.
+fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(path).with_context(|| format!("Cannot read {}", path.display()))? {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.extend(files(&path)?);
+        } else {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// Builds everything and lays it out as it is installed, below the target directory.

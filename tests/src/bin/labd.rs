@@ -7,7 +7,7 @@
 //!
 //! Never stops because of a job: whatever fails is the job's standard error.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
@@ -28,6 +28,10 @@ use rustix::termios::{Winsize, tcsetwinsize};
 /// Where the second disk is mounted.
 const DISK: &str = "/lab";
 
+/// The third disk, and where it is mounted: the product's own place.
+const STORE_DEVICE: &str = "/dev/vdc";
+const STORE: &str = "/var/lib/bulkhead";
+
 /// Pieces of standard input that wait for a job to read them, 64 KiB each.
 const STDIN_PIECES: usize = 64;
 
@@ -46,8 +50,20 @@ fn main() -> Result<()> {
     serve(port)
 }
 
-/// Copies what the disk has for the root.
+/// Mounts the third disk, and copies what the second one has for the root.
 fn install() -> Result<()> {
+    fs::create_dir_all(STORE)?;
+    // What was read of it before the machine was saved is of another disk.
+    for line in [
+        &["blockdev", "--flushbufs", STORE_DEVICE][..],
+        &["mount", STORE_DEVICE, STORE],
+    ] {
+        let status = Command::new(line[0]).args(&line[1..]).status();
+        let status = status.with_context(|| format!("Cannot run {}", line[0]))?;
+        if !status.success() {
+            bail!("{} failed: {status}", line.join(" "));
+        }
+    }
     let from = Path::new(DISK).join("root");
     if from.exists() {
         let status = Command::new("cp")

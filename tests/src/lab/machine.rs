@@ -41,6 +41,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) disk: &'a Path,
     /// The second disk, raw.
     pub(crate) second: &'a Path,
+    /// The third disk, a qcow2 file that is written to.
+    pub(crate) store: &'a Path,
     /// The state to restore; with none the machine boots.
     pub(crate) state: Option<&'a Path>,
     pub(crate) clock: Clock,
@@ -67,6 +69,7 @@ pub(crate) fn fingerprint(emulator: &Emulator) -> String {
             initrd: Path::new("i"),
             disk: Path::new("d"),
             second: Path::new("s"),
+            store: Path::new("t"),
             state: None,
             clock: Clock::Wall,
             directory: Path::new("."),
@@ -110,6 +113,8 @@ fn arguments(parts: &Parts, port: i32, monitor: i32) -> Vec<String> {
         drive(parts.disk, "qcow2"),
         "-drive".to_owned(),
         drive(parts.second, "raw") + ",readonly=on",
+        "-drive".to_owned(),
+        drive(parts.store, "qcow2"),
         "-chardev".to_owned(),
         format!("socket,id=port,fd={port}"),
         "-chardev".to_owned(),
@@ -218,11 +223,12 @@ fn inherited_pair() -> Result<(UnixStream, OwnedFd)> {
     Ok((ours, theirs))
 }
 
-/// Makes the qcow2 file `out`, which holds the differences to `base`.
-pub(crate) fn overlay(base: &Path, out: &Path) -> Result<()> {
+/// Makes the qcow2 file `out`, which holds the differences to `base`, a file of this
+/// format.
+pub(crate) fn overlay(base: &Path, format: &str, out: &Path) -> Result<()> {
     let mut command: Command = clean("qemu-img");
     command
-        .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+        .args(["create", "-q", "-f", "qcow2", "-F", format, "-b"])
         .arg(base)
         .arg(out);
     output(&mut command).map(drop)

@@ -8,6 +8,7 @@
 //! debootstrap ─► root.qcow2 ─► booted once, images imported ─► state + disk.qcow2   (cache)
 //!                                                                   │ restored for each call
 //! binaries ─► mke2fs -d ─► second disk ────────────────────────► Session ─► jobs
+//!                          third disk: /var/lib/bulkhead ──────────┘
 //! ```
 //!
 //! Promises:
@@ -30,9 +31,11 @@ mod qmp;
 mod root;
 mod saved;
 mod session;
+mod store;
 mod terminal;
 
 pub use disk::Contents;
 pub use image::{Image, images};
 pub use machine::Clock;
 pub use session::{Exit, Job, Output, Session};
+pub use store::Store;

@@ -11,7 +11,7 @@ use super::disk::Contents;
 use super::emulator::Emulator;
 use super::image::Image;
 use super::machine::{self, Clock, Machine, Parts};
-use super::root;
+use super::{root, store};
 
 /// Differences of the disk to the root disk.
 pub(crate) const DISK: &str = "disk.qcow2";
@@ -42,7 +42,8 @@ pub(crate) fn ensure(
             .tempdir_in(entry.parent().context("An entry lies in a folder")?)?;
         let [kernel, initrd, disk] = root::paths(root);
         let overlay = entry.join(DISK);
-        machine::overlay(&disk, &overlay)?;
+        machine::overlay(&disk, "qcow2", &overlay)?;
+        let store = store::disk(None, work.path())?;
         let second = work.path().join("second.img");
         let mut contents = Contents::default().with_script(name, script);
         for image in images {
@@ -58,6 +59,7 @@ pub(crate) fn ensure(
                 initrd: &initrd,
                 disk: &overlay,
                 second: &second,
+                store: &store,
                 state: None,
                 clock: Clock::Wall,
                 directory: work.path(),

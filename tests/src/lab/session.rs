@@ -17,6 +17,7 @@ use super::disk::Contents;
 use super::image::Image;
 use super::machine::{self, Clock, Machine, Parts};
 use super::protocol::{Frame, Request};
+use super::store::{self, Store};
 use super::{emulator, root, saved, terminal};
 
 /// Longest time for a restored lab host to answer; a busy machine is slow.
@@ -34,6 +35,8 @@ type Take<'a> = dyn FnMut(&Frame) -> io::Result<()> + 'a;
 pub struct Session {
     machine: Machine,
     directory: Directory,
+    /// The third disk.
+    store: PathBuf,
 }
 
 /// A job to run.
@@ -92,7 +95,8 @@ impl Job {
 }
 
 impl Session {
-    /// Starts a lab host that has `images`, with `contents` on its second disk:
+    /// Starts a lab host that has `images`, with `contents` on its second disk and
+    /// what `store` has on the third:
     /// restored from its saved state, or booted for [`Clock::Instructions`].
     ///
     /// # Errors
@@ -102,6 +106,7 @@ impl Session {
         cache: &Cache,
         images: &[Image],
         contents: &Contents,
+        store: Option<&Store>,
         clock: Clock,
         progress: &dyn Progress,
     ) -> Result<Session> {
@@ -113,7 +118,8 @@ impl Session {
         let second = directory.path.path().join("second.img");
         contents.write(&second)?;
         let disk = directory.path.path().join("disk.qcow2");
-        machine::overlay(&state.file(saved::DISK), &disk)?;
+        machine::overlay(&state.file(saved::DISK), "qcow2", &disk)?;
+        let store = store::disk(store, directory.path.path())?;
         let [kernel, initrd, _] = root::paths(&root);
         let saved = state.file(saved::STATE);
         let mut machine = Machine::start(
@@ -123,6 +129,7 @@ impl Session {
                 initrd: &initrd,
                 disk: &disk,
                 second: &second,
+                store: &store,
                 state: (clock == Clock::Wall).then_some(saved.as_path()),
                 clock,
                 directory: directory.path.path(),
@@ -136,7 +143,11 @@ impl Session {
             }
         }
         machine.go("labd")?;
-        let mut session = Session { machine, directory };
+        let mut session = Session {
+            machine,
+            directory,
+            store,
+        };
         // The first job proves that the lab host answers.
         let answer = session
             .wait_without_input(&Job::new(["true"]).deadline(RESTORE_TIMEOUT), &mut |_| {
@@ -153,6 +164,21 @@ impl Session {
     #[must_use]
     pub fn console(&self) -> PathBuf {
         self.directory.path.path().join("console.log")
+    }
+
+    /// Ends the lab host and keeps its third disk in the new cache entry `to`.
+    ///
+    /// # Errors
+    ///
+    /// The disk is in use, or cannot be copied.
+    pub fn keep_store(mut self, to: &Path) -> Result<()> {
+        let unmounted = self.output(&Job::new(["umount", "/var/lib/bulkhead"]))?;
+        if unmounted.exit != Exit::Code(0) {
+            bail!("{}", String::from_utf8_lossy(&unmounted.stderr).trim());
+        }
+        self.machine.monitor()?.quit()?;
+        self.machine.wait()?;
+        store::keep(&self.store, to)
     }
 
     /// Runs a job with its output to ours, its input from ours: on a terminal
