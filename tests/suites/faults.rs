@@ -116,11 +116,15 @@ fn a_killed_shim_takes_the_machine_with_it_f1() {
     leaks.finish();
 }
 
+/// Name of the container in [`run_privileged`].
+const PRIVILEGED: &str = "privileged";
+
 /// Runs `script` in a guest in which it may do everything.
 fn run_privileged(script: &str) -> Outcome {
     let dir = tempfile::tempdir().unwrap();
     bundle::write(dir.path(), &bundle::privileged_config(script));
-    Command::bulkhead(["run", "--rm", "--bundle", dir.path().to_str().unwrap()]).run()
+    let dir = dir.path().to_str().unwrap();
+    Command::bulkhead(["run", "--rm", "--name", PRIVILEGED, "--bundle", dir]).run()
 }
 
 #[test]
@@ -142,7 +146,7 @@ fn a_killed_agent_is_reported_as_what_it_is_f53() {
 code=$(grep -m1 r-xp /proc/1/maps)
 dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((0x${{code%%-*}} / 4096)) count=64 conv=notrunc
 END
-root={SHARE_DIR}$(awk '$5 == "/" {{ print $4 }}' /proc/self/mountinfo)
+root={SHARE_DIR}/{PRIVILEGED}/rootfs
 echo "|$root/bin/busybox sh $root/kill" > /proc/sys/kernel/core_pattern
 sh -c 'kill -SEGV $$'
 sleep 60"#

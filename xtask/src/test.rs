@@ -16,7 +16,7 @@ use bulkhead_tests::lab::{Clock, Exit, Job, Output, Session};
 use crate::{build, lab, progress::Bar, tools};
 
 /// A hang is a failure. The machine is emulated, and may be busy.
-const TEST_DEADLINE: Duration = Duration::from_secs(600);
+const TEST_DEADLINE: Duration = Duration::from_secs(1200);
 
 /// How long collecting evidence may take.
 const EVIDENCE_DEADLINE: Duration = Duration::from_secs(60);
