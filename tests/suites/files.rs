@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_api::SHARE_TAG;
 use bulkhead_tests::{BUSYBOX, Command, DEBIAN, LeakCheck, Outcome, TOOLS, bundle};
 
 #[test]
@@ -82,30 +81,27 @@ fn a_read_only_volume_refuses_writes() {
 }
 
 #[test]
-fn a_guest_that_mounts_it_anew_cannot_write_to_a_read_only_volume_b64() {
+fn a_guest_that_mounts_it_writable_cannot_write_to_a_read_only_volume_b64() {
     let leaks = LeakCheck::start();
     let dir = tempfile::tempdir().unwrap();
     let volume = tempfile::tempdir().unwrap();
     fs::write(volume.path().join("f"), "kept").unwrap();
-    // Once through the mount of the container, once through a mount of all that the
-    // guest is shown: in both no kernel but the host's stands in the way.
-    let mut config = bundle::privileged_config(&format!(
-        "try() {{ (cd $1 && echo x > f; echo x >> f; rm f; mv f g; ln f l; chmod 0 f; touch -d @1 f; \
-         mkdir d; mknod p p; truncate -s 1 f; cat f); }}
-         mount -o remount,bind,rw /data && try /data
-         mount -t virtiofs {SHARE_TAG} /mnt && try $(dirname $(find /mnt -path '*volumes*' -name f))"
-    ));
+    // The guest's own kernel no longer stands in the way: every request goes out.
+    let mut config = bundle::privileged_config(
+        "mount -o remount,bind,rw /data && grep -c ' /data virtiofs rw' /proc/mounts && cd /data && \
+         echo x > f; echo x >> f; rm f; mv f g; ln f l; chmod 0 f; touch -d @1 f; mkdir d; \
+         mknod p p; truncate -s 1 f; cat f",
+    );
     let mount = serde_json::json!({
         "destination": "/data", "type": "bind", "source": volume.path(), "options": ["bind", "ro"],
     });
     config["mounts"].as_array_mut().unwrap().push(mount);
     bundle::write(dir.path(), &config);
-    fs::create_dir_all(dir.path().join("rootfs/mnt")).unwrap();
     let out = Command::bulkhead(["run", "--rm", "--bundle", dir.path().to_str().unwrap()]).run();
-    assert_eq!(out.stdout, "keptkept", "{out}");
+    assert_eq!(out.stdout, "1\nkept", "{out}");
     assert_eq!(
         out.stderr.matches("Read-only file system").count(),
-        20,
+        10,
         "{out}"
     );
     assert_eq!(fs::read_dir(volume.path()).unwrap().count(), 1);
@@ -170,6 +166,16 @@ fn plain_root() -> tempfile::TempDir {
     )
     .run()
     .success();
+    // The sleep of busybox is not one under another name, as which the suite runs it.
+    let libraries = [
+        "lib64/ld-linux-x86-64.so.2",
+        "lib/x86_64-linux-gnu/libc.so.6",
+    ];
+    for file in libraries.into_iter().chain(["bin/sleep"]) {
+        fs::create_dir_all(path(file).parent().unwrap()).unwrap();
+        let _ = fs::remove_file(path(file));
+        fs::copy(Path::new("/").join(file), path(file)).unwrap();
+    }
     fs::write(path("pjdfstest.toml"), PJDFSTEST).unwrap();
     let users = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\ndaemon:x:1:1::/:/bin/sh\n";
     fs::write(path("etc/passwd"), users).unwrap();
@@ -184,11 +190,9 @@ fn on_plain_root(line: &str) -> Outcome {
     let leaks = LeakCheck::start();
     let root = plain_root();
     let path = root.path().to_str().unwrap();
-    let outcome = Command::bulkhead([
-        "run", "--rm", "--cpus", "2", "--rootfs", path, "--", "sh", "-c", line,
-    ])
-    .deadline(Duration::from_secs(1100))
-    .run();
+    let outcome = Command::bulkhead(["run", "--rm", "--rootfs", path, "--", "sh", "-c", line])
+        .deadline(Duration::from_secs(1100))
+        .run();
     leaks.finish();
     outcome
 }
@@ -206,54 +210,63 @@ naptime = 0.01
 entries = [["nobody", "nogroup"], ["daemon", "daemon"]]
 "#;
 
-/// The last line of the suite, such as
-/// `Summary: 0 failed, 17 skipped, 381 passed, 0 expected failures, 398 total`.
-fn summary(out: &Outcome) -> &str {
-    let last = out
+/// Why tests of pjdfstest may be skipped: a container may not mount a second file
+/// system, and pathconf(3) knows the greatest count of links of few file systems.
+const SKIPPED: [&str; 4] = [
+    "Remounts (allow_remount) are not allowed",
+    "No secondary file-system has been configured",
+    "process doesn't have the CAP_SYS_ADMIN cap",
+    "Cannot get value for LINK_MAX",
+];
+
+#[test]
+fn pjdfstest_finds_no_fault_of_the_shared_root_g7() {
+    let out = on_plain_root("mkdir /w && cd /w && /tools/pjdfstest -c /pjdfstest.toml -p /w");
+    assert_eq!(out.code, 0, "{out}");
+    let mut lines = out.stdout.lines();
+    while let Some(line) = lines.next() {
+        if line.ends_with("skipped") {
+            let reason = lines.next().unwrap().trim();
+            let good = SKIPPED.iter().any(|known| reason.starts_with(known));
+            assert!(good, "{line}: {reason}");
+        }
+    }
+    // Such as `Summary: 0 failed, 17 skipped, 381 passed, 0 expected failures, 398 total`.
+    let summary = out
         .stdout
         .lines()
-        .rfind(|line| line.starts_with("Summary:"));
-    last.unwrap_or_else(|| panic!("{out}"))
+        .rfind(|line| line.starts_with("Summary: "));
+    let count = |what: &str| -> u32 {
+        let counts = summary.unwrap().trim_start_matches("Summary: ").split(", ");
+        let mut found = counts.filter_map(|count| count.strip_suffix(what));
+        found.next().unwrap().trim().parse().unwrap()
+    };
+    assert_eq!(count("failed"), 0, "{out}");
+    assert!(count("passed") >= 375, "{out}");
+}
+
+/// Operations of one process of fsx: it does not undo its mappings, and becomes slower
+/// with each.
+const FSX_OPERATIONS: u32 = 5_000;
+
+/// Runs fsx once with each seed.
+fn fsx(seeds: std::ops::Range<u32>) {
+    let (first, last) = (seeds.start, seeds.end - 1);
+    on_plain_root(&format!(
+        "for seed in $(seq {first} {last}); do
+             /tools/fsx -N {FSX_OPERATIONS} -S $seed /fsx.file || exit; done"
+    ))
+    .success();
+}
+
+// Two halves, so that two lab hosts share the work.
+
+#[test]
+fn fsx_finds_no_fault_in_100_000_operations_first_half_g8() {
+    fsx(0..10);
 }
 
 #[test]
-fn pjdfstest_finds_on_the_shared_root_what_it_finds_on_the_hosts_disk_g7() {
-    let line = "mkdir /w && cd /w && /tools/pjdfstest -c /pjdfstest.toml -p /w";
-    let guest = on_plain_root(line);
-    let root = plain_root();
-    let host = Command::new(
-        "chroot",
-        [
-            root.path(),
-            Path::new("/bin/sh"),
-            Path::new("-c"),
-            Path::new(line),
-        ],
-    )
-    .run();
-    assert_eq!(guest.code, 0, "{guest}");
-    assert!(summary(&guest).contains(" 0 failed,"), "{guest}");
-    assert_eq!(summary(&guest), summary(&host));
-    let passed = summary(&guest)
-        .split(", ")
-        .find_map(|count| count.strip_suffix(" passed"));
-    assert!(passed.unwrap().parse::<u32>().unwrap() >= 375, "{guest}");
-}
-
-/// Processes of fsx side by side, each on a file of its own: the emulated machine has
-/// something to do while one of them waits.
-const FSX_PROCESSES: u32 = 4;
-
-/// Operations of each.
-const FSX_OPERATIONS: u32 = 25_000;
-
-#[test]
-fn fsx_finds_no_fault_g8() {
-    let out = on_plain_root(&format!(
-        "for seed in $(seq {FSX_PROCESSES}); do
-             (/tools/fsx -N {FSX_OPERATIONS} -S $seed /file$seed || echo $seed failed) & done; wait"
-    ));
-    assert_eq!(out.code, 0, "{out}");
-    let good = out.stdout.matches("All operations completed A-OK!").count();
-    assert_eq!(good, FSX_PROCESSES as usize, "{out}");
+fn fsx_finds_no_fault_in_100_000_operations_second_half_g8() {
+    fsx(10..20);
 }

@@ -56,3 +56,13 @@ impl Drop for Bar {
         self.bar.finish_and_clear();
     }
 }
+
+/// Says nothing: what has been shown once.
+#[derive(Debug)]
+pub(crate) struct Quiet;
+
+impl Progress for Quiet {
+    fn step(&self, _: &str) {}
+
+    fn advance(&self, _: u64, _: u64) {}
+}

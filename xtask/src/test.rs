@@ -9,17 +9,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use bulkhead_guest_kernel::Progress;
 use bulkhead_tests::lab::{Clock, Exit, Job, Output, Session};
 
-use crate::{build, lab, progress::Bar, tools};
+use crate::{
+    build, lab,
+    progress::{Bar, Quiet},
+    tools,
+};
 
 /// A hang is a failure. The machine is emulated, and may be busy.
 const TEST_DEADLINE: Duration = Duration::from_secs(1200);
 
 /// How long collecting evidence may take.
 const EVIDENCE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How often a test may be tried, each time in a fresh lab host, and each time told:
+/// the machine is emulated, and now and then one does not come back.
+const TRIES: u8 = 2;
+
+/// How the names of the tests begin that take longest, and are begun first.
+const LONGEST: &str = "fsx_finds_no_fault";
 
 /// Runs in the lab host: an archive of what tells why a test failed.
 const EVIDENCE: &str = include_str!("evidence.sh");
@@ -123,8 +134,18 @@ fn on_this_machine(filter: Option<&str>, sum: &Arc<Mutex<Counts>>) -> Result<boo
     Ok(good)
 }
 
-/// The suites, each in a lab host of its own, each test in a process of its own:
-/// a test that hangs is killed, with evidence, and the others still run.
+/// A test that waits for a lab host.
+#[derive(Debug)]
+struct Planned {
+    suite: String,
+    test: String,
+    /// How often it may be tried.
+    tries: u8,
+}
+
+/// The suites, in as many lab hosts side by side as this machine has processors.
+/// Each test has a process of its own: one that hangs is killed, with evidence, and
+/// the others still run.
 fn in_the_lab(
     ready: &lab::Ready,
     suites: &[(String, PathBuf)],
@@ -132,85 +153,138 @@ fn in_the_lab(
     sum: &Arc<Mutex<Counts>>,
     bar: Bar,
 ) -> Result<bool> {
-    let evidence = lab::evidence_dir()?;
-    let mut out = Counting::new(stdout(), sum);
-    let mut bar = Some(bar);
-    let mut good = true;
+    let mut planned = Vec::new();
     for (suite, path) in suites {
-        let mut tests = list(path)?;
-        tests.retain(|test| filter.is_none_or(|text| test.contains(text)));
-        if tests.is_empty() {
-            continue;
-        }
-        let start = |bar: Option<Bar>| ready.session(Clock::Wall, &bar.unwrap_or_else(Bar::new));
-        let mut session = start(bar.take())?;
-        let program = format!("/lab/suites/{suite}");
-        writeln!(out, "\nSuite {suite}")?;
-        // A test that fails gets a second try in a fresh lab host, and both are
-        // told: the machine is emulated, and now and then one does not come back.
-        let mut left: Vec<(&String, u8)> = tests.iter().rev().map(|test| (test, 2)).collect();
-        while let Some((test, tries)) = left.pop() {
-            let began = Instant::now();
-            let job =
-                Job::new([&program, "--exact", test, "--test-threads=1"]).deadline(TEST_DEADLINE);
-            // A lab host that is lost fails the test, and no other.
-            let output = session.output(&job);
-            let seconds = began.elapsed().as_secs();
-            if let Ok(output) = &output
-                && output.exit == Exit::Code(0)
-            {
-                let skipped = String::from_utf8_lossy(&output.stdout).contains("1 ignored");
-                let word = if skipped { "skipped" } else { "ok" };
-                writeln!(out, "{test} … {word}, {seconds} s")?;
-                add(sum, |sum| {
-                    if skipped {
-                        sum.skipped += 1;
-                    } else {
-                        sum.passed += 1;
-                    }
+        for test in list(path)? {
+            if filter.is_none_or(|text| test.contains(text)) {
+                planned.push(Planned {
+                    suite: suite.clone(),
+                    test,
+                    tries: TRIES,
                 });
-                continue;
             }
-            if tries > 1 {
-                left.push((test, tries - 1));
-            } else {
-                good = false;
-                add(sum, |sum| sum.failed += 1);
-            }
-            let place = evidence.join(suite).join(test.replace("::", "-"));
-            let why = match output {
-                Ok(output) => {
-                    // What it wrote is not counted a second time.
-                    let mut plain = stdout();
-                    plain.write_all(&output.stdout)?;
-                    plain.write_all(&output.stderr)?;
-                    let kept = keep_evidence(&mut session, &output, &place);
-                    let why = match output.exit {
-                        Exit::Code(code) => format!("exit code {code}"),
-                        Exit::Deadline => format!("killed after {} s", TEST_DEADLINE.as_secs()),
-                    };
-                    match kept {
-                        Ok(()) => why,
-                        Err(error) => format!("{why}, evidence incomplete: {error:#}"),
-                    }
-                }
-                Err(error) => {
-                    fs::create_dir_all(&place)?;
-                    fs::copy(session.console(), place.join("console"))?;
-                    format!("{error:#}")
-                }
-            };
-            writeln!(
-                stdout(),
-                "{test} … FAILED{}, {seconds} s, {why}; evidence: {}",
-                if tries > 1 { " at the first try" } else { "" },
-                place.display()
-            )?;
-            // Whatever it left must not make the next one fail.
-            session = start(None)?;
         }
     }
+    // Taken from the end.
+    planned.reverse();
+    planned.sort_by_key(|planned| planned.test.starts_with(LONGEST));
+    let hosts = std::thread::available_parallelism().map_or(1, usize::from);
+    let hosts = hosts.min(planned.len());
+    let (planned, evidence) = (Mutex::new(planned), lab::evidence_dir()?);
+    // What must be made first is made once, and shown.
+    let mut first = (hosts > 0)
+        .then(|| ready.session(Clock::Wall, &bar))
+        .transpose()?;
+    drop(bar);
+    let mut good = true;
+    std::thread::scope(|scope| {
+        let hosts: Vec<_> = (0..hosts)
+            .map(|_| {
+                let session = first.take();
+                scope.spawn(|| one_lab_host(ready, session, &planned, sum, &evidence))
+            })
+            .collect();
+        for host in hosts {
+            good &= host
+                .join()
+                .map_err(|_| anyhow!("A lab host's thread panicked"))??;
+        }
+        Ok(good)
+    })
+}
+
+/// Runs tests until none is left, from `session` on.
+fn one_lab_host(
+    ready: &lab::Ready,
+    session: Option<Session>,
+    planned: &Mutex<Vec<Planned>>,
+    sum: &Arc<Mutex<Counts>>,
+    evidence: &Path,
+) -> Result<bool> {
+    let mut good = true;
+    let mut session = session;
+    let next = || planned.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    while let Some(mut planned) = next() {
+        let mut host = match session.take() {
+            Some(session) => session,
+            None => ready.session(Clock::Wall, &Quiet)?,
+        };
+        while planned.tries > 0 {
+            planned.tries -= 1;
+            if attempt(&mut host, &planned, sum, evidence)? {
+                break;
+            }
+            good &= planned.tries > 0;
+            // Whatever it left must not make the next one fail.
+            host = ready.session(Clock::Wall, &Quiet)?;
+        }
+        session = Some(host);
+    }
     Ok(good)
+}
+
+/// Runs a test once; tells what came of it, in one piece.
+fn attempt(
+    session: &mut Session,
+    planned: &Planned,
+    sum: &Arc<Mutex<Counts>>,
+    evidence: &Path,
+) -> Result<bool> {
+    let Planned { suite, test, tries } = planned;
+    let began = Instant::now();
+    let program = format!("/lab/suites/{suite}");
+    let job = Job::new([&program, "--exact", test, "--test-threads=1"]).deadline(TEST_DEADLINE);
+    // A lab host that is lost fails the test, and no other.
+    let output = session.output(&job);
+    let seconds = began.elapsed().as_secs();
+    let add = |change: fn(&mut Counts)| {
+        change(&mut sum.lock().unwrap_or_else(PoisonError::into_inner));
+    };
+    if let Ok(output) = &output
+        && output.exit == Exit::Code(0)
+    {
+        let skipped = String::from_utf8_lossy(&output.stdout).contains("1 ignored");
+        add(if skipped {
+            |sum| sum.skipped += 1
+        } else {
+            |sum| sum.passed += 1
+        });
+        let word = if skipped { "skipped" } else { "ok" };
+        writeln!(stdout(), "{suite}: {test} … {word}, {seconds} s")?;
+        return Ok(true);
+    }
+    if *tries == 0 {
+        add(|sum| sum.failed += 1);
+    }
+    let place = evidence.join(suite).join(test.replace("::", "-"));
+    let mut text = Vec::new();
+    let why = match output {
+        Ok(output) => {
+            text.extend_from_slice(&output.stdout);
+            text.extend_from_slice(&output.stderr);
+            let why = match output.exit {
+                Exit::Code(code) => format!("exit code {code}"),
+                Exit::Deadline => format!("killed after {} s", TEST_DEADLINE.as_secs()),
+            };
+            match keep_evidence(session, &output, &place) {
+                Ok(()) => why,
+                Err(error) => format!("{why}, evidence incomplete: {error:#}"),
+            }
+        }
+        Err(error) => {
+            fs::create_dir_all(&place)?;
+            fs::copy(session.console(), place.join("console"))?;
+            format!("{error:#}")
+        }
+    };
+    writeln!(
+        text,
+        "{suite}: {test} … FAILED{}, {seconds} s, {why}; evidence: {}",
+        if *tries > 0 { " at the first try" } else { "" },
+        place.display()
+    )?;
+    stdout().write_all(&text)?;
+    Ok(false)
 }
 
 /// Names of the tests in a suite; its executable lists them on any machine.
@@ -253,10 +327,6 @@ fn keep_evidence(session: &mut Session, output: &Output, place: &Path) -> Result
         fs::remove_file(&archive)?;
     }
     Ok(())
-}
-
-fn add(sum: &Arc<Mutex<Counts>>, change: impl FnOnce(&mut Counts)) {
-    change(&mut sum.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
 /// Names and executables of the suites in `tests/suites`, already built.
