@@ -53,6 +53,8 @@ struct Boot {
     overhead_kib: u64,
     /// Resident guest memory in KiB.
     guest_kib: u64,
+    /// The monitor's threads at the end.
+    threads: Vec<u32>,
 }
 
 #[expect(clippy::print_stdout, reason = "the table is the program's purpose")]
@@ -63,9 +65,9 @@ fn main() -> Result<()> {
         .context("Usage: bench-boot [ROUNDS]")?;
     let mut ours = Vec::new();
     let mut qemu = Vec::new();
-    // One of each first, so that both find the files in the page cache.
-    boot_ours()?;
-    boot_qemu()?;
+    // One of each first, so that both find the files in the page cache. Counting
+    // events costs time, so that it is done in these.
+    let events = [counting_events(boot_ours)?, counting_events(boot_qemu)?];
     for round in 0..rounds {
         if round % 2 == 0 {
             ours.push(boot_ours()?);
@@ -85,6 +87,9 @@ fn main() -> Result<()> {
         row(&format!("kvm {name}"), &ours, &qemu, |b| {
             count(b.counters[name])
         });
+    }
+    for (event, (name, _)) in EVENTS.iter().enumerate() {
+        line(name, events.map(|counts| count(counts[event])));
     }
     row("monitor RSS KiB", &ours, &qemu, |b| count(b.overhead_kib));
     row("guest RSS KiB", &ours, &qemu, |b| count(b.guest_kib));
@@ -108,12 +113,15 @@ fn count(n: u64) -> f64 {
     n as f64
 }
 
-#[expect(clippy::print_stdout, reason = "the table is the program's purpose")]
 fn row(name: &str, ours: &[Boot], qemu: &[Boot], value: impl Fn(&Boot) -> f64) {
-    let (a, b) = (
-        median(ours.iter().map(&value)),
-        median(qemu.iter().map(&value)),
+    line(
+        name,
+        [ours, qemu].map(|boots| median(boots.iter().map(&value))),
     );
+}
+
+#[expect(clippy::print_stdout, reason = "the table is the program's purpose")]
+fn line(name: &str, [a, b]: [f64; 2]) {
     let ratio = if b == 0.0 {
         "-".to_owned()
     } else {
@@ -126,6 +134,45 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Events of the host's kernel that are counted: system calls, and exits that KVM
+/// leaves to the monitor.
+const EVENTS: [(&str, &str); 2] = [
+    ("system calls", "raw_syscalls/sys_enter"),
+    ("exits to user space", "kvm/kvm_userspace_exit"),
+];
+
+/// How often each of [`EVENTS`] happened to the monitor's threads during a boot, by
+/// the kernel's own histograms.
+fn counting_events(boot: fn() -> Result<Boot>) -> Result<[u64; EVENTS.len()]> {
+    const HISTOGRAM: &str = "hist:keys=common_pid";
+    let dirs = EVENTS.map(|(_, event)| Path::new("/sys/kernel/tracing/events").join(event));
+    let trigger = |dir: &PathBuf, text: &str| {
+        let path = dir.join("trigger");
+        fs::write(&path, text).with_context(|| format!("Cannot write {}", path.display()))
+    };
+    for dir in &dirs {
+        trigger(dir, HISTOGRAM)?;
+    }
+    let threads = boot()?.threads;
+    let mut counts = [0; EVENTS.len()];
+    for (dir, count) in dirs.iter().zip(&mut counts) {
+        // Such as `{ common_pid:        447 } hitcount:         81`.
+        for line in fs::read_to_string(dir.join("hist"))?.lines() {
+            let counted = line
+                .strip_prefix("{ common_pid:")
+                .and_then(|line| line.split_once("} hitcount:"))
+                .and_then(|(pid, hits)| Some((pid.trim().parse().ok()?, hits.trim())));
+            if let Some((pid, hits)) = counted
+                && threads.contains(&pid)
+            {
+                *count += hits.parse::<u64>()?;
+            }
+        }
+        trigger(dir, &format!("!{HISTOGRAM}"))?;
+    }
+    Ok(counts)
 }
 
 /// A started monitor; killed when the measurement is done with it.
@@ -295,11 +342,16 @@ fn measured(
         .map(|(name, after)| (name, after.saturating_sub(before[name])))
         .collect();
     let (guest_kib, overhead_kib) = resident(monitor.0.id())?;
+    let mut threads = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{}/task", monitor.0.id()))? {
+        threads.push(entry?.file_name().to_string_lossy().parse()?);
+    }
     Ok(Boot {
         virtual_ms,
         counters,
         overhead_kib,
         guest_kib,
+        threads,
     })
 }
 
