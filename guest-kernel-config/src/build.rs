@@ -17,7 +17,7 @@ use crate::{PACKAGES, Progress, elf, fragments};
 
 /// Number of the steps below: to be raised when a change here changes the bytes
 /// that come out, so that older kernels in caches are not taken for new ones.
-pub(crate) const RECIPE: &str = "1";
+pub(crate) const RECIPE: &str = "2";
 
 /// File names of what is kept of a build.
 pub(crate) const VMLINUX: &str = "vmlinux";
@@ -146,7 +146,7 @@ fn append(path: &Path, text: &str) -> Result<()> {
 fn make(tree: &Tree) -> Command {
     let mut make = clean("make");
     make.current_dir(&tree.path)
-        .env("KBUILD_BUILD_TIMESTAMP", format!("@{}", tree.date))
+        .env("KBUILD_BUILD_TIMESTAMP", &tree.date_text)
         .env("KBUILD_BUILD_USER", "bulkhead")
         .env("KBUILD_BUILD_HOST", "bulkhead")
         .env("KBUILD_BUILD_VERSION", "1")

@@ -42,6 +42,8 @@ pub(crate) struct Tree {
     pub(crate) path: PathBuf,
     /// When Debian made the package, in seconds since 1970: the kernel's date.
     pub(crate) date: u64,
+    /// The same as `uname -v` shows it.
+    pub(crate) date_text: String,
 }
 
 /// The newest version of the package that `mirror` has. `state` becomes the
@@ -94,9 +96,12 @@ impl Package {
         output(&mut tar)?;
         fs::remove_dir_all(&contents)
             .with_context(|| format!("Cannot remove {}", contents.display()))?;
+        let date = seconds(date)?;
+        let date_text = output(clean("date").arg(format!("--date=@{date}")))?;
         Ok(Tree {
             path,
-            date: seconds(date)?,
+            date,
+            date_text: date_text.trim().to_owned(),
         })
     }
 }
