@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead_guest_kernel::Progress;
@@ -12,6 +13,9 @@ use bulkhead_tests::lab::{Clock, Contents, Exit, Image, Job, Session, Store, ima
 
 use crate::progress::Bar;
 use crate::{build, packages};
+
+/// How long the benchmark may take for one boot, on this machine's clock.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Everything that a session needs.
 pub(crate) struct Ready {
@@ -163,7 +167,7 @@ pub(crate) fn demo(tty: bool, command: &[String]) -> Result<ExitCode> {
     let argv = ["bulkhead"].into_iter().chain(arguments);
     let argv = argv.chain([DEBIAN, "--"]).map(str::to_owned);
     let job = Job::new(argv.chain(command.iter().cloned()));
-    Ok(ended(session.run(job, tty)?))
+    ended(session.run(job, tty)?)
 }
 
 /// What a person wants of the lab host.
@@ -214,7 +218,7 @@ pub(crate) fn lab(wanted: Lab) -> Result<ExitCode> {
     } else {
         Job::new(wanted.command)
     };
-    Ok(ended(session.run(job, true)?))
+    ended(session.run(job, true)?)
 }
 
 /// `cargo xtask bench`.
@@ -241,15 +245,16 @@ pub(crate) fn bench(name: &str, rounds: u32) -> Result<ExitCode> {
         .with("bench", build::target_dir().join("release/bench-boot"));
     let mut session = ready.session(Clock::Instructions, &bar)?;
     drop(bar);
-    let job = Job::new(["/lab/bench".to_owned(), rounds.to_string()]);
-    Ok(ended(session.run(job, false)?))
+    let job = Job::new(["/lab/bench".to_owned(), rounds.to_string()])
+        .deadline(BOOT_DEADLINE * (rounds + 1) * 2);
+    ended(session.run(job, false)?)
 }
 
 /// Our exit code for a job that ended so.
-fn ended(exit: Exit) -> ExitCode {
+fn ended(exit: Exit) -> Result<ExitCode> {
     match exit {
-        Exit::Code(code) => ExitCode::from(code),
-        Exit::Deadline => ExitCode::FAILURE,
+        Exit::Code(code) => Ok(ExitCode::from(code)),
+        Exit::Deadline => bail!("The command was killed: it took too long"),
     }
 }
 

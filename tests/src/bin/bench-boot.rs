@@ -25,12 +25,15 @@ use nix::{
         memfd::{MFdFlags, memfd_create},
         socket::{
             AddressFamily, Backlog, ControlMessageOwned, MsgFlags, SockFlag, SockType, VsockAddr,
-            accept, bind, listen, recvmsg, socket, socketpair,
+            accept, bind, listen, recvmsg, setsockopt, socket, socketpair, sockopt::ReceiveTimeout,
         },
+        time::TimeVal,
     },
 };
 
 const MEMORY_MIB: u32 = 256;
+/// When a guest that has not connected will not.
+const DEADLINE: TimeVal = TimeVal::new(60, 0);
 const ASSETS: &str = "/usr/share/bulkhead";
 /// Counters of KVM in debugfs, summed over all VMs, that say what a boot cost.
 const KVM_COUNTERS: [&str; 8] = [
@@ -203,6 +206,7 @@ fn boot_ours() -> Result<Boot> {
         None,
         SockFlag::SOCK_CLOEXEC,
     )?;
+    setsockopt(&acceptor, ReceiveTimeout, &DEADLINE)?;
     let peer = inheritable(peer)?;
     let config = Config {
         kvm: Fd(kvm.as_raw_fd()),
@@ -245,7 +249,8 @@ fn boot_ours() -> Result<Boot> {
             .context("Cannot start bulkhead-vmm")?,
     );
     drop(peer);
-    let connection = receive_fd(&acceptor)?;
+    let connection =
+        receive_fd(&acceptor).context("bulkhead-vmm does not hand over a connection")?;
     read_greeting(connection)?;
     measured(start, &before, &monitor)
 }
@@ -263,6 +268,7 @@ fn boot_qemu() -> Result<Boot> {
         &VsockAddr::new(libc::VMADDR_CID_ANY, bulkhead_agent_api::AGENT_PORT),
     )?;
     listen(&listener, Backlog::new(1)?)?;
+    setsockopt(&listener, ReceiveTimeout, &DEADLINE)?;
 
     let before = kvm_counters()?;
     let start = Instant::now();
@@ -284,8 +290,9 @@ fn boot_qemu() -> Result<Boot> {
             .spawn()
             .context("Cannot start qemu-system-x86_64")?,
     );
+    let connection = accept(listener.as_raw_fd()).context("The guest of QEMU does not connect")?;
     // SAFETY: accept has just returned the descriptor; nothing else owns it.
-    let connection = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd())?) };
+    let connection = unsafe { OwnedFd::from_raw_fd(connection) };
     read_greeting(connection)?;
     measured(start, &before, &monitor)
 }
