@@ -128,7 +128,8 @@ pub(crate) fn cargo_program() -> std::ffi::OsString {
 }
 
 pub(crate) fn workspace() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here)
 }
 
 pub(crate) fn target_dir() -> PathBuf {
