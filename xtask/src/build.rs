@@ -1,7 +1,9 @@
 //! From sources to the files that are installed.
 
 use std::{
-    env, fs,
+    env,
+    ffi::{OsStr, OsString},
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -48,7 +50,10 @@ pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
         ],
         &[
             ("CARGO_TARGET_DIR", agent_target.as_os_str()),
-            ("RUSTFLAGS", "-C target-feature=+crt-static".as_ref()),
+            (
+                "CARGO_ENCODED_RUSTFLAGS",
+                agent_flags(&agent_target).as_ref(),
+            ),
         ],
     )?;
     progress.step("Building bulkhead, shim and virtual machine monitor");
@@ -68,6 +73,15 @@ pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
     let assets = target_dir().join("guest");
     fs::create_dir_all(&assets)?;
     let agent = agent_target.join(TARGET).join("agent").join(AGENT);
+    let bytes = fs::read(&agent).with_context(|| format!("Cannot read {}", agent.display()))?;
+    for (place, _) in places(&agent_target) {
+        let place = place.as_os_str().as_encoded_bytes();
+        ensure!(
+            !bytes.windows(place.len()).any(|window| window == place),
+            "The agent contains the path {:?}: elsewhere it would have other bytes",
+            String::from_utf8_lossy(place)
+        );
+    }
     let image = bulkhead_rootfs_builder::build(&agent, &target_dir().join("guest-root.cpio"))?;
     bulkhead_rootfs_builder::write_manifest(&assets, &kernel, &image)?;
     Ok(Product {
@@ -110,8 +124,32 @@ pub(crate) fn copy_into(product: &Product, prefix: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Where this machine keeps sources that panics name, and what they are called in the
+/// agent, whose bytes are the same wherever it is built. The last that fits counts.
+fn places(agent_target: &Path) -> [(PathBuf, &'static str); 3] {
+    let home = || env::home_dir().unwrap_or_default().join(".cargo");
+    let cargo_home = env::var_os("CARGO_HOME").map_or_else(home, PathBuf::from);
+    [
+        (cargo_home, "cargo"),
+        (workspace().to_owned(), "bulkhead"),
+        (agent_target.to_owned(), "target"),
+    ]
+}
+
+/// Flags of rustc for the agent, in cargo's encoding, which allows spaces in paths.
+fn agent_flags(agent_target: &Path) -> OsString {
+    let mut flags = OsString::from("-Ctarget-feature=+crt-static");
+    for (place, name) in places(agent_target) {
+        flags.push("\x1f--remap-path-prefix=");
+        flags.push(place);
+        flags.push("=");
+        flags.push(name);
+    }
+    flags
+}
+
 /// Runs cargo, its output to our standard error.
-pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &std::ffi::OsStr)]) -> Result<()> {
+pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &OsStr)]) -> Result<()> {
     let status = Command::new(cargo_program())
         .arg("--quiet")
         .args(arguments)
@@ -123,7 +161,7 @@ pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &std::ffi::OsStr)]) 
     Ok(())
 }
 
-pub(crate) fn cargo_program() -> std::ffi::OsString {
+pub(crate) fn cargo_program() -> OsString {
     env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
