@@ -2,17 +2,20 @@
 //!
 //! ```text
 //! $XDG_CACHE_HOME/bulkhead/
-//!   <kind>/<key>/           the files, and entry.json with the hash of each
+//!   <kind>/<key>/           the files, entry.json with the hash of each, and
+//!                           checked.json, which says what was hashed
 //!   <kind>/lock             held while an entry of the kind is made
 //! ```
 //!
 //! An entry appears under its name, by a rename, when it is complete. It is
-//! used only if its hashes are right; else it is made again. One entry of a
-//! kind is kept: a new one takes the place of the others.
+//! used only if its hashes are right; else it is made again. A file is hashed
+//! again only when it is another one or has changed since. One entry of a kind
+//! is kept: a new one takes the place of the others.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -21,6 +24,13 @@ use sha2::{Digest, Sha256};
 
 /// The description of an entry, in it.
 const DESCRIPTION: &str = "entry.json";
+
+/// What was hashed last, in the entry.
+const CHECKED: &str = "checked.json";
+
+/// What tells a file from every other, and from itself before a change, by its path in
+/// the entry.
+type Stamps = BTreeMap<String, [u64; 7]>;
 
 /// SHA-256 of each file of an entry, by its path in it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -144,18 +154,34 @@ impl Entry {
         let Ok(Description { sha256 }) = serde_json::from_str(&text) else {
             return Ok(None);
         };
+        let checked = path.join(CHECKED);
+        let known = fs::read(&checked).unwrap_or_default();
+        let known: Stamps = serde_json::from_slice(&known).unwrap_or_default();
+        let known = &known;
         // Some files have a gigabyte: all processors share the work.
-        let right = std::thread::scope(|scope| {
+        let stamps = std::thread::scope(|scope| {
             let checks: Vec<_> = sha256
                 .iter()
                 .map(|(name, right)| {
-                    scope.spawn(move || sha256_of(&path.join(name)).is_ok_and(|is| is == *right))
+                    scope.spawn(move || {
+                        let file = path.join(name);
+                        let stamp = stamp_of(&file).ok()?;
+                        let good = known.get(name) == Some(&stamp)
+                            || sha256_of(&file).is_ok_and(|is| is == *right);
+                        good.then(|| (name.clone(), stamp))
+                    })
                 })
                 .collect();
-            checks
-                .into_iter()
-                .all(|check| check.join().unwrap_or(false))
+            let joined = checks.into_iter().map(|check| check.join().ok().flatten());
+            joined.collect::<Option<Stamps>>()
         });
+        if let Some(stamps) = &stamps
+            && stamps != known
+        {
+            fs::write(&checked, serde_json::to_vec_pretty(stamps)?)
+                .with_context(|| format!("Cannot write {}", checked.display()))?;
+        }
+        let right = stamps.is_some();
         Ok(right.then(|| Entry {
             path: path.to_owned(),
             key: key.to_owned(),
@@ -207,6 +233,22 @@ pub fn key<'a>(parts: impl IntoIterator<Item = &'a str>) -> String {
         hash.update(part);
     }
     hex::encode(hash.finalize())
+}
+
+/// Device, inode, size, and the times of the last changes of content and of inode.
+fn stamp_of(path: &Path) -> Result<[u64; 7]> {
+    let is = fs::metadata(path).with_context(|| format!("Cannot read {}", path.display()))?;
+    let times = [is.mtime(), is.mtime_nsec(), is.ctime(), is.ctime_nsec()];
+    let [content, content_ns, inode, inode_ns] = times.map(i64::cast_unsigned);
+    Ok([
+        is.dev(),
+        is.ino(),
+        is.size(),
+        content,
+        content_ns,
+        inode,
+        inode_ns,
+    ])
 }
 
 /// SHA-256 of a file, in hexadecimal digits.
