@@ -15,7 +15,7 @@ use super::command::{clean, output};
 use super::emulator::Emulator;
 
 /// Memory of the lab host in MiB. Only what it touches is taken.
-const MEMORY_MIB: u32 = 4096;
+pub const MEMORY_MIB: u32 = 4096;
 
 /// The kernel's command line. `nx_huge_pages` costs milliseconds for each VM
 /// and guards against a flaw that an emulated processor has not. A kernel that

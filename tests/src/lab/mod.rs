@@ -36,6 +36,6 @@ mod terminal;
 
 pub use disk::Contents;
 pub use image::{Image, images};
-pub use machine::Clock;
+pub use machine::{Clock, MEMORY_MIB};
 pub use session::{Exit, Job, Output, Session};
 pub use store::Store;
