@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::command::{clean, output};
+use crate::fragments::Lack;
 use crate::source::Tree;
 use crate::{PACKAGES, Progress, elf, fragments};
 
@@ -66,12 +67,11 @@ pub(crate) fn toolchain() -> Result<String> {
     Ok(lines)
 }
 
-/// Configures and compiles the kernel in `tree`; make's output goes to `log`.
-pub(crate) fn vmlinux(tree: &Tree, log: &Path, progress: &dyn Progress) -> Result<Built> {
+/// Puts driver and configuration into `tree`; make's output goes to `log`. What
+/// this version of the source does not yield is told.
+pub(crate) fn configure(tree: &Tree, log: &Path) -> Result<Vec<Lack>> {
     File::create(log).with_context(|| format!("Cannot write {}", log.display()))?;
     add_driver(&tree.path)?;
-
-    progress.step("Configuring the guest kernel");
     let requests = fragments::requests()?;
     let allconfig = tree.path.join("bulkhead.config");
     write(&allconfig, &fragments::allconfig(&requests))?;
@@ -83,8 +83,11 @@ pub(crate) fn vmlinux(tree: &Tree, log: &Path, progress: &dyn Progress) -> Resul
     let config = tree.path.join(".config");
     let text =
         fs::read_to_string(&config).with_context(|| format!("Cannot read {}", config.display()))?;
-    fragments::check(&requests, &text)?;
+    Ok(fragments::lacks(&requests, &text))
+}
 
+/// Compiles the kernel in `tree`, which is configured; make's output goes to `log`.
+pub(crate) fn vmlinux(tree: &Tree, log: &Path, progress: &dyn Progress) -> Result<Built> {
     progress.step("Compiling the guest kernel");
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
     let mut compile = make(tree);
@@ -110,7 +113,7 @@ pub(crate) fn vmlinux(tree: &Tree, log: &Path, progress: &dyn Progress) -> Resul
     Ok(Built {
         vmlinux,
         system_map: tree.path.join(SYSTEM_MAP),
-        config,
+        config: tree.path.join(".config"),
         version,
     })
 }

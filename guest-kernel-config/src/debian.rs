@@ -4,6 +4,7 @@
 //! that signatures are checked against Debian's archive keys and nothing of the
 //! system changes. The mirror is the one that the machine itself uses.
 
+use std::cmp::Ordering;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -30,6 +31,24 @@ pub fn keyring() -> Result<&'static str> {
         .with_context(|| format!("No {}: is debian-archive-keyring installed?", KEYRINGS[0]))
 }
 
+/// Debian's order of two versions of a package.
+///
+/// # Errors
+///
+/// dpkg cannot be run.
+pub fn compare(one: &str, other: &str) -> Result<Ordering> {
+    for (relation, order) in [("lt", Ordering::Less), ("eq", Ordering::Equal)] {
+        let status = clean("dpkg")
+            .args(["--compare-versions", one, relation, other])
+            .status()
+            .context("Cannot run dpkg")?;
+        if status.success() {
+            return Ok(order);
+        }
+    }
+    Ok(Ordering::Greater)
+}
+
 /// A Debian mirror.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mirror {
@@ -42,6 +61,23 @@ impl Mirror {
     #[must_use]
     pub fn uri(&self) -> &str {
         &self.uri
+    }
+
+    /// The archive that has `suite`: security updates lie in one of their own,
+    /// beside the archive on every mirror that carries them.
+    fn uri_of(&self, suite: &str) -> String {
+        match self.uri.trim_end_matches('/').strip_suffix("/debian") {
+            Some(host) if suite.ends_with("-security") => format!("{host}/debian-security/"),
+            _ => self.uri.clone(),
+        }
+    }
+
+    /// The mirror with this address.
+    #[cfg(test)]
+    pub(crate) fn at(uri: &str) -> Mirror {
+        Mirror {
+            uri: uri.to_owned(),
+        }
     }
 
     /// The mirror in this machine's own apt sources.
@@ -97,7 +133,7 @@ impl Apt {
         let sources = directory.join("debian.sources");
         let text = format!(
             "Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\nSigned-By: {keyring}\n",
-            mirror.uri
+            mirror.uri_of(suite)
         );
         fs::write(&sources, text).with_context(|| format!("Cannot write {}", sources.display()))?;
         Ok(Apt {
@@ -147,6 +183,18 @@ impl Apt {
         Ok(version.to_owned())
     }
 
+    /// Every version of `package` that the archive has now. Must come before
+    /// [`Apt::download`].
+    ///
+    /// # Errors
+    ///
+    /// The archive cannot be reached, is not signed by Debian or lacks the package.
+    pub(crate) fn versions(&self, package: &str) -> Result<Vec<String>> {
+        self.candidate(package)?;
+        let lines = output(self.command("apt-cache").args(["madison", package]))?;
+        Ok(versions(&lines))
+    }
+
     /// The first package that `package` depends on: what a metapackage stands
     /// for. Must come after [`Apt::candidate`].
     ///
@@ -162,13 +210,15 @@ impl Apt {
             .with_context(|| format!("The package {package} depends on nothing"))
     }
 
-    /// Fetches `package`; apt checks it against the signed index.
+    /// Fetches `package`, of one version if it is written as `NAME=VERSION`; apt checks
+    /// it against the signed index.
     ///
     /// # Errors
     ///
     /// The package cannot be had.
     pub fn download(&self, package: &str) -> Result<PathBuf> {
         output(self.command("apt-get").args(["download", package]))?;
+        let package = package.split_once('=').map_or(package, |(name, _)| name);
         fs::read_dir(&self.directory)
             .with_context(|| format!("Cannot read {}", self.directory.display()))?
             .filter_map(|entry| Some(entry.ok()?.path()))
@@ -178,6 +228,15 @@ impl Apt {
             })
             .with_context(|| format!("apt-get left no package in {}", self.directory.display()))
     }
+}
+
+/// The versions in what apt-cache madison says: `package | version | index`.
+fn versions(lines: &str) -> Vec<String> {
+    lines
+        .lines()
+        .filter_map(|line| line.split('|').nth(1))
+        .map(|version| version.trim().to_owned())
+        .collect()
 }
 
 #[cfg(test)]
@@ -191,12 +250,38 @@ mod tests {
                        main http://one.example/debian-security/\n\
                        main http://two.example/pub/debian/\n\
                        main http://three.example/debian\n";
-        assert_eq!(
-            Mirror::among(targets),
-            Some(Mirror {
-                uri: "http://two.example/pub/debian/".to_owned()
-            })
-        );
+        let mirror = Mirror::at("http://two.example/pub/debian/");
+        assert_eq!(Mirror::among(targets), Some(mirror));
         assert_eq!(Mirror::among("main http://mirror.example/ubuntu/\n"), None);
+    }
+
+    #[test]
+    fn each_version_in_a_suite_is_found() {
+        let said = "linux-source-6.12 | 6.12.117-1 | http://one.example/debian trixie/main amd64 Packages\n\
+                    linux-source-6.12 | 6.12.107-1 | http://one.example/debian trixie/main amd64 Packages\n";
+        assert_eq!(versions(said), ["6.12.117-1", "6.12.107-1"]);
+    }
+
+    #[test]
+    fn security_updates_come_from_the_archive_beside() {
+        let mirror = Mirror::at("http://one.example/debian/");
+        assert_eq!(
+            mirror.uri_of("trixie-updates"),
+            "http://one.example/debian/"
+        );
+        assert_eq!(
+            mirror.uri_of("trixie-security"),
+            "http://one.example/debian-security/"
+        );
+    }
+
+    #[test]
+    fn versions_are_compared_as_dpkg_does() {
+        assert_eq!(compare("6.12.107-1", "6.12.117-1").unwrap(), Ordering::Less);
+        assert_eq!(
+            compare("6.12.117-1", "6.12.117-1~bpo12+1").unwrap(),
+            Ordering::Greater
+        );
+        assert_eq!(compare("1-1", "1-1").unwrap(), Ordering::Equal);
     }
 }

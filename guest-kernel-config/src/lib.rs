@@ -8,8 +8,9 @@
 //! - The same inputs give the same bytes, in whatever directory.
 //! - A kernel that was built once is found again by the content of what went
 //!   in, checked by its hash, without network.
-//! - An option that was asked for is in the kernel, or the build fails and
-//!   names it.
+//! - A required option is in the kernel, or the build fails and names it. If the
+//!   newest version of the source does not yield one, older versions that the
+//!   archive has are tried.
 //!
 //! Never touches the system: packages are fetched with private state of apt's
 //! own, sources are unpacked below the cache, nothing is installed.
@@ -29,6 +30,8 @@ use anyhow::{Context, Result};
 
 use crate::cache::Store;
 use crate::debian::Mirror;
+use crate::fragments::Lack;
+use crate::source::Attempt;
 
 /// Debian packages that a build needs, for whoever installs them.
 pub const PACKAGES: &[&str] = &[
@@ -76,7 +79,7 @@ pub struct Kernel {
 /// # Errors
 ///
 /// The compiler is missing, the source package cannot be had or is not signed
-/// by Debian, an option did not survive, or the compilation fails.
+/// by Debian, no version of it yields a required option, or the compilation fails.
 pub fn ensure(cache: &Path, progress: &dyn Progress) -> Result<Kernel> {
     let store = Store::open(&cache.join("guest-kernel"))?;
     let inputs = cache::inputs(&build::toolchain()?);
@@ -88,21 +91,31 @@ pub fn ensure(cache: &Path, progress: &dyn Progress) -> Result<Kernel> {
     let work = store.scratch()?;
     progress.step("Looking for the kernel source");
     let mirror = Mirror::of_this_machine()?;
-    let package = source::newest(&mirror, &work.path().join("apt"))?;
-    let key = cache::key(&inputs, &package.version);
-    if let Some(kernel) = store.find_key(&inputs, &key)? {
-        return Ok(kernel);
-    }
-
-    progress.step(&format!(
-        "Fetching and unpacking {} {}",
-        source::PACKAGE,
-        package.version
-    ));
-    let tree = package.unpack(work.path())?;
+    let packages = source::versions(&mirror, &work.path().join("apt"))?;
     let log = store.path().join("build.log");
-    let built = build::vmlinux(&tree, &log, progress)?;
-    store.add(&inputs, &key, &built, package.note().into_iter().collect())
+    source::first_that_serves(&packages, |package| {
+        let key = cache::key(&inputs, &package.version);
+        if let Some(kernel) = store.find_key(&inputs, &key)? {
+            return Ok(Attempt::Done(kernel));
+        }
+        progress.step(&format!(
+            "Fetching and unpacking {} {}",
+            source::PACKAGE,
+            package.version
+        ));
+        let place = store.scratch()?;
+        let tree = package.unpack(place.path())?;
+        progress.step("Configuring the guest kernel");
+        let lacks = build::configure(&tree, &log)?;
+        let (required, wished): (Vec<Lack>, _) = lacks.into_iter().partition(|lack| lack.required);
+        if !required.is_empty() {
+            return Ok(Attempt::Lacks(required));
+        }
+        let built = build::vmlinux(&tree, &log, progress)?;
+        let wished = wished.into_iter().map(|lack| format!("A wish: {lack}"));
+        let notes = package.note().into_iter().chain(wished).collect();
+        Ok(Attempt::Done(store.add(&inputs, &key, &built, notes)?))
+    })
 }
 
 /// Removes every kernel from the cache below the directory `cache`.

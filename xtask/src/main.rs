@@ -67,8 +67,19 @@ enum Task {
     Deny,
 }
 
-fn main() -> Result<ExitCode> {
-    match Arguments::parse().command {
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            // Causes, and no back trace: what fails here is a user's to mend.
+            eprintln!("Error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<ExitCode> {
+    match task {
         Task::Run { tty, command } => lab::demo(tty, &command),
         Task::Test { filter } => test::all(filter.as_deref()),
         Task::Lab(wanted) => lab::lab(wanted),
