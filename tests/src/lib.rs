@@ -11,7 +11,7 @@ pub mod lab;
 pub use inside::{
     bundle,
     command::{Command, Outcome, Running},
-    leaks::LeakCheck,
+    leaks::{LEFT_BEHIND, LeakCheck},
     terminal::Terminal,
 };
 

@@ -1,6 +1,6 @@
 //! The runtime under containerd, driven by `ctr`.
 
-use bulkhead_tests::{Command, LeakCheck, Outcome};
+use bulkhead_tests::{Command, Outcome};
 
 const IMAGE: &str = bulkhead_tests::BUSYBOX_NAME;
 
@@ -12,18 +12,15 @@ const RUN: [&str; 4] = ["run", "--runtime", "io.containerd.bulkhead.v2", "--rm"]
 
 #[test]
 fn ctr_run_gives_output_and_exit_code() {
-    let leaks = LeakCheck::start();
     let out = ctr(RUN
         .into_iter()
         .chain([IMAGE, "c1", "sh", "-c", "uname -r; exit 42"]));
     assert!(out.stdout.starts_with("6.12."), "{out}");
     assert_eq!(out.code, 42, "{out}");
-    leaks.finish();
 }
 
 #[test]
 fn two_containers_at_once_are_two_machines_and_leave_nothing() {
-    let leaks = LeakCheck::start();
     for id in ["a", "b"] {
         ctr([
             "run",
@@ -61,12 +58,10 @@ fn two_containers_at_once_are_two_machines_and_leave_nothing() {
         ctr(["task", "rm", "--force", id]);
         ctr(["container", "rm", id]).success();
     }
-    leaks.finish();
 }
 
 #[test]
 fn ctr_exec_gives_output_and_exit_code() {
-    let leaks = LeakCheck::start();
     ctr([
         "run",
         "--runtime",
@@ -91,5 +86,4 @@ fn ctr_exec_gives_output_and_exit_code() {
     assert_eq!((exec.code, exec.stdout.as_str()), (5, "hello\n"), "{exec}");
     ctr(["task", "rm", "--force", "x"]).success();
     ctr(["container", "rm", "x"]).success();
-    leaks.finish();
 }

@@ -9,11 +9,10 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_tests::{BUSYBOX, Command, DEBIAN, LeakCheck, Outcome, TOOLS, bundle};
+use bulkhead_tests::{BUSYBOX, Command, DEBIAN, Outcome, TOOLS, bundle};
 
 #[test]
 fn what_a_container_writes_is_on_the_host_with_owner_mode_and_attributes() {
-    let leaks = LeakCheck::start();
     // On the disk: tmpfs of the lab host's kernel has no user attributes.
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -50,7 +49,6 @@ fn what_a_container_writes_is_on_the_host_with_owner_mode_and_attributes() {
     )
     .run();
     assert_eq!(colour.success(), "blue");
-    leaks.finish();
 }
 
 #[test]
@@ -82,7 +80,6 @@ fn a_read_only_volume_refuses_writes() {
 
 #[test]
 fn a_guest_that_mounts_it_writable_cannot_write_to_a_read_only_volume_b64() {
-    let leaks = LeakCheck::start();
     let dir = tempfile::tempdir().unwrap();
     let volume = tempfile::tempdir().unwrap();
     fs::write(volume.path().join("f"), "kept").unwrap();
@@ -105,7 +102,6 @@ fn a_guest_that_mounts_it_writable_cannot_write_to_a_read_only_volume_b64() {
         "{out}"
     );
     assert_eq!(fs::read_dir(volume.path()).unwrap().count(), 1);
-    leaks.finish();
 }
 
 #[test]
@@ -187,14 +183,11 @@ fn plain_root() -> tempfile::TempDir {
 
 /// Runs a line of the shell on it.
 fn on_plain_root(line: &str) -> Outcome {
-    let leaks = LeakCheck::start();
     let root = plain_root();
     let path = root.path().to_str().unwrap();
-    let outcome = Command::bulkhead(["run", "--rm", "--rootfs", path, "--", "sh", "-c", line])
+    Command::bulkhead(["run", "--rm", "--rootfs", path, "--", "sh", "-c", line])
         .deadline(Duration::from_secs(1100))
-        .run();
-    leaks.finish();
-    outcome
+        .run()
 }
 
 /// What the suite is told: which optional calls the host's ext4 has, and two users.

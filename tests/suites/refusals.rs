@@ -27,7 +27,7 @@ fn refused(arguments: &[&str], words: &str) {
     assert!(
         outcome.stderr.starts_with("bulkhead: ")
             && outcome.stderr.contains(words)
-            && outcome.stderr.lines().count() <= 2,
+            && outcome.stderr.lines().count() == 1,
         "{words}: {outcome}"
     );
     assert_eq!(layers(), before, "{outcome}");

@@ -9,6 +9,8 @@ mod lab;
 mod packages;
 mod progress;
 mod test;
+#[cfg(test)]
+mod tidy;
 mod tools;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -86,6 +88,6 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Bench { name, rounds } => lab::bench(&name, rounds),
         Task::Install { prefix } => build::install(&prefix).map(|()| ExitCode::SUCCESS),
         Task::Cache { clear } => cache::show(clear).map(|()| ExitCode::SUCCESS),
-        Task::Deny => tools::deny().map(|()| ExitCode::SUCCESS),
+        Task::Deny => tools::deny(tools::Advisories::Checked).map(|()| ExitCode::SUCCESS),
     }
 }

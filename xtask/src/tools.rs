@@ -53,17 +53,60 @@ pub(crate) fn testers(progress: &dyn Progress) -> Result<PathBuf> {
     Ok(bin)
 }
 
-/// Runs cargo-deny, installing it first if need be.
-pub(crate) fn deny() -> Result<()> {
-    let installed = Command::new("cargo-deny").arg("--version").output().is_ok();
-    if !installed {
-        build::cargo(&["install", "--locked", "cargo-deny"], &[])?;
+/// The cargo-deny that checks the dependencies.
+const DENY: (&str, &str) = ("cargo-deny", "0.20.2");
+
+/// Whether known faults of dependencies are looked for, which needs the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Advisories {
+    /// The database is fetched and compared.
+    Checked,
+    /// Licences, bans and sources only: the same answer on any day.
+    Skipped,
+}
+
+/// Runs cargo-deny, which is built once.
+pub(crate) fn deny(advisories: Advisories) -> Result<()> {
+    let (name, version) = DENY;
+    let root = cache::dir()?.join("cargo-deny");
+    std::fs::create_dir_all(&root)?;
+    let lock = File::create(root.join("lock"))?;
+    lock.lock()?;
+    let place = root.join(version);
+    let program = place.join("bin").join(name);
+    if !program.exists() {
+        let target = tempfile::tempdir()?;
+        let place = place.to_string_lossy();
+        let arguments = [
+            "install",
+            "--locked",
+            "--version",
+            version,
+            "--root",
+            &place,
+            name,
+        ];
+        build::cargo(
+            &arguments,
+            &[("CARGO_TARGET_DIR", target.path().as_os_str())],
+        )?;
     }
-    let status = Command::new(build::cargo_program())
-        .args(["deny", "check", "licenses", "bans", "sources", "advisories"])
+    let mut checks = vec!["licenses", "bans", "sources"];
+    let mut command = Command::new(program);
+    match advisories {
+        Advisories::Checked => checks.push("advisories"),
+        Advisories::Skipped => drop(command.arg("--offline")),
+    }
+    let output = command
+        .args(["--log-level", "warn", "check", "--hide-inclusion-graph"])
+        .args(checks)
         .current_dir(build::workspace())
-        .status()
+        .output()
         .context("Cannot start cargo-deny")?;
-    ensure!(status.success(), "cargo-deny found something");
+    ensure!(
+        output.status.success(),
+        "cargo-deny found something:\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
 }

@@ -5,13 +5,15 @@
 //! installed as it is anywhere. Then it takes one job after another until the
 //! machine is switched off.
 //!
+//! `labd around PROGRAM ARGUMENT…` runs a program and looks for what it left behind.
+//!
 //! Never stops because of a job: whatever fails is the job's standard error.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -19,6 +21,7 @@ use std::time::Duration;
 use std::{env, os::unix::process::ExitStatusExt};
 
 use anyhow::{Context, Result, bail};
+use bulkhead_tests::inside::leaks;
 use bulkhead_tests::lab::protocol::{Frame, Request, Size};
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, killpg};
@@ -41,13 +44,20 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 type Port = Arc<Mutex<File>>;
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    if let [word, argv @ ..] = arguments.as_slice()
+        && word == "around"
+    {
+        return Ok(ExitCode::from(leaks::around(argv)));
+    }
     // SAFETY: whoever starts us leaves the port open as descriptor 3, and
     // nothing in this process has touched it.
     let port = File::from(unsafe { OwnedFd::from_raw_fd(3) });
     rustix::io::fcntl_setfd(&port, rustix::io::FdFlags::CLOEXEC)?;
     install()?;
-    serve(port)
+    serve(port)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Mounts the third disk, and copies what the second one has for the root.

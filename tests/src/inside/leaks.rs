@@ -1,20 +1,55 @@
 //! Does the host look as before?
+//!
+//! The harness asks around every test; a test of many rounds may ask in each.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     fs,
+    os::unix::process::ExitStatusExt,
     path::Path,
-    thread,
+    process, thread,
     time::{Duration, Instant},
 };
 
 /// What may remain for a moment: processes that were killed and not yet reaped.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// The exit code of [`around`] if something was left behind.
+pub const LEFT_BEHIND: u8 = 121;
+
 /// A picture of the host: mounts, processes, sockets, network devices and
-/// namespaces, cgroups, files where ours lie.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Picture(BTreeSet<String>);
+/// namespaces, cgroups, keys, files where ours lie and who has them open; how many of
+/// each there are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Picture(BTreeMap<String, usize>);
+
+/// Runs a program and looks at the host before and after it: the program's exit code,
+/// or [`LEFT_BEHIND`], with a list on standard error.
+#[must_use]
+pub fn around(argv: &[String]) -> u8 {
+    let leaks = LeakCheck::start();
+    let [program, arguments @ ..] = argv else {
+        eprintln!("No program");
+        return 127;
+    };
+    let code = match process::Command::new(program).args(arguments).status() {
+        Ok(status) => status
+            .code()
+            .or_else(|| Some(128 + status.signal()?))
+            .and_then(|code| u8::try_from(code).ok())
+            .unwrap_or(255),
+        Err(error) => {
+            eprintln!("Cannot start {program}: {error}");
+            127
+        }
+    };
+    let left = leaks.left_over();
+    if left.is_empty() {
+        return code;
+    }
+    eprintln!("Left behind:\n  {}", left.join("\n  "));
+    if code == 0 { LEFT_BEHIND } else { code }
+}
 
 /// A picture taken before a test, to be compared with one taken after it.
 #[derive(Debug)]
@@ -47,7 +82,7 @@ impl LeakCheck {
         let end = Instant::now() + GRACE;
         loop {
             let now = Picture::take();
-            let left: Vec<String> = now.0.difference(&self.before.0).cloned().collect();
+            let left = now.beyond(&self.before);
             if left.is_empty() || Instant::now() > end {
                 return left;
             }
@@ -58,82 +93,171 @@ impl LeakCheck {
 
 impl Picture {
     fn take() -> Picture {
-        let mut all = BTreeSet::new();
-        for line in lines("/proc/self/mountinfo") {
-            let place = line.split(' ').nth(4).unwrap_or_default();
-            all.insert(format!("mount {place}"));
+        let mut all = Picture::default();
+        all.mounts();
+        all.sockets();
+        for name in names("/sys/class/net") {
+            all.add(format!("network device {name}"));
         }
-        for line in lines("/proc/net/unix") {
-            if let Some(path) = line.split_whitespace().nth(7)
-                && !path.starts_with("/run/systemd")
-                && !path.starts_with("/run/user")
-            {
-                all.insert(format!("socket {path}"));
+        for name in names("/sys/block") {
+            let backing = format!("/sys/block/{name}/loop/backing_file");
+            if let Ok(file) = fs::read_to_string(backing) {
+                all.add(format!("loop device of {}", file.trim()));
             }
         }
-        for name in names("/sys/class/net") {
-            all.insert(format!("network device {name}"));
+        for line in lines("/proc/keys") {
+            // Serial number, flags, uses, expiry, permissions, owner, group, what it is.
+            let what: Vec<&str> = line.split_whitespace().skip(7).collect();
+            all.add(format!("key {}", what.join(" ")));
+        }
+        for kind in ["shm", "sem", "msg"] {
+            for line in lines(&format!("/proc/sysvipc/{kind}")).iter().skip(1) {
+                all.add(format!("System V {kind} {}", line.trim()));
+            }
         }
         for pid in names("/proc")
             .into_iter()
             .filter(|name| name.bytes().all(|b| b.is_ascii_digit()))
         {
-            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            // Threads of the kernel have no command line; they come and go.
-            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let zombie = stat
-                .rsplit(") ")
-                .next()
-                .is_some_and(|rest| rest.starts_with('Z'));
-            let known = ["systemd-udevd", "(udev-worker)", "udev-worker"].contains(&name.trim());
-            if !known && (!command.is_empty() || zombie) {
-                all.insert(format!("process {pid} {}", name.trim()));
+            all.process(&pid);
+        }
+        for (dir, depth, directories_only) in PLACES {
+            all.walk(Path::new(dir), *depth, *directories_only);
+        }
+        all
+    }
+
+    fn add(&mut self, what: String) {
+        *self.0.entry(what).or_default() += 1;
+    }
+
+    /// What is here more often than in `before`.
+    fn beyond(&self, before: &Picture) -> Vec<String> {
+        self.0
+            .iter()
+            .filter_map(|(what, count)| {
+                let known = before.0.get(what).copied().unwrap_or(0);
+                match count.checked_sub(known) {
+                    None | Some(0) => None,
+                    Some(1) => Some(what.clone()),
+                    Some(more) => Some(format!("{what} ({more} times)")),
+                }
+            })
+            .collect()
+    }
+
+    /// Several mounts may lie on one place.
+    fn mounts(&mut self) {
+        for line in lines("/proc/self/mountinfo") {
+            let place = line.split(' ').nth(4).unwrap_or_default();
+            self.add(format!("mount {place}"));
+        }
+    }
+
+    fn sockets(&mut self) {
+        for line in lines("/proc/net/unix") {
+            if let Some(path) = line.split_whitespace().nth(7)
+                && !path.starts_with("/run/systemd")
+                && !path.starts_with("/run/user")
+            {
+                self.add(format!("socket {path}"));
             }
         }
-        for dir in [
-            "/sys/fs/cgroup",
-            "/run/bulkhead",
-            "/var/lib/bulkhead/containers",
-            "/run/netns",
-            "/dev/shm",
-        ] {
-            walk(Path::new(dir), dir == "/sys/fs/cgroup", &mut all);
+    }
+
+    fn process(&mut self, pid: &str) {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}"));
+        let name = read("comm").unwrap_or_default();
+        let name = name.trim();
+        // Threads of the kernel have no command line; they come and go.
+        let command = read("cmdline").unwrap_or_default();
+        let stat = read("stat").unwrap_or_default();
+        let zombie = stat
+            .rsplit(") ")
+            .next()
+            .is_some_and(|rest| rest.starts_with('Z'));
+        let known = ["systemd-udevd", "(udev-worker)", "udev-worker"].contains(&name);
+        if known || command.is_empty() && !zombie {
+            return;
         }
-        walk(Path::new("/run/containerd/s"), false, &mut all);
-        walk(
-            Path::new("/run/containerd/io.containerd.runtime.v2.task"),
-            false,
-            &mut all,
-        );
-        Picture(all)
+        self.add(format!("process {pid} {name}"));
+        let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+            return;
+        };
+        for file in files.flatten() {
+            if let Ok(target) = fs::read_link(file.path())
+                && let Some(target) = target.to_str()
+                && OPEN.iter().any(|begin| target.starts_with(begin))
+            {
+                self.add(format!("open file {target} in {name}"));
+            }
+        }
+    }
+
+    /// Adds what is below `dir`, so many levels deep.
+    fn walk(&mut self, dir: &Path, depth: usize, directories_only: bool) {
+        let Ok(entries) = fs::read_dir(dir) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let path = entry.path();
+            let text = path.to_string_lossy();
+            if (is_dir || !directories_only) && !is_kept(&text) {
+                self.add(format!("path {text}"));
+            }
+            if is_dir && depth > 1 {
+                self.walk(&path, depth - 1, directories_only);
+            }
+        }
     }
 }
 
-/// Adds what is below `dir`: directories only, or everything.
-fn walk(dir: &Path, directories_only: bool, all: &mut BTreeSet<String>) {
-    let Ok(entries) = fs::read_dir(dir) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        let path = entry.path();
-        // Kept on purpose from the first run on: proof that the assets were checked.
-        let kept = [
-            "/run/bulkhead/verified-",
-            "/run/bulkhead/bundles",
-            "/run/bulkhead/bulkhead",
-        ];
-        if (is_dir || !directories_only)
-            && !kept.iter().any(|name| {
-                path.to_string_lossy().starts_with(name) && path.components().count() == 4
-            })
-        {
-            all.insert(format!("path {}", path.display()));
+/// Where something could be left: how deep to look, and whether at directories only.
+const PLACES: &[(&str, usize, bool)] = &[
+    ("/sys/fs/cgroup", usize::MAX, true),
+    ("/run/bulkhead", usize::MAX, false),
+    ("/var/lib/bulkhead", 2, false),
+    ("/var/lib/bulkhead/containers", usize::MAX, false),
+    ("/run/netns", 1, false),
+    ("/dev/shm", usize::MAX, false),
+    ("/tmp", 1, false),
+    ("/var/tmp", 1, false),
+    ("/run/containerd/s", usize::MAX, false),
+    (
+        "/run/containerd/io.containerd.runtime.v2.task",
+        usize::MAX,
+        false,
+    ),
+];
+
+/// What an open file is called that some process could have kept of a pod.
+const OPEN: &[&str] = &[
+    "/run/bulkhead",
+    "/var/lib/bulkhead",
+    "/usr/share/bulkhead",
+    "/dev/kvm",
+    "/dev/net/tun",
+    "/dev/vhost",
+    "anon_inode:kvm",
+    "net:[",
+    "mnt:[",
+    "pid:[",
+];
+
+/// Is it there on purpose from some first run on: proof that the assets were checked,
+/// the folders of the product, layers that are unpacked, what systemd makes?
+fn is_kept(path: &str) -> bool {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    let layer = name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    match path.strip_suffix(name).unwrap_or_default() {
+        "/run/bulkhead/" => {
+            name.starts_with("verified-") || ["bundles", "bulkhead"].contains(&name)
         }
-        if is_dir {
-            walk(&path, directories_only, all);
-        }
+        "/var/lib/bulkhead/" => ["layers", "containers", "images"].contains(&name),
+        "/var/lib/bulkhead/layers/" => layer || name == ".lock",
+        "/tmp/" | "/var/tmp/" => name.starts_with("systemd-private-"),
+        _ => false,
     }
 }
 

@@ -1,0 +1,273 @@
+//! Suites in lab hosts: as many side by side as this machine can bear.
+//!
+//! Each test has a process of its own: one that hangs is killed, with evidence, and the
+//! others still run.
+
+use std::{
+    fs,
+    io::{Write, stdout},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use bulkhead_tests::{
+    LEFT_BEHIND,
+    lab::{Clock, Exit, Job, MEMORY_MIB, Output, Session},
+};
+
+use super::{
+    Program,
+    libtest::{self, Verdict},
+    report::Report,
+};
+use crate::{
+    lab,
+    progress::{Bar, Quiet},
+};
+
+/// A hang is a failure. The machine is emulated, and may be busy.
+const TEST_DEADLINE: Duration = Duration::from_secs(1200);
+
+/// How long collecting evidence may take.
+const EVIDENCE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How often a test is begun at most; a second time only if its lab host was lost.
+const TRIES: u8 = 2;
+
+/// How the names of the tests begin that take longest, and are begun first.
+const LONGEST: &str = "fsx_finds_no_fault";
+
+/// Runs in the lab host: an archive of what tells why a test failed.
+const EVIDENCE: &str = include_str!("../evidence.sh");
+
+/// A test that waits for a lab host.
+#[derive(Debug)]
+pub(super) struct Planned {
+    suite: String,
+    test: String,
+    /// Why the tries before were lost.
+    lost: Vec<String>,
+}
+
+impl Planned {
+    pub(super) fn new(suite: &str, test: &str) -> Planned {
+        Planned {
+            suite: suite.to_owned(),
+            test: test.to_owned(),
+            lost: Vec::new(),
+        }
+    }
+
+    /// Where the evidence of this try lies.
+    fn place(&self, evidence: &Path) -> PathBuf {
+        let place = evidence
+            .join(&self.suite)
+            .join(self.test.replace("::", "-"));
+        place.join(format!("try-{}", self.lost.len() + 1))
+    }
+}
+
+/// What came of one try.
+enum Try {
+    Ended(Verdict),
+    /// The emulator died or no longer answers: nothing is known of the test.
+    Lost(String),
+}
+
+/// The tests of a suite; its executable lists them on any machine.
+pub(super) fn plan(program: &Program, filter: Option<&str>) -> Result<Vec<Planned>> {
+    let output = Command::new(&program.path)
+        .args(["--list", "--format=terse"])
+        .output()
+        .with_context(|| format!("Cannot start {}", program.path.display()))?;
+    ensure!(
+        output.status.success(),
+        "{} does not list its tests",
+        program.path.display()
+    );
+    Ok(String::from_utf8(output.stdout)?
+        .lines()
+        .filter_map(|line| line.strip_suffix(": test"))
+        .filter(|test| filter.is_none_or(|text| test.contains(text)))
+        .map(|test| Planned::new(&program.name, test))
+        .collect())
+}
+
+/// Runs them all.
+pub(super) fn run(
+    ready: &lab::Ready,
+    mut planned: Vec<Planned>,
+    report: &Report,
+    bar: Bar,
+) -> Result<()> {
+    // Taken from the end.
+    planned.reverse();
+    planned.sort_by_key(|planned| planned.test.starts_with(LONGEST));
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let hosts = processors.min(memory_for()).min(planned.len());
+    let (planned, evidence) = (Mutex::new(planned), lab::evidence_dir()?);
+    // What must be made first is made once, and shown.
+    let mut first = (hosts > 0)
+        .then(|| ready.session(Clock::Wall, &bar))
+        .transpose()?;
+    drop(bar);
+    std::thread::scope(|scope| {
+        let hosts: Vec<_> = (0..hosts)
+            .map(|_| {
+                let session = first.take();
+                scope.spawn(|| one_lab_host(ready, session, &planned, report, &evidence))
+            })
+            .collect();
+        for host in hosts {
+            host.join()
+                .map_err(|_| anyhow!("A lab host's thread panicked"))??;
+        }
+        Ok(())
+    })
+}
+
+/// For how many lab hosts half of this machine's memory is enough; at least one.
+fn memory_for() -> usize {
+    let system = rustix::system::sysinfo();
+    let bytes = system.totalram.saturating_mul(u64::from(system.mem_unit));
+    let hosts = bytes / 2 / (u64::from(MEMORY_MIB) << 20);
+    usize::try_from(hosts).unwrap_or(usize::MAX).max(1)
+}
+
+/// Runs tests until none is left, from `session` on.
+fn one_lab_host(
+    ready: &lab::Ready,
+    session: Option<Session>,
+    planned: &Mutex<Vec<Planned>>,
+    report: &Report,
+    evidence: &Path,
+) -> Result<()> {
+    let mut session = session;
+    let next = || planned.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    while let Some(mut planned) = next() {
+        loop {
+            let mut host = match session.take() {
+                Some(session) => session,
+                None => ready.session(Clock::Wall, &Quiet)?,
+            };
+            let began = Instant::now();
+            let ended = attempt(&mut host, &planned, evidence)?;
+            let time = began.elapsed();
+            tell(&planned, &ended, time, evidence)?;
+            match ended {
+                Try::Ended(verdict) => {
+                    // Whatever a failed test left must not make the next one fail.
+                    if !matches!(verdict, Verdict::Failed(_)) {
+                        session = Some(host);
+                    }
+                    let Planned { suite, test, lost } = planned;
+                    match (verdict, lost.first()) {
+                        (Verdict::Passed, Some(why)) => {
+                            report.add_second_try(&suite, &test, why, time);
+                        }
+                        (verdict, _) => report.add(&suite, &test, verdict, Some(time)),
+                    }
+                    break;
+                }
+                Try::Lost(why) => {
+                    planned.lost.push(why);
+                    if planned.lost.len() >= usize::from(TRIES) {
+                        let Planned { suite, test, lost } = planned;
+                        let why = format!("the lab host was lost: {}", lost.join("; then: "));
+                        report.add(&suite, &test, Verdict::Failed(why), Some(time));
+                        break;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A line for each try, and for a failed one all that it wrote.
+fn tell(planned: &Planned, ended: &Try, time: Duration, evidence: &Path) -> Result<()> {
+    let Planned { suite, test, .. } = planned;
+    let seconds = time.as_secs();
+    let place = planned.place(evidence);
+    let text = match ended {
+        Try::Ended(Verdict::Passed) => format!("{suite}: {test} … ok, {seconds} s\n"),
+        Try::Ended(Verdict::Skipped(why)) => {
+            format!("{suite}: {test} … skipped, {seconds} s: {why}\n")
+        }
+        Try::Ended(Verdict::Failed(why)) => format!(
+            "{why}\n{suite}: {test} … FAILED, {seconds} s; evidence: {}\n",
+            place.display()
+        ),
+        Try::Lost(why) => format!(
+            "{suite}: {test} … its lab host was lost after {seconds} s: {why}; evidence: {}\n",
+            place.display()
+        ),
+    };
+    // In one piece, for others write as well.
+    stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+/// Runs a test once, with a look at the lab host before and after it.
+fn attempt(session: &mut Session, planned: &Planned, evidence: &Path) -> Result<Try> {
+    let program = format!("/lab/suites/{}", planned.suite);
+    let around = ["/lab/labd", "around", &program, "--exact", &planned.test];
+    let job = Job::new(
+        around
+            .into_iter()
+            .chain(["--show-output", "--test-threads=1"]),
+    )
+    .deadline(TEST_DEADLINE);
+    let place = planned.place(evidence);
+    let output = match session.output(&job) {
+        Ok(output) => output,
+        Err(error) => {
+            fs::create_dir_all(&place)?;
+            fs::copy(session.console(), place.join("console"))?;
+            return Ok(Try::Lost(format!("{error:#}")));
+        }
+    };
+    let told = libtest::read(&String::from_utf8_lossy(&output.stdout));
+    let why = match (output.exit, told.as_slice()) {
+        (Exit::Code(0), [test]) if !matches!(test.verdict, Verdict::Failed(_)) => {
+            return Ok(Try::Ended(test.verdict.clone()));
+        }
+        (Exit::Code(LEFT_BEHIND), _) => "it left something behind".to_owned(),
+        (Exit::Code(code), _) => format!("exit code {code}"),
+        (Exit::Deadline, _) => format!("killed after {} s", TEST_DEADLINE.as_secs()),
+    };
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.push_str(&String::from_utf8_lossy(&output.stderr));
+    text.push_str(&why);
+    if let Err(error) = keep_evidence(session, &output, &place) {
+        text.push_str(&format!("; the evidence is incomplete: {error:#}"));
+    }
+    Ok(Try::Ended(Verdict::Failed(text)))
+}
+
+/// Saves what tells why a test failed: its output, the lab host's console, and
+/// what the script finds there.
+fn keep_evidence(session: &mut Session, output: &Output, place: &Path) -> Result<()> {
+    fs::create_dir_all(place).with_context(|| format!("Cannot make {}", place.display()))?;
+    fs::write(place.join("stdout"), &output.stdout)?;
+    fs::write(place.join("stderr"), &output.stderr)?;
+    fs::copy(session.console(), place.join("console"))?;
+    let job = Job::new(["bash", "-c", EVIDENCE]).deadline(EVIDENCE_DEADLINE);
+    let archive = place.join("evidence.tar");
+    fs::write(&archive, session.output(&job)?.stdout)?;
+    let status = Command::new("tar")
+        .arg("-C")
+        .arg(place)
+        .arg("-xf")
+        .arg(&archive)
+        .status()
+        .context("Cannot start tar")?;
+    // An archive that is cut off stays for whoever can read it.
+    if status.success() {
+        fs::remove_file(&archive)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,161 @@
+//! `cargo xtask test`: style, tests on this machine, suites in the lab host, one sum.
+//!
+//! - A test counts as passed, failed or skipped, and a skipped one has a reason.
+//! - Whatever can run here does; what this machine lacks something for, and the lab host
+//!   does not, runs there.
+//! - A test is tried again only if its lab host was lost. If it passes then, both tries
+//!   are told and the run has failed all the same.
+//! - Around each test in the lab host the host is looked at for what was left behind.
+
+mod here;
+mod lab_host;
+mod libtest;
+mod report;
+
+use std::{
+    io::{Write, stdout},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_guest_kernel::Progress;
+
+use self::report::Report;
+use crate::{build, lab, progress::Bar, tools};
+
+/// Below the target directory: the results for machines.
+const JUNIT: &str = "test-results/junit.xml";
+
+/// Runs everything; with a filter, only the tests whose names contain it.
+pub(crate) fn all(filter: Option<&str>) -> Result<ExitCode> {
+    let bar = Bar::new();
+    crate::packages::ensure_installed(&bar)?;
+    if filter.is_none() {
+        bar.step("Checking the style");
+        build::cargo(&["fmt", "--all", "--check"], &[])?;
+        let clippy = ["clippy", "--workspace", "--all-targets", "--"];
+        build::cargo(&[&clippy[..], &["-D", "warnings"]].concat(), &[])?;
+        bar.step("Checking licences and sources of the dependencies");
+        tools::deny(tools::Advisories::Skipped)?;
+    }
+    bar.step("Building the tests");
+    let programs = programs()?;
+    let suites = programs.iter().filter(|program| program.is_suite());
+    ensure!(
+        suites.clone().count() > 0,
+        "The crate bulkhead-tests has no suites"
+    );
+    let prefix = lab::prefix(&bar)?;
+    let mut ready = lab::Ready::new(Some(&prefix), &bar)?.with("tools", tools::testers(&bar)?);
+    for program in programs.iter().filter(|program| program.runs_in_the_lab()) {
+        ready = ready.with(&format!("suites/{}", program.name), &program.path);
+    }
+    drop(bar);
+
+    let report = Report::default();
+    let elsewhere = here::run(&programs, filter, &report)?;
+    if filter.is_none() {
+        here::documentation(&report)?;
+    }
+    let mut planned = elsewhere;
+    for program in suites {
+        planned.extend(lab_host::plan(program, filter)?);
+    }
+    lab_host::run(&ready, planned, &report, Bar::new())?;
+    report.print()?;
+    let junit = build::target_dir().join(JUNIT);
+    report.write_junit(&junit)?;
+    writeln!(stdout().lock(), "JUnit XML: {}", junit.display())?;
+    let counts = report.counts();
+    let good = counts.failed == 0 && counts.again == 0 && counts.passed > 0;
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// An executable of tests.
+#[derive(Clone, Debug)]
+pub(super) struct Program {
+    /// What its results are called.
+    name: String,
+    path: PathBuf,
+    /// Where its source begins.
+    source: PathBuf,
+    /// The package's directory, in which its tests expect to run.
+    directory: PathBuf,
+}
+
+impl Program {
+    /// Is it written for the lab host?
+    fn is_suite(&self) -> bool {
+        self.source
+            .components()
+            .any(|part| part.as_os_str() == "suites")
+    }
+
+    /// Can it run there? Integration tests are; a unit test that this machine cannot
+    /// run stays skipped.
+    fn runs_in_the_lab(&self) -> bool {
+        self.source
+            .components()
+            .any(|part| part.as_os_str() == "tests")
+    }
+}
+
+/// Builds all tests: their executables.
+fn programs() -> Result<Vec<Program>> {
+    let output = Command::new(build::cargo_program())
+        .args([
+            "test",
+            "--no-run",
+            "--workspace",
+            "--message-format=json-render-diagnostics",
+        ])
+        .arg("--quiet")
+        .current_dir(build::workspace())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("Cannot start cargo")?;
+    ensure!(output.status.success(), "The tests do not compile");
+    let mut programs = Vec::new();
+    for line in output.stdout.split(|byte| *byte == b'\n') {
+        let Ok(message) = serde_json::from_slice::<serde_json::Value>(line) else {
+            continue;
+        };
+        let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
+        let (Some(path), Some(name), Some(source), Some(manifest)) = (
+            text(&message["executable"]),
+            text(&message["target"]["name"]),
+            text(&message["target"]["src_path"]),
+            text(&message["manifest_path"]),
+        ) else {
+            continue;
+        };
+        if message["profile"]["test"].as_bool() != Some(true) {
+            continue;
+        }
+        let directory = Path::new(&manifest)
+            .parent()
+            .map_or_else(|| build::workspace().to_owned(), Path::to_owned);
+        let kind = text(&message["target"]["kind"][0]).unwrap_or_default();
+        let source = PathBuf::from(source);
+        programs.push(Program {
+            // A library and a program of one package may share a name.
+            name: if kind == "bin" {
+                format!("{name}-bin")
+            } else {
+                name.replace('_', "-")
+            },
+            path: path.into(),
+            source: source
+                .strip_prefix(build::workspace())
+                .map_or_else(|_| source.clone(), Path::to_owned),
+            directory,
+        });
+    }
+    programs.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(programs)
+}
