@@ -11,6 +11,7 @@ pub mod lab;
 pub use inside::{
     bundle,
     command::{Command, Outcome, Running},
+    image,
     leaks::{LEFT_BEHIND, LeakCheck},
     terminal::Terminal,
 };

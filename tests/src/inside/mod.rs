@@ -2,5 +2,6 @@
 
 pub mod bundle;
 pub mod command;
+pub mod image;
 pub mod leaks;
 pub mod terminal;
