@@ -93,6 +93,28 @@ pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
     })
 }
 
+/// Builds a program that needs no library of its host; its path.
+pub(crate) fn static_program(package: &str, name: &str) -> Result<PathBuf> {
+    let target = target_dir().join("static");
+    cargo(
+        &[
+            "build",
+            "--release",
+            "--package",
+            package,
+            "--bin",
+            name,
+            "--target",
+            TARGET,
+        ],
+        &[
+            ("CARGO_TARGET_DIR", target.as_os_str()),
+            ("RUSTFLAGS", "-Ctarget-feature=+crt-static".as_ref()),
+        ],
+    )?;
+    Ok(target.join(TARGET).join("release").join(name))
+}
+
 /// Builds and copies below `prefix`.
 pub(crate) fn install(prefix: &Path) -> Result<()> {
     let bar = Bar::new();

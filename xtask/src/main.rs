@@ -47,7 +47,7 @@ enum Task {
     Lab(lab::Lab),
     /// Run a benchmark in the lab host, under the deterministic clock
     Bench {
-        /// Which one: boot
+        /// Which one: boot, exec or files
         name: String,
         /// How many rounds
         #[arg(default_value_t = 5)]

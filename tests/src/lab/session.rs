@@ -44,6 +44,7 @@ pub struct Session {
 pub struct Job {
     request: Request,
     deadline: Option<Duration>,
+    silence: Option<Duration>,
 }
 
 /// How a job ended.
@@ -76,6 +77,7 @@ impl Job {
                 ..Request::default()
             },
             deadline: None,
+            silence: None,
         }
     }
 
@@ -83,6 +85,13 @@ impl Job {
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Job {
         self.request.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The lab host is given up when the job writes nothing for so long.
+    #[must_use]
+    pub fn silence(mut self, limit: Duration) -> Job {
+        self.silence = Some(limit);
         self
     }
 
@@ -206,6 +215,7 @@ impl Session {
                 _ => Ok(()),
             },
             job.deadline,
+            job.silence,
         );
         input.stop();
         drop(raw);
@@ -239,16 +249,25 @@ impl Session {
         let port = self.machine.port.get_mut();
         Frame::Run(job.request.clone()).write(port)?;
         Frame::Stdin(Vec::new()).write(port)?;
-        self.wait(take, job.deadline)
+        self.wait(take, job.deadline, job.silence)
     }
 
     /// Takes the frames of the job that runs until it has ended.
-    fn wait(&mut self, take: &mut Take<'_>, deadline: Option<Duration>) -> Result<Exit> {
+    fn wait(
+        &mut self,
+        take: &mut Take<'_>,
+        deadline: Option<Duration>,
+        silence: Option<Duration>,
+    ) -> Result<Exit> {
         let mut deadline = deadline.map(|limit| Instant::now() + limit);
         let mut killed = false;
         loop {
-            let timeout = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let timeout = left.into_iter().chain(silence).min();
             match self.frame(timeout)? {
+                None if left.is_none_or(|left| Some(left) > silence) && silence.is_some() => {
+                    bail!("The lab host is silent: {}", self.machine.said());
+                }
                 Some(Frame::Exit(_)) if killed => return Ok(Exit::Deadline),
                 Some(Frame::Exit(code)) => return Ok(Exit::Code(code)),
                 // Our own output may be closed; the job goes on to its end.

@@ -1,0 +1,140 @@
+//! `bench-exec`: a command in a running container, from the start of the client to its
+//! end, beside runc and crun. Runs in the lab host.
+//!
+//! Every runtime has one container that sleeps; `true` is executed in each in turn.
+
+#![expect(clippy::print_stdout, reason = "the table is the program's purpose")]
+
+use std::{collections::BTreeMap, fs, path::Path, process::Command};
+
+use anyhow::{Context, Result};
+use bulkhead_bench::{Running, head, median, output, row, timed};
+
+/// The image, as a layout and in containerd.
+const LAYOUT: &str = "/usr/share/lab/images/busybox";
+const IMAGE: &str = "localhost/lab/busybox:latest";
+
+const OURS: &str = "io.containerd.bulkhead.v2";
+const SLEEP: [&str; 2] = ["sleep", "100000"];
+
+/// A container of `ctr`; removed when dropped.
+struct Task(&'static str);
+
+impl Task {
+    fn start(id: &'static str, runtime: &str) -> Result<Task> {
+        let run = ["ctr", "run", "--detach", "--runtime", runtime, IMAGE, id];
+        let task = Task(id);
+        output(&[&run[..], &SLEEP].concat())?;
+        Ok(task)
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        for line in [
+            &["ctr", "task", "rm", "--force", self.0][..],
+            &["ctr", "container", "rm", self.0],
+        ] {
+            let _ = output(line);
+        }
+    }
+}
+
+/// A container of an OCI runtime; removed when dropped.
+struct Bundle(&'static str, tempfile::TempDir);
+
+impl Bundle {
+    fn start(runtime: &'static str) -> Result<Bundle> {
+        let folder = tempfile::tempdir()?;
+        let root = folder.path().join("rootfs/bin");
+        fs::create_dir_all(&root)?;
+        fs::copy("/usr/bin/busybox", root.join("busybox"))?;
+        for name in ["sleep", "true"] {
+            std::os::unix::fs::symlink("busybox", root.join(name))?;
+        }
+        let place = folder.path().to_str().context("a plain name")?;
+        output(&[runtime, "spec", "--bundle", place])
+            .or_else(|_| output(&["sh", "-c", &format!("cd {place} && {runtime} spec")]))?;
+        let path = folder.path().join("config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
+        config["process"]["args"] = serde_json::json!(SLEEP);
+        config["process"]["terminal"] = serde_json::json!(false);
+        fs::write(&path, config.to_string())?;
+        let bundle = Bundle(runtime, folder);
+        let run = format!(
+            "exec {runtime} run -d --bundle {} bench >/dev/null 2>&1 </dev/null",
+            bundle.1.path().display()
+        );
+        output(&["sh", "-c", &run])?;
+        Ok(bundle)
+    }
+}
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        let _ = output(&[self.0, "delete", "--force", "bench"]);
+    }
+}
+
+fn main() -> Result<()> {
+    let rounds: usize = std::env::args()
+        .nth(1)
+        .map_or(Ok(5), |n| n.parse())
+        .context("Usage: bench-exec [ROUNDS]")?;
+    let ready = Path::new("/tmp/bench-exec-ready");
+    let _alone = Running::start(Command::new("bulkhead").args([
+        "run",
+        "--rm",
+        "--name",
+        "bench",
+        "-v",
+        "/tmp:/host",
+        LAYOUT,
+        "--",
+        "sh",
+        "-c",
+        "touch /host/bench-exec-ready; sleep 100000",
+    ]))?;
+    let _ours = Task::start("bench-ours", OURS)?;
+    let _runc = Task::start("bench-runc", "io.containerd.runc.v2")?;
+    let _bare = [Bundle::start("runc")?, Bundle::start("crun")?];
+    while !ready.exists() {
+        std::thread::yield_now();
+    }
+    fs::remove_file(ready)?;
+
+    let ctr = |id| vec!["ctr", "task", "exec", "--exec-id", "e", id, "true"];
+    let ways: [(&str, Vec<&str>); 5] = [
+        ("bulkhead exec", vec!["bulkhead", "exec", "bench", "true"]),
+        ("ctr exec, bulkhead", ctr("bench-ours")),
+        ("ctr exec, runc", ctr("bench-runc")),
+        ("runc exec", vec!["runc", "exec", "bench", "true"]),
+        ("crun exec", vec!["crun", "exec", "bench", "true"]),
+    ];
+    let mut taken: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for round in 0..=rounds {
+        for (name, argv) in &ways {
+            let ms = timed(argv)?;
+            // The first of each finds nothing in the page cache.
+            if round > 0 {
+                taken.entry(name).or_default().push(ms);
+            }
+        }
+        eprintln!("round {round} of {rounds}");
+    }
+    let of = |name: &str| median(taken[name].iter().copied());
+    println!("exec: a command in a running container, virtual ms, {rounds} rounds, medians");
+    head("bulkhead exec", &["runc exec", "crun exec"]);
+    row(
+        "whole command",
+        of("bulkhead exec"),
+        &[of("runc exec"), of("crun exec")],
+    );
+    head("ctr, bulkhead", &["ctr, runc"]);
+    row(
+        "whole command",
+        of("ctr exec, bulkhead"),
+        &[of("ctr exec, runc")],
+    );
+    Ok(())
+}
