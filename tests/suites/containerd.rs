@@ -87,3 +87,85 @@ fn ctr_exec_gives_output_and_exit_code() {
     ctr(["task", "rm", "--force", "x"]).success();
     ctr(["container", "rm", "x"]).success();
 }
+
+#[test]
+fn output_goes_to_a_log_file_that_containerd_names() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let log = dir.path().join("out.log");
+    let uri = format!("file://{}", log.display());
+    let line = "echo to-stdout; echo to-stderr >&2; exit 3";
+    let arguments = ["--log-uri", &uri, IMAGE, "logged", "sh", "-c", line];
+    let out = ctr(RUN.into_iter().chain(arguments));
+    assert_eq!(out.code, 3, "{out}");
+    let log = std::fs::read_to_string(log).expect("the log");
+    let mut lines: Vec<&str> = log.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(lines, ["to-stderr", "to-stdout"]);
+}
+
+#[test]
+fn a_container_survives_its_client_and_can_be_attached_to() {
+    let run = [
+        "run",
+        "--runtime",
+        "io.containerd.bulkhead.v2",
+        IMAGE,
+        "left",
+    ];
+    let line = [
+        "sh",
+        "-c",
+        "echo ready; while read word; do echo got $word; done; echo end",
+    ];
+    let client = Command::new("ctr", run.iter().chain(&line)).start();
+    client.wait_for_output("ready");
+    client.signal(libc::SIGKILL);
+    assert_eq!(client.wait().code, 137);
+    let list = ctr(["task", "ls"]).success();
+    assert!(
+        list.lines()
+            .any(|line| line.starts_with("left") && line.contains("RUNNING")),
+        "{list}"
+    );
+    let hello = ctr(["task", "exec", "--exec-id", "e", "left", "echo", "hello"]);
+    assert_eq!(hello.success(), "hello\n");
+    ctr(["task", "rm", "--force", "left"]).success();
+    ctr(["container", "rm", "left"]).success();
+}
+
+#[test]
+fn an_exit_is_told_though_containerd_was_away_for_long() {
+    let run = [
+        "run",
+        "--runtime",
+        "io.containerd.bulkhead.v2",
+        "--detach",
+        IMAGE,
+        "away",
+    ];
+    ctr(run.into_iter().chain(["sh", "-c", "sleep 3; exit 9"])).success();
+    Command::new("systemctl", ["kill", "--signal=KILL", "containerd"])
+        .run()
+        .success();
+    Command::new("systemctl", ["stop", "containerd"])
+        .run()
+        .success();
+    std::thread::sleep(std::time::Duration::from_secs(12));
+    Command::new("systemctl", ["start", "containerd"])
+        .run()
+        .success();
+    let waited = Command::new("sh", ["-c",
+        "for i in $(seq 100); do ctr task ls 2>/dev/null | grep -q 'away.*STOPPED' && break; sleep 0.3; done; ctr task ls"])
+        .run()
+        .success();
+    assert!(
+        waited
+            .lines()
+            .any(|line| line.starts_with("away") && line.contains("STOPPED")),
+        "{waited}"
+    );
+    let rm = ctr(["task", "rm", "away"]);
+    assert!(rm.code == 9 || rm.code == 0, "{rm}");
+    assert!(rm.stderr.contains('9') || rm.code == 9, "{rm}");
+    ctr(["container", "rm", "away"]).success();
+}

@@ -30,6 +30,16 @@ fn endless() -> Running {
     run
 }
 
+fn endless_named(name: &str) -> Running {
+    let line = "echo ready; exec sleep 1000";
+    let run = [
+        "run", "--rm", "--name", name, BUSYBOX, "--", "sh", "-c", line,
+    ];
+    let run = Command::bulkhead(run).start();
+    run.wait_for_output("ready");
+    run
+}
+
 fn kill_all(pattern: &str) {
     Command::new("pkill", ["-KILL", "-f", pattern])
         .run()
@@ -256,4 +266,34 @@ fn a_full_disk_is_an_error_in_the_guest_and_no_more_f10() {
     assert!(out.stderr.contains("No space left"), "{out}");
     assert_eq!(out.success(), "1\nfits\n");
     drop(disk);
+}
+
+#[test]
+fn the_clock_of_a_guest_follows_the_hosts_f16() {
+    let run = endless_named("clock");
+    let ahead = || {
+        let guest = Command::bulkhead(["exec", "clock", "date", "+%s"])
+            .run()
+            .success();
+        let host = std::time::SystemTime::UNIX_EPOCH
+            .elapsed()
+            .unwrap()
+            .as_secs();
+        guest.trim().parse::<i64>().unwrap() - host.cast_signed()
+    };
+    assert!(ahead().abs() <= 2);
+    for hour in ["+1 hour", "-1 hour"] {
+        let date = format!("now {hour}");
+        Command::new("date", ["-s", &date]).run().success();
+        let end = Instant::now() + Duration::from_secs(15);
+        while ahead().abs() > 2 {
+            assert!(
+                Instant::now() < end,
+                "after {hour} the guest is {} s ahead",
+                ahead()
+            );
+        }
+    }
+    Command::bulkhead(["kill", "clock", "KILL"]).run().success();
+    assert_eq!(run.wait().code, 137);
 }

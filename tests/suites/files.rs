@@ -263,3 +263,139 @@ fn fsx_finds_no_fault_in_100_000_operations_first_half_g8() {
 fn fsx_finds_no_fault_in_100_000_operations_second_half_g8() {
     fsx(10..20);
 }
+
+/// A directory of the host's disk as a volume at `/v`.
+fn volume() -> (tempfile::TempDir, String) {
+    // tmpfs of the lab host's kernel lacks some of what disks have.
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let volume = format!("{}:/v", dir.path().display());
+    (dir, volume)
+}
+
+/// Runs a shell line in the Debian image with a volume.
+fn debian(volume: &str, line: &str) -> Outcome {
+    Command::bulkhead([
+        "run", "--rm", "--memory", "512M", "-v", volume, DEBIAN, "--", "sh", "-c", line,
+    ])
+    .run()
+}
+
+#[test]
+fn locks_exclude_between_containers_and_the_host() {
+    let (dir, volume) = volume();
+    let lock = dir.path().join("lock");
+    fs::write(&lock, "").unwrap();
+    let line = "flock /v/lock sh -c 'echo ready; exec sleep 1000'";
+    let holder = [
+        "run", "--rm", "--name", "holder", "--memory", "512M", "-v", &volume, DEBIAN, "--", "sh",
+        "-c", line,
+    ];
+    let holder = Command::bulkhead(holder).start();
+    holder.wait_for_output("ready");
+    let host = || {
+        Command::new("flock", ["-n", lock.to_str().unwrap(), "true"])
+            .run()
+            .code
+    };
+    assert_eq!(host(), 1, "the host took a lock that a container holds");
+    assert_eq!(
+        debian(&volume, "flock -n /v/lock true; echo $?").success(),
+        "1\n"
+    );
+    Command::bulkhead(["kill", "holder", "KILL"])
+        .run()
+        .success();
+    assert_eq!(holder.wait().code, 137);
+    assert_eq!(host(), 0, "the lock outlived its container");
+    // And the other way: POSIX locks, held by the host.
+    let python = format!(
+        "import fcntl, time\nf = open({:?}, 'r+')\nfcntl.lockf(f, fcntl.LOCK_EX)\nprint('held', flush=True)\ntime.sleep(1000)",
+        lock.to_str().unwrap()
+    );
+    let held = Command::new("python3", ["-c", &python]).start();
+    held.wait_for_output("held");
+    let line = "python3 -c \"import fcntl; fcntl.lockf(open('/v/lock', 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)\" 2>&1 | tail -n 1";
+    let out = debian(&volume, line).success();
+    assert!(out.contains("BlockingIOError"), "{out}");
+}
+
+#[test]
+fn a_file_without_a_name_can_be_made_and_named() {
+    let (dir, volume) = volume();
+    let program = "import os
+fd = os.open('/v', os.O_TMPFILE | os.O_RDWR, 0o640)
+os.write(fd, b'hello')
+os.link('/proc/self/fd/%d' % fd, '/v/new', src_dir_fd=os.open('/', os.O_RDONLY), follow_symlinks=True)
+print(open('/v/new').read(), oct(os.stat('/v/new').st_mode))";
+    fs::write(dir.path().join("t.py"), program).unwrap();
+    assert_eq!(
+        debian(&volume, "python3 /v/t.py").success(),
+        "hello 0o100640\n"
+    );
+    assert_eq!(fs::read_to_string(dir.path().join("new")).unwrap(), "hello");
+}
+
+#[test]
+fn access_control_lists_hold_on_volume_and_root() {
+    let (_dir, volume) = volume();
+    let line = "for place in /v /root; do cd $place; echo aaa > f; chmod 640 f; setfacl -m u:1000:r f
+        sed -i s/a/b/ f; echo $(stat -c %a f) $(cat f) $(getfacl -nc f 2>&1 | grep user:1000); done";
+    assert_eq!(
+        debian(&volume, line).success(),
+        "640 baa user:1000:r--\n640 baa user:1000:r--\n"
+    );
+}
+
+#[test]
+fn a_device_node_that_a_container_makes_works_there_and_nowhere_else() {
+    let (dir, volume) = volume();
+    let line = "for place in /root /v; do mknod $place/null c 1 3 && echo x > $place/null && stat -c %F $place/null; done";
+    let run = [
+        "run", "--rm", "-v", &volume, BUSYBOX, "--", "sh", "-c", line,
+    ];
+    let out = Command::bulkhead(run).run().success();
+    assert_eq!(out, "character special file\ncharacter special file\n");
+    // On the host it is nothing that anybody could open as a device.
+    let node = fs::symlink_metadata(dir.path().join("null")).unwrap();
+    assert!(node.rdev() == 0, "{node:?}");
+}
+
+#[test]
+fn a_change_on_the_host_is_told_to_who_watches_in_the_container() {
+    let (dir, volume) = volume();
+    let program = "#include <poll.h>
+#include <stdio.h>
+#include <sys/inotify.h>
+int main(void) {
+    int fd = inotify_init();
+    struct pollfd wait = { fd, POLLIN, 0 };
+    if (inotify_add_watch(fd, \"/v\", IN_CREATE | IN_MOVED_TO | IN_CLOSE_WRITE) < 0) return 2;
+    puts(\"ready\"); fflush(stdout);
+    puts(poll(&wait, 1, 60000) == 1 ? \"noticed\" : \"nothing\");
+    return 0;
+}";
+    fs::write(dir.path().join("watch.c"), program).unwrap();
+    let line = "gcc -O0 -o /tmp/watch /v/watch.c && exec /tmp/watch";
+    let run = [
+        "run", "--rm", "--memory", "512M", "-v", &volume, DEBIAN, "--", "sh", "-c", line,
+    ];
+    let run = Command::bulkhead(run).start();
+    run.wait_for_output("ready");
+    fs::write(dir.path().join("new"), "hello").unwrap();
+    assert_eq!(run.wait().success(), "ready\nnoticed\n");
+}
+
+#[test]
+fn a_tree_of_more_files_than_the_server_may_have_open_can_be_walked() {
+    let (dir, volume) = volume();
+    for folder in 0..30 {
+        let folder = dir.path().join(folder.to_string());
+        fs::create_dir(&folder).unwrap();
+        for file in 0..200 {
+            fs::write(folder.join(file.to_string()), "x").unwrap();
+        }
+    }
+    let line =
+        "find /v -type f | wc -l; find /v -type f | xargs cat | wc -c; find /v -type f | wc -l";
+    assert_eq!(debian(&volume, line).success(), "6000\n6000\n6000\n");
+}

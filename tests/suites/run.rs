@@ -256,3 +256,77 @@ fn a_signal_to_the_launcher_reaches_the_command() {
     let out = run.wait();
     assert_eq!((out.code, out.stdout.as_str()), (9, "ready\ncaught\n"));
 }
+
+#[test]
+fn a_read_only_root_refuses_writes_and_volumes_take_them() {
+    let line = "touch /f 2>&1; mkdir /d 2>&1; touch /tmp/f 2>&1; echo x > /data/f && cat /data/f";
+    let dir = tempfile::tempdir().unwrap();
+    let volume = format!("{}:/data", dir.path().display());
+    let run = [
+        "run",
+        "--rm",
+        "--read-only",
+        "-v",
+        &volume,
+        BUSYBOX,
+        "--",
+        "sh",
+        "-c",
+        line,
+    ];
+    let out = Command::bulkhead(run).run().success();
+    assert_eq!(out.matches("Read-only file system").count(), 3, "{out}");
+    assert!(out.ends_with("\nx\n"), "{out}");
+}
+
+#[test]
+fn a_full_disk_behind_the_output_is_told() {
+    let run = [
+        "run",
+        "--rm",
+        BUSYBOX,
+        "--",
+        "sh",
+        "-c",
+        "echo lost; exit 0",
+    ];
+    let out = Command::bulkhead(run).stdout_to("/dev/full".as_ref()).run();
+    assert!(out.code != 0, "{out}");
+    assert!(out.stderr.contains("No space left"), "{out}");
+}
+
+#[test]
+fn every_signal_of_a_long_life_reaches_the_command() {
+    let line = "n=0; trap 'n=$((n + 1)); echo caught $n; [ $n -lt 5 ] || exit 9' INT; echo ready; while :; do sleep 0.1; done";
+    let run = Command::bulkhead(["run", "--rm", BUSYBOX, "--", "sh", "-c", line]).start();
+    run.wait_for_output("ready");
+    for number in 1..=5 {
+        run.signal(libc::SIGINT);
+        run.wait_for_output(&format!("caught {number}"));
+        // Not the haste of somebody who wants it to end.
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+    assert_eq!(run.wait().code, 9);
+}
+
+#[test]
+fn a_fork_bomb_stops_at_its_limit_and_leaves_exec_and_kill_alone_f58() {
+    let bomb = "echo ready; b() { b | b & }; b 2>/dev/null; sleep 1000";
+    let run = [
+        "run", "--rm", "--name", "bomb", BUSYBOX, "--", "sh", "-c", bomb,
+    ];
+    let run = Command::bulkhead(run).start();
+    run.wait_for_output("ready");
+    // Its processes fill what there is; this one still starts.
+    let look = "for i in $(seq 50); do n=$(ls -d /proc/[0-9]* | wc -l); [ $n -gt 200 ] && break; sleep 0.1; done; echo $n";
+    let out = Command::bulkhead(["exec", "bomb", "sh", "-c", look]).run();
+    assert_eq!(out.code, 0, "{out}");
+    Command::bulkhead(["kill", "bomb", "KILL"]).run().success();
+    assert_eq!(run.wait().code, 137);
+}
+
+#[test]
+fn a_memory_hog_without_a_limit_is_killed_and_its_machine_lives_f55() {
+    let line = "(tail /dev/zero); echo $?; echo alive";
+    assert_eq!(sh(line).success(), "137\nalive\n");
+}
