@@ -100,7 +100,7 @@ fn the_image_holds_the_agent_as_init_and_what_the_kernel_needs() {
 }
 
 #[test]
-fn two_builds_are_byte_identical() {
+fn the_same_program_gives_the_same_archive() {
     let dir = tempfile::tempdir().unwrap();
     let agent = dir.path().join("agent");
     fs::write(&agent, program()).unwrap();

@@ -36,26 +36,7 @@ pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
         eprintln!("Note: {note}");
     }
     progress.step("Building the agent");
-    // A target directory of its own: other flags would rebuild everything else.
-    let agent_target = target_dir().join("agent");
-    cargo(
-        &[
-            "build",
-            "--profile",
-            "agent",
-            "--package",
-            AGENT,
-            "--target",
-            TARGET,
-        ],
-        &[
-            ("CARGO_TARGET_DIR", agent_target.as_os_str()),
-            (
-                "CARGO_ENCODED_RUSTFLAGS",
-                agent_flags(&agent_target).as_ref(),
-            ),
-        ],
-    )?;
+    let agent = agent(workspace(), &target_dir().join("agent"))?;
     progress.step("Building bulkhead, shim and virtual machine monitor");
     cargo(
         &[
@@ -72,16 +53,6 @@ pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
     )?;
     let assets = target_dir().join("guest");
     fs::create_dir_all(&assets)?;
-    let agent = agent_target.join(TARGET).join("agent").join(AGENT);
-    let bytes = fs::read(&agent).with_context(|| format!("Cannot read {}", agent.display()))?;
-    for (place, _) in places(&agent_target) {
-        let place = place.as_os_str().as_encoded_bytes();
-        ensure!(
-            !bytes.windows(place.len()).any(|window| window == place),
-            "The agent contains the path {:?}: elsewhere it would have other bytes",
-            String::from_utf8_lossy(place)
-        );
-    }
     let image = bulkhead_rootfs_builder::build(&agent, &target_dir().join("guest-root.cpio"))?;
     bulkhead_rootfs_builder::write_manifest(&assets, &kernel, &image)?;
     Ok(Product {
@@ -91,6 +62,42 @@ pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
             .collect(),
         assets,
     })
+}
+
+/// Builds the agent of the checkout `workspace` in `target`; its path. The bytes are the
+/// same wherever both lie.
+pub(crate) fn agent(workspace: &Path, target: &Path) -> Result<PathBuf> {
+    // A target directory of its own: other flags would rebuild everything else.
+    cargo_in(
+        workspace,
+        &[
+            "build",
+            "--profile",
+            "agent",
+            "--package",
+            AGENT,
+            "--target",
+            TARGET,
+        ],
+        &[
+            ("CARGO_TARGET_DIR", target.as_os_str()),
+            (
+                "CARGO_ENCODED_RUSTFLAGS",
+                agent_flags(workspace, target).as_ref(),
+            ),
+        ],
+    )?;
+    let agent = target.join(TARGET).join("agent").join(AGENT);
+    let bytes = fs::read(&agent).with_context(|| format!("Cannot read {}", agent.display()))?;
+    for (place, _) in places(workspace, target) {
+        let place = place.as_os_str().as_encoded_bytes();
+        ensure!(
+            !bytes.windows(place.len()).any(|window| window == place),
+            "The agent contains the path {:?}: elsewhere it would have other bytes",
+            String::from_utf8_lossy(place)
+        );
+    }
+    Ok(agent)
 }
 
 /// Builds a program that needs no library of its host; its path.
@@ -148,20 +155,20 @@ pub(crate) fn copy_into(product: &Product, prefix: &Path) -> Result<()> {
 
 /// Where this machine keeps sources that panics name, and what they are called in the
 /// agent, whose bytes are the same wherever it is built. The last that fits counts.
-fn places(agent_target: &Path) -> [(PathBuf, &'static str); 3] {
+fn places(workspace: &Path, agent_target: &Path) -> [(PathBuf, &'static str); 3] {
     let home = || env::home_dir().unwrap_or_default().join(".cargo");
     let cargo_home = env::var_os("CARGO_HOME").map_or_else(home, PathBuf::from);
     [
         (cargo_home, "cargo"),
-        (workspace().to_owned(), "bulkhead"),
+        (workspace.to_owned(), "bulkhead"),
         (agent_target.to_owned(), "target"),
     ]
 }
 
 /// Flags of rustc for the agent, in cargo's encoding, which allows spaces in paths.
-fn agent_flags(agent_target: &Path) -> OsString {
+fn agent_flags(workspace: &Path, agent_target: &Path) -> OsString {
     let mut flags = OsString::from("-Ctarget-feature=+crt-static");
-    for (place, name) in places(agent_target) {
+    for (place, name) in places(workspace, agent_target) {
         flags.push("\x1f--remap-path-prefix=");
         flags.push(place);
         flags.push("=");
@@ -172,10 +179,14 @@ fn agent_flags(agent_target: &Path) -> OsString {
 
 /// Runs cargo, its output to our standard error.
 pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &OsStr)]) -> Result<()> {
+    cargo_in(workspace(), arguments, variables)
+}
+
+fn cargo_in(workspace: &Path, arguments: &[&str], variables: &[(&str, &OsStr)]) -> Result<()> {
     let status = Command::new(cargo_program())
         .arg("--quiet")
         .args(arguments)
-        .current_dir(workspace())
+        .current_dir(workspace)
         .envs(variables.iter().copied())
         .status()
         .context("Cannot start cargo")?;

@@ -8,6 +8,7 @@ mod cache;
 mod lab;
 mod packages;
 mod progress;
+mod reproduce;
 mod test;
 #[cfg(test)]
 mod tidy;
@@ -42,6 +43,15 @@ enum Task {
     Test {
         /// Run only the tests whose names contain this text
         filter: Option<String>,
+        /// Also what takes long: are builds elsewhere, kernel and all, byte-identical?
+        #[arg(long, conflicts_with = "filter")]
+        full: bool,
+    },
+    /// Build the guest's files again in another folder and compare the bytes
+    Reproduce {
+        /// The kernel too, which takes as long as the first time
+        #[arg(long)]
+        kernel: bool,
     },
     /// Open a shell in the lab host, or run a command there
     Lab(lab::Lab),
@@ -83,7 +93,18 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Run { tty, command } => lab::demo(tty, &command),
-        Task::Test { filter } => test::all(filter.as_deref()),
+        Task::Test { filter, full } => {
+            let code = test::all(filter.as_deref())?;
+            if full {
+                reproduce::run(true, &progress::Bar::new())?;
+            }
+            Ok(code)
+        }
+        Task::Reproduce { kernel } => {
+            let bar = progress::Bar::new();
+            packages::ensure_installed(&bar)?;
+            reproduce::run(kernel, &bar).map(|()| ExitCode::SUCCESS)
+        }
         Task::Lab(wanted) => lab::lab(wanted),
         Task::Bench { name, rounds } => lab::bench(&name, rounds),
         Task::Install { prefix } => build::install(&prefix).map(|()| ExitCode::SUCCESS),
