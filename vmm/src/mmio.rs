@@ -21,7 +21,7 @@
 )]
 
 use std::{
-    fmt, io,
+    fmt,
     ops::Range,
     sync::{Arc, atomic::Ordering},
 };
@@ -30,7 +30,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::{Device, Interrupt, Io, Worker};
+use crate::devices::{Device, Interrupt, Io, Worker, queue::Ring};
 
 /// Bytes of registers of one device.
 pub const PAGE: usize = 0x1000;
@@ -148,7 +148,7 @@ struct Setup {
 #[derive(Debug)]
 pub struct Wiring {
     /// All of the guest's memory.
-    pub memory: GuestMemoryMmap,
+    pub memory: Arc<GuestMemoryMmap>,
     /// The page of registers that the guest reads.
     pub page: Registers,
     /// Interrupt line.
@@ -348,15 +348,14 @@ impl Transport {
         let queues = self.checked_queues()?;
         self.device
             .activate(Io {
-                mem: self.wiring.memory.clone(),
                 queues,
-                interrupt: self.wiring.interrupt.clone(),
                 features: self.driver_features,
             })
             .ok()
     }
 
-    fn checked_queues(&self) -> Option<Vec<Option<(Queue, EventFd)>>> {
+    fn checked_queues(&self) -> Option<Vec<Option<Ring>>> {
+        let memory = &self.wiring.memory;
         let mut taken: Vec<Range<u64>> = Vec::new();
         let sizes = self.device.queue_sizes();
         let mut queues = Vec::with_capacity(sizes.len());
@@ -373,7 +372,12 @@ impl Transport {
                 }
                 taken.push(ring);
             }
-            queues.push(Some((queue, clone(notify).ok()?)));
+            queues.push(Some(Ring::new(
+                queue,
+                Arc::clone(memory),
+                notify.try_clone().ok()?,
+                self.wiring.interrupt.clone(),
+            )));
         }
         Some(queues)
     }
@@ -404,7 +408,7 @@ impl Transport {
                 })
             })
         });
-        (in_ram && queue.is_valid(&self.wiring.memory)).then_some(queue)
+        (in_ram && queue.is_valid(&*self.wiring.memory)).then_some(queue)
     }
 
     fn features(&self) -> u64 {
@@ -468,10 +472,6 @@ fn rings(setup: &Setup) -> [Option<Range<u64>>; 3] {
 
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
-}
-
-fn clone(event: &EventFd) -> io::Result<EventFd> {
-    event.try_clone()
 }
 
 /// All devices, side by side in guest-physical memory.

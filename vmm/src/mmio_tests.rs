@@ -1,8 +1,7 @@
 //! The transport against drivers that keep the rules and drivers that do not.
 
-use std::sync::atomic::AtomicUsize;
+use std::{io, sync::atomic::AtomicUsize};
 
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
@@ -56,7 +55,7 @@ const GOOD: u64 = 1 << 32 | 1 << 29 | 0b100;
 
 impl Driver {
     fn new() -> Driver {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        let memory = crate::devices::testing::memory(2 << 20);
         let file = Arc::new(MmapRegion::new(PAGE).unwrap());
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         let wiring = Wiring {

@@ -361,10 +361,11 @@ fn connect(
         .map_err(io::Error::other)
         .during("device registers")?;
     let file = Arc::new(file);
+    let shared = Arc::new(memory.clone());
     let mut transports = Vec::new();
     for (index, (device, slot)) in devices.into_iter().zip(slots).enumerate() {
         let wiring = Wiring {
-            memory: memory.clone(),
+            memory: Arc::clone(&shared),
             page: Registers::new(Arc::clone(&file), index),
             interrupt: interrupt(vm, slot.irq)?,
             notify: notifications(vm, slot.address, device.queue_sizes().len())?,

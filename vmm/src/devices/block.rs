@@ -14,23 +14,17 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::fs::FileExt,
+    io::{self, Seek, SeekFrom},
     sync::Arc,
 };
 
-use virtio_queue::{DescriptorChain, Reader, Writer};
-use vm_memory::GuestMemoryMmap;
-
 use super::{
     Device, Io, Worker,
-    queue::{Chain, Ring},
+    queue::{Chain, Reader, Ring, Served, Writer},
 };
-use crate::event_loop::{EventFlags, EventLoop, Handler, Watch, event_fd};
+use crate::event_loop::{EventFlags, EventLoop, Handler, Watch};
 
 const SECTOR: u64 = 512;
-/// Bytes copied at once.
-const PART: usize = 64 << 10;
 const QUEUE_SIZE: u16 = 256;
 
 /// Feature bits (5.2.3).
@@ -133,13 +127,9 @@ impl Device for Block {
         let disk = Arc::clone(&self.disk);
         let registration = self.events.add(|watch| {
             if let Some(ring) = &ring {
-                watch.add(event_fd(&ring.notify), 0, EventFlags::IN)?;
+                watch.add(ring.event(), 0, EventFlags::IN)?;
             }
-            Ok(Server {
-                ring,
-                disk,
-                buffer: Vec::new(),
-            })
+            Ok(Server { ring, disk })
         })?;
         Ok(Box::new(registration))
     }
@@ -148,16 +138,13 @@ impl Device for Block {
 struct Server {
     ring: Option<Ring>,
     disk: Arc<Disk>,
-    buffer: Vec<u8>,
 }
 
 impl Handler for Server {
     fn ready(&mut self, _: u32, _: EventFlags, _: &Watch<'_>) -> io::Result<()> {
         if let Some(ring) = &mut self.ring {
-            ring.notify.read()?;
-            let mem = ring.mem.clone();
-            self.buffer.resize(PART, 0);
-            ring.drain(|chain| Chain::Used(self.disk.serve(chain, &mem, &mut self.buffer)));
+            ring.acknowledge();
+            ring.turn(|chain| Served::Used(self.disk.serve(chain)));
         }
         Ok(())
     }
@@ -165,65 +152,38 @@ impl Handler for Server {
 
 impl Disk {
     /// Serves one request; returns the number of bytes written to the chain.
-    fn serve(
-        &self,
-        chain: DescriptorChain<&GuestMemoryMmap>,
-        mem: &GuestMemoryMmap,
-        buffer: &mut [u8],
-    ) -> u32 {
-        let (Ok(mut reader), Ok(mut writer)) = (chain.clone().reader(mem), chain.writer(mem))
-        else {
-            return 0;
-        };
+    fn serve(&self, chain: &Chain) -> usize {
         // The last writable byte takes the answer.
-        let Some(room) = writer.available_bytes().checked_sub(1) else {
+        let Some(room) = chain.writable_len().checked_sub(1) else {
             return 0;
         };
-        let Ok(mut status) = writer.split_at(room) else {
-            return 0;
-        };
-        let answer = match self.answer(&mut reader, &mut writer, buffer) {
+        let mut status = chain.writer();
+        let mut data = status.split(room);
+        let answer = match self.answer(&mut chain.reader(), &mut data) {
             Ok(answer) => answer,
             Err(_) => answer::IO_ERROR,
         };
-        let written = writer.bytes_written();
-        match status.write_all(&[answer]) {
-            Ok(()) => u32::try_from(written.saturating_add(1)).unwrap_or(u32::MAX),
-            Err(_) => 0,
-        }
+        data.written().saturating_add(status.write(&[answer]))
     }
 
-    fn answer(
-        &self,
-        reader: &mut Reader<'_>,
-        writer: &mut Writer<'_>,
-        buffer: &mut [u8],
-    ) -> io::Result<u8> {
-        let kind: u32 = reader.read_obj::<u32>().map_err(io::Error::other)?;
-        let _reserved: u32 = reader.read_obj::<u32>().map_err(io::Error::other)?;
-        let sector: u64 = reader.read_obj::<u64>().map_err(io::Error::other)?;
+    fn answer(&self, reader: &mut Reader<'_>, writer: &mut Writer<'_>) -> io::Result<u8> {
+        let kind = u32::from_le_bytes(reader.read_array()?);
+        let _reserved: [u8; 4] = reader.read_array()?;
+        let sector = u64::from_le_bytes(reader.read_array()?);
         match kind {
             request::IN => {
-                let mut left = writer.available_bytes();
-                let mut offset = self.offset(sector, left)?;
-                while left > 0 {
-                    let (part, _) = buffer.split_at_mut(left.min(buffer.len()));
-                    self.file.read_exact_at(part, offset)?;
-                    writer.write_all(part)?;
-                    left = left.saturating_sub(part.len());
-                    offset = offset.saturating_add(u64::try_from(part.len()).unwrap_or(0));
+                let mut offset = self.offset(sector, writer.len())?;
+                while !writer.is_empty() {
+                    let count = whole(writer.read_at(&self.file, offset))?;
+                    offset = offset.saturating_add(count);
                 }
             }
             request::OUT if self.read_only => return Ok(answer::IO_ERROR),
             request::OUT => {
-                let mut left = reader.available_bytes();
-                let mut offset = self.offset(sector, left)?;
-                while left > 0 {
-                    let (part, _) = buffer.split_at_mut(left.min(buffer.len()));
-                    reader.read_exact(part)?;
-                    self.file.write_all_at(part, offset)?;
-                    left = left.saturating_sub(part.len());
-                    offset = offset.saturating_add(u64::try_from(part.len()).unwrap_or(0));
+                let mut offset = self.offset(sector, reader.len())?;
+                while !reader.is_empty() {
+                    let count = whole(reader.write_at(&self.file, offset))?;
+                    offset = offset.saturating_add(count);
                 }
             }
             request::FLUSH => self.file.sync_data()?,
@@ -232,8 +192,7 @@ impl Disk {
                 for (to, from) in id.iter_mut().zip(self.name.bytes()) {
                     *to = from;
                 }
-                let (id, _) = id.split_at(writer.available_bytes().min(20));
-                writer.write_all(id)?;
+                writer.write(&id);
             }
             _ => return Ok(answer::UNSUPPORTED),
         }
@@ -256,8 +215,20 @@ impl Disk {
     }
 }
 
+/// How far one call came. The file may have been cut: then nothing comes.
+fn whole(moved: io::Result<usize>) -> io::Result<u64> {
+    match moved {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(count) => u64::try_from(count).map_err(io::Error::other),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(0),
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::super::testing::{Guest, READ, WRITE};
     use super::*;
 
@@ -279,12 +250,8 @@ mod tests {
     }
 
     fn serve(disk: &Disk, guest: &mut Guest) -> u32 {
-        let mem = guest.mem.clone();
-        let mut buffer = vec![0; PART];
-        guest
-            .ring
-            .drain(|chain| Chain::Used(disk.serve(chain, &mem, &mut buffer)));
-        guest.used().last().unwrap().1
+        guest.ring.turn(|chain| Served::Used(disk.serve(chain)));
+        guest.driver.used().unwrap().1
     }
 
     /// One request; returns the answer, the used length and the data afterwards.
@@ -296,17 +263,20 @@ mod tests {
             &sector.to_le_bytes(),
         ]
         .concat();
-        guest.write(HEADER, &header);
-        guest.write(DATA, &[0xee; 4096]);
-        guest.write(STATUS, &[0xaa]);
+        guest.driver.write(HEADER, &header);
+        guest.driver.write(DATA, &[0xee; 4096]);
+        guest.driver.write(STATUS, &[0xaa]);
         let (length, flags) = data;
-        guest.offer(&[
-            (HEADER, 16, READ),
-            (DATA, length, flags),
-            (STATUS, 1, WRITE),
-        ]);
+        let mut chain = vec![(HEADER, 16, READ)];
+        chain.extend((length > 0).then_some((DATA, length, flags)));
+        chain.push((STATUS, 1, WRITE));
+        guest.driver.offer(&chain);
         let used = serve(disk, &mut guest);
-        (guest.read(STATUS, 1)[0], used, guest.read(DATA, 4096))
+        (
+            guest.driver.read(STATUS, 1)[0],
+            used,
+            guest.driver.read(DATA, 4096),
+        )
     }
 
     #[test]
@@ -382,10 +352,10 @@ mod tests {
             &[(HEADER, 16, READ), (DATA, 512, WRITE), (STATUS, 0, WRITE)],
         ] {
             let mut guest = Guest::new();
-            guest.offer(chain);
+            guest.driver.offer(chain);
             let used = serve(&disk, &mut guest);
-            assert!(used <= 512, "{chain:x?}");
-            assert_eq!(guest.used().len(), 1, "{chain:x?}");
+            assert!(used <= 1, "{chain:x?}");
+            assert_eq!(guest.driver.used(), None, "{chain:x?}: returned once");
         }
     }
 }

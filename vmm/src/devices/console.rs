@@ -26,15 +26,13 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
-use virtio_queue::DescriptorChain;
-use vm_memory::GuestMemoryMmap;
 
 use super::{
     Device, Io, Worker,
-    queue::{Chain, Ring},
+    queue::{Chain, Ring, Served},
 };
 use crate::{
-    event_loop::{EventFlags, EventLoop, Handler, Watch, event_fd},
+    event_loop::{EventFlags, EventLoop, Handler, Watch},
     exit::printable,
 };
 
@@ -186,7 +184,7 @@ impl Device for Console {
             };
             for (ring, token) in [(&server.receive, RECEIVE), (&server.transmit, TRANSMIT)] {
                 if let Some(ring) = ring {
-                    watch.add(event_fd(&ring.notify), token, EventFlags::IN)?;
+                    watch.add(ring.event(), token, EventFlags::IN)?;
                 }
             }
             server.watch_input(watch)?;
@@ -213,13 +211,13 @@ impl Handler for Server {
         match token {
             RECEIVE => {
                 if let Some(ring) = &self.receive {
-                    ring.notify.read()?;
+                    ring.acknowledge();
                 }
                 self.receive();
             }
             TRANSMIT => {
                 if let Some(ring) = &self.transmit {
-                    ring.notify.read()?;
+                    ring.acknowledge();
                 }
                 self.transmit(watch)?;
             }
@@ -240,14 +238,13 @@ impl Server {
         let mut kept = true;
         while std::mem::take(&mut kept) {
             if let Some(ring) = &mut self.transmit {
-                let mem = ring.mem.clone();
-                ring.drain(|chain| {
+                ring.turn(|chain| {
                     kept = output.is_full();
                     if kept {
-                        return Chain::Kept;
+                        return Served::Kept;
                     }
-                    take(chain, &mem, &mut output);
-                    Chain::Used(0)
+                    take(chain, &mut output);
+                    Served::Used(0)
                 });
             }
             // A chain that was kept is taken now if that made room for it.
@@ -289,20 +286,15 @@ impl Server {
         if unread.is_empty() {
             return;
         }
-        let mem = ring.mem.clone();
-        ring.drain(|chain| {
+        ring.turn(|chain| {
             if unread.is_empty() {
-                return Chain::Kept;
+                return Served::Kept;
             }
-            let Ok(mut writer) = chain.writer(&mem) else {
-                return Chain::Used(0);
-            };
-            // A copy to memory that was checked does not fail.
-            let count = io::copy(
-                &mut unread.take(u64::try_from(writer.available_bytes()).unwrap_or(0)),
-                &mut writer,
-            );
-            Chain::Used(count.ok().and_then(|c| u32::try_from(c).ok()).unwrap_or(0))
+            let mut writer = chain.writer();
+            let (front, _) = unread.as_slices();
+            let count = writer.write(front);
+            unread.drain(..count);
+            Served::Used(count)
         });
     }
 
@@ -331,24 +323,17 @@ impl Server {
 }
 
 /// Takes what the guest wrote, at most what is kept.
-fn take(chain: DescriptorChain<&GuestMemoryMmap>, mem: &GuestMemoryMmap, output: &mut Written) {
-    let Ok(mut reader) = chain.reader(mem) else {
-        return;
-    };
+fn take(chain: &Chain, output: &mut Written) {
+    let mut reader = chain.reader().split(KEPT);
     let mut part = [0; PART];
-    for _ in 0..KEPT / PART {
-        match reader.read(&mut part) {
-            Ok(0) | Err(_) => break,
-            Ok(count) => output.push(part.split_at(count.min(PART)).0),
-        }
+    while !reader.is_empty() {
+        let count = reader.read(&mut part);
+        output.push(part.split_at(count).0);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use virtio_queue::QueueT;
-    use vm_memory::Bytes;
-
     use super::super::testing::{Guest, READ, WRITE};
     use super::*;
 
@@ -382,8 +367,10 @@ mod tests {
         let (reader, writer) = io::pipe().unwrap();
         let mut server = server(Some(writer.into()));
         let mut guest = Guest::new();
-        guest.write(0x1_0000, b"first\nsec\x1bond\n");
-        guest.offer(&[(0x1_0000, 6, READ), (0x1_0006, 8, READ)]);
+        guest.driver.write(0x1_0000, b"first\nsec\x1bond\n");
+        guest
+            .driver
+            .offer(&[(0x1_0000, 6, READ), (0x1_0006, 8, READ)]);
         server.transmit = Some(guest.ring);
         transmit(&mut server, &events);
         let mut text = [0; 14];
@@ -401,17 +388,12 @@ mod tests {
         let mut server = server(Some(writer.into()));
         let mut guest = Guest::new();
         for _ in 0..16 {
-            guest.offer(&[(0x1_0000, 32 << 10, READ)]);
+            guest.driver.offer(&[(0x1_0000, 32 << 10, READ)]);
         }
         server.transmit = Some(guest.ring);
         transmit(&mut server, &events);
-        let queue = server.transmit.as_ref().unwrap();
-        let used: u16 = queue
-            .mem
-            .read_obj(vm_memory::GuestAddress(queue.queue.used_ring() + 2))
-            .unwrap();
         // A pipe's 64 KiB, and 64 KiB that wait.
-        assert_eq!(used, 4);
+        assert_eq!(guest.driver.all_used().len(), 4);
         assert_eq!(server.output.lock().kept.len(), KEPT);
         assert!(server.output_watched.is_some());
         drop(reader);
@@ -424,20 +406,14 @@ mod tests {
     fn input_waits_for_buffers_and_is_given_once() {
         let mut server = server(None);
         let mut guest = Guest::new();
-        guest.offer(&[(0x1_0000, 3, WRITE)]);
-        guest.offer(&[(0x1_0100, 100, READ)]);
-        guest.offer(&[(0x1_0200, 100, WRITE)]);
-        let mem = guest.mem.clone();
+        guest.driver.offer(&[(0x1_0000, 3, WRITE)]);
+        guest.driver.offer(&[(0x1_0100, 100, READ)]);
+        guest.driver.offer(&[(0x1_0200, 100, WRITE)]);
         server.receive = Some(guest.ring);
         server.unread.extend(b"abcdef");
         server.receive();
         assert!(server.unread.is_empty());
-        let text = |at, length| {
-            let mut bytes = vec![0; length];
-            mem.read_slice(&mut bytes, vm_memory::GuestAddress(at))
-                .unwrap();
-            bytes
-        };
+        let text = |at, length| guest.driver.read(at, length);
         assert_eq!(text(0x1_0000, 4), b"abc\0");
         assert_eq!(text(0x1_0100, 1), b"\0", "not writable: returned empty");
         assert_eq!(text(0x1_0200, 4), b"def\0");
@@ -448,18 +424,12 @@ mod tests {
         let events = EventLoop::new("test").unwrap();
         let mut server = server(None);
         let mut guest = Guest::new();
-        guest.offer(&[(u64::MAX - 3, 8, READ)]);
-        guest.offer(&[(0x1_0000, u32::MAX, READ)]);
-        guest.offer(&[(0x1_0000, 8, WRITE)]);
-        let mut output = server.output.lock();
-        let mem = guest.mem.clone();
-        guest.ring.drain(|chain| {
-            take(chain, &mem, &mut output);
-            Chain::Used(0)
-        });
-        assert_eq!(guest.used().len(), 3);
-        assert!(output.kept.is_empty());
-        drop(output);
+        guest.driver.offer(&[(u64::MAX - 3, 8, READ)]);
+        guest.driver.offer(&[(0x1_0000, u32::MAX, READ)]);
+        guest.driver.offer(&[(0x1_0000, 8, WRITE)]);
+        server.transmit = Some(guest.ring);
         transmit(&mut server, &events);
+        assert_eq!(guest.driver.all_used(), [(0, 0), (1, 0), (2, 0)]);
+        assert!(server.output.lock().kept.is_empty());
     }
 }

@@ -10,19 +10,16 @@ pub mod block;
 pub mod console;
 pub mod fs;
 pub mod queue;
-#[cfg(test)]
-mod ring;
 pub mod rng;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod vsock;
 
 use std::{io, sync::Arc};
 
-use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::queue::Ring;
 use crate::event_loop::Registration;
 
 /// What the driver sees before it sets DRIVER_OK.
@@ -57,19 +54,21 @@ pub trait Worker: Send {
     fn stop(self: Box<Self>);
 }
 
-/// Queues, memory and interrupt of an activated device.
+/// What the driver gives to a device that it activates.
 #[derive(Debug)]
 pub struct Io {
-    /// All of the guest's memory.
-    pub mem: GuestMemoryMmap,
-    /// The queues that the driver made ready, already validated, each with the
-    /// event that its notifications signal. A queue that the driver left alone is
-    /// `None`.
-    pub queues: Vec<Option<(Queue, EventFd)>>,
-    /// How the driver is told of used buffers.
-    pub interrupt: Interrupt,
+    /// The queues that the driver made ready, already validated. One that it left
+    /// alone is `None`.
+    pub queues: Vec<Option<Ring>>,
     /// Features that both sides agreed on.
     pub features: u64,
+}
+
+impl Io {
+    /// Takes queue `index`, if the driver made it ready.
+    pub fn take(&mut self, index: usize) -> Option<Ring> {
+        self.queues.get_mut(index)?.take()
+    }
 }
 
 /// The interrupt line of a device, connected to the interrupt controller.
@@ -91,6 +90,9 @@ impl Interrupt {
         // The counter cannot overflow: the kernel takes each write at once.
         let _ = self.0.write(1);
     }
+
+    /// Tells the driver that the device cannot go on until it is reset.
+    pub fn needs_reset(&self) {}
 }
 
 /// A worker that is a handler in an event loop.

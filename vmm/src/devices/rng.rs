@@ -9,23 +9,21 @@
     )
 )]
 
-use std::{
-    io::{self, Write},
-    sync::Arc,
-};
+use std::{io, sync::Arc};
 
 use rustix::rand::{GetRandomFlags, getrandom};
-use virtio_queue::DescriptorChain;
-use vm_memory::GuestMemoryMmap;
 
 use super::{
     Device, Io, Worker,
-    queue::{Chain, Ring},
+    queue::{Chain, Ring, Served},
 };
-use crate::event_loop::{EventFlags, EventLoop, Handler, Watch, event_fd};
+use crate::event_loop::{EventFlags, EventLoop, Handler, Watch};
 
 /// Most bytes given for one buffer, however long it is.
 const LARGEST: usize = 64 << 10;
+
+/// Bytes taken from the pool at once.
+const PART: usize = 16 << 10;
 
 /// The device.
 #[derive(Debug)]
@@ -54,7 +52,7 @@ impl Device for Rng {
         let ring = io.take(0);
         let registration = self.events.add(|watch| {
             if let Some(ring) = &ring {
-                watch.add(event_fd(&ring.notify), 0, EventFlags::IN)?;
+                watch.add(ring.event(), 0, EventFlags::IN)?;
             }
             Ok(Server { ring })
         })?;
@@ -69,36 +67,26 @@ struct Server {
 impl Handler for Server {
     fn ready(&mut self, _: u32, _: EventFlags, _: &Watch<'_>) -> io::Result<()> {
         if let Some(ring) = &mut self.ring {
-            ring.notify.read()?;
-            let mem = ring.mem.clone();
-            ring.drain(|chain| Chain::Used(fill(chain, &mem)));
+            ring.acknowledge();
+            ring.turn(|chain| Served::Used(fill(chain)));
         }
         Ok(())
     }
 }
 
 /// Fills the chain's writable part; returns the number of bytes written.
-fn fill(chain: DescriptorChain<&GuestMemoryMmap>, mem: &GuestMemoryMmap) -> u32 {
-    let Ok(mut writer) = chain.writer(mem) else {
-        return 0;
-    };
-    let mut left = writer.available_bytes().min(LARGEST);
-    let mut written = 0u32;
-    let mut random = [0; 512];
-    while left > 0 {
-        let (part, _) = random.split_at_mut(left.min(512));
+fn fill(chain: &Chain) -> usize {
+    let mut writer = chain.writer().split(LARGEST);
+    let mut random = [0; PART];
+    while !writer.is_empty() {
+        let (part, _) = random.split_at_mut(writer.len().min(PART));
         // The pool of a running host is ready and never asks to try again.
-        let Ok(count) = getrandom(&mut *part, GetRandomFlags::empty()) else {
-            break;
+        match getrandom(&mut *part, GetRandomFlags::empty()) {
+            Ok(count @ 1..) => writer.write(part.split_at(count).0),
+            Ok(0) | Err(_) => break,
         };
-        let (part, _) = part.split_at(count);
-        if count == 0 || writer.write_all(part).is_err() {
-            break;
-        }
-        left = left.saturating_sub(count);
-        written = written.saturating_add(u32::try_from(count).unwrap_or(0));
     }
-    written
+    writer.written()
 }
 
 #[cfg(test)]
@@ -108,10 +96,9 @@ mod tests {
 
     fn filled(descriptors: &[(u64, u32, u16)]) -> (Guest, u32) {
         let mut guest = Guest::new();
-        guest.offer(descriptors);
-        let mem = guest.mem.clone();
-        guest.ring.drain(|chain| Chain::Used(fill(chain, &mem)));
-        let used = guest.used();
+        guest.driver.offer(descriptors);
+        guest.ring.turn(|chain| Served::Used(fill(chain)));
+        let used = guest.driver.all_used();
         assert_eq!(used.len(), 1, "each chain is returned once");
         (guest, used[0].1)
     }
@@ -120,8 +107,20 @@ mod tests {
     fn a_buffer_is_filled() {
         let (guest, written) = filled(&[(0x1_0000, 1000, WRITE)]);
         assert_eq!(written, 1000);
-        assert!(guest.read(0x1_0000, 1000).iter().any(|byte| *byte != 0));
-        assert!(guest.read(0x1_0000 + 1000, 100).iter().all(|b| *b == 0));
+        assert!(
+            guest
+                .driver
+                .read(0x1_0000, 1000)
+                .iter()
+                .any(|byte| *byte != 0)
+        );
+        assert!(
+            guest
+                .driver
+                .read(0x1_0000 + 1000, 100)
+                .iter()
+                .all(|b| *b == 0)
+        );
     }
 
     #[test]

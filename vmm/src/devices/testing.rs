@@ -1,95 +1,158 @@
-//! A driver's half of a queue, for tests of devices.
+//! The driver's half of a queue in ordinary memory, for tests of devices.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
-use virtio_queue::{
-    Queue, QueueT, desc::RawDescriptor, desc::split::Descriptor, mock::MockSplitQueue,
-};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Interrupt, queue::Ring};
 
-/// Flags of a descriptor that the device reads or writes.
+/// Flags of a descriptor (virtio 1.2, 2.7.5).
 pub(crate) const READ: u16 = 0;
+pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
-const NEXT: u16 = 1;
-const SIZE: u16 = 16;
+pub(crate) const INDIRECT: u16 = 4;
 
-/// 2 MiB of memory with a queue at its beginning.
-pub(crate) struct Guest {
-    pub(crate) mem: GuestMemoryMmap,
-    pub(crate) ring: Ring,
-    pub(crate) irq: Arc<EventFd>,
-    offered: u16,
+/// Descriptors of a queue, if a test does not say.
+pub(crate) const SIZE: u16 = 64;
+
+/// Memory of a guest, from 0 on.
+pub(crate) fn memory(bytes: usize) -> Arc<GuestMemoryMmap> {
+    Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).unwrap())
 }
 
-impl Guest {
-    pub(crate) fn new() -> Guest {
-        let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
-        let queue: Queue = MockSplitQueue::new(&mem, SIZE).create_queue().unwrap();
-        let irq = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-        let ring = Ring {
-            queue,
-            notify: EventFd::new(EFD_NONBLOCK).unwrap(),
-            interrupt: Interrupt::new(Arc::clone(&irq)),
-            mem: mem.clone(),
-        };
-        Guest {
-            mem,
-            ring,
-            irq,
-            offered: 0,
+/// A queue in guest memory as its driver has it: descriptors at `base`, the
+/// available ring 0x1000 behind it, the used ring 0x2000, and behind 0x3000 a
+/// buffer for each descriptor.
+pub(crate) struct Driver {
+    pub(crate) mem: Arc<GuestMemoryMmap>,
+    pub(crate) base: u64,
+    pub(crate) size: u16,
+    pub(crate) buffer_len: u32,
+    /// What the device waits for.
+    pub(crate) event: EventFd,
+    next: u16,
+    available: u16,
+    seen: u16,
+}
+
+impl Driver {
+    /// A queue at `base`, with buffers of this length each.
+    pub(crate) fn new(mem: &Arc<GuestMemoryMmap>, base: u64, buffer_len: u32) -> Driver {
+        Driver::with_size(mem, base, buffer_len, SIZE)
+    }
+
+    pub(crate) fn with_size(
+        mem: &Arc<GuestMemoryMmap>,
+        base: u64,
+        buffer_len: u32,
+        size: u16,
+    ) -> Driver {
+        Driver {
+            mem: Arc::clone(mem),
+            base,
+            size,
+            buffer_len,
+            event: EventFd::new(EFD_NONBLOCK).unwrap(),
+            next: 0,
+            available: 0,
+            seen: 0,
         }
     }
 
-    /// Makes one chain of (address, length, flags) available.
-    pub(crate) fn offer(&mut self, descriptors: &[(u64, u32, u16)]) {
-        let head = self.offered;
+    /// The device's half, as the transport makes it.
+    pub(crate) fn ring(&self, interrupt: Interrupt) -> Ring {
+        let mut queue = Queue::new(self.size).unwrap();
+        queue
+            .try_set_desc_table_address(GuestAddress(self.base))
+            .unwrap();
+        queue
+            .try_set_avail_ring_address(GuestAddress(self.available_ring()))
+            .unwrap();
+        queue
+            .try_set_used_ring_address(GuestAddress(self.used_ring()))
+            .unwrap();
+        queue.set_ready(true);
+        let event = self.event.try_clone().unwrap();
+        Ring::new(queue, Arc::clone(&self.mem), event, interrupt)
+    }
+
+    pub(crate) fn available_ring(&self) -> u64 {
+        self.base + 0x1000
+    }
+
+    pub(crate) fn used_ring(&self) -> u64 {
+        self.base + 0x2000
+    }
+
+    /// Where the buffer of a descriptor is.
+    pub(crate) fn buffer(&self, index: u16) -> GuestAddress {
+        GuestAddress(self.base + 0x3000 + u64::from(index) * u64::from(self.buffer_len))
+    }
+
+    /// Writes a descriptor as it stands: (address, length, flags, next).
+    pub(crate) fn write_descriptor(&self, index: u16, raw: (u64, u32, u16, u16)) {
+        let at = self.base + u64::from(index) * 16;
+        self.write(at, &descriptor(raw));
+    }
+
+    /// Fills a descriptor for the first `len` bytes of its buffer; the one that
+    /// may follow is the next in number.
+    pub(crate) fn describe(&self, index: u16, len: u32, flags: u16) {
+        self.write_descriptor(index, (self.buffer(index).0, len, flags, index + 1));
+    }
+
+    /// Adds a head to the available ring.
+    pub(crate) fn make_available(&mut self, head: u16) {
+        let slot = self.available_ring() + 4 + u64::from(self.available % self.size) * 2;
+        self.mem.write_obj(head, GuestAddress(slot)).unwrap();
+        self.set_available(self.available.wrapping_add(1));
+    }
+
+    /// Sets the index of the available ring.
+    pub(crate) fn set_available(&mut self, index: u16) {
+        self.available = index;
+        let at = GuestAddress(self.available_ring() + 2);
+        self.mem.store(index, at, Ordering::Release).unwrap();
+    }
+
+    /// Makes one chain of (address, length, flags) available, of descriptors that
+    /// were not used before; its head.
+    pub(crate) fn offer(&mut self, descriptors: &[(u64, u32, u16)]) -> u16 {
+        let head = self.next;
         for (index, (address, length, flags)) in (head..).zip(descriptors) {
             let last = usize::from(index - head) + 1 == descriptors.len();
             let next = if last { 0 } else { NEXT };
             self.write_descriptor(index, (*address, *length, flags | next, index + 1));
         }
+        self.next += u16::try_from(descriptors.len()).unwrap();
         self.make_available(head);
-        self.offered += u16::try_from(descriptors.len()).unwrap();
+        head
     }
 
-    /// Writes a descriptor as it stands: (address, length, flags, next).
-    pub(crate) fn write_descriptor(&mut self, index: u16, raw: (u64, u32, u16, u16)) {
-        let (address, length, flags, next) = raw;
-        let descriptor = RawDescriptor::from(Descriptor::new(address, length, flags, next));
-        let at = self.ring.queue.desc_table() + u64::from(index) * 16;
-        self.mem.write_obj(descriptor, GuestAddress(at)).unwrap();
+    /// Notifies the device.
+    pub(crate) fn notify(&self) {
+        self.event.write(1).unwrap();
     }
 
-    /// Adds a head to the available ring.
-    pub(crate) fn make_available(&mut self, head: u16) {
-        let ring = self.ring.queue.avail_ring();
-        let index: u16 = self.mem.read_obj(GuestAddress(ring + 2)).unwrap();
-        let slot = ring + 4 + u64::from(index % SIZE) * 2;
-        self.mem.write_obj(head, GuestAddress(slot)).unwrap();
-        self.set_available(index.wrapping_add(1));
+    /// The next used chain: its head and how many bytes the device wrote.
+    pub(crate) fn used(&mut self) -> Option<(u16, u32)> {
+        let at = GuestAddress(self.used_ring() + 2);
+        let now: u16 = self.mem.load(at, Ordering::Acquire).unwrap();
+        if now == self.seen {
+            return None;
+        }
+        let at = self.used_ring() + 4 + u64::from(self.seen % self.size) * 8;
+        self.seen = self.seen.wrapping_add(1);
+        let head: u32 = self.mem.read_obj(GuestAddress(at)).unwrap();
+        let len = self.mem.read_obj(GuestAddress(at + 4)).unwrap();
+        Some((u16::try_from(head).unwrap(), len))
     }
 
-    /// Sets the index of the available ring.
-    pub(crate) fn set_available(&mut self, index: u16) {
-        let at = self.ring.queue.avail_ring() + 2;
-        self.mem.write_obj(index, GuestAddress(at)).unwrap();
-    }
-
-    /// Used (head, length) so far.
-    pub(crate) fn used(&self) -> Vec<(u32, u32)> {
-        let ring = self.ring.queue.used_ring();
-        let count: u16 = self.mem.read_obj(GuestAddress(ring + 2)).unwrap();
-        (0..count)
-            .map(|index| {
-                let at = ring + 4 + u64::from(index % SIZE) * 8;
-                let head = self.mem.read_obj(GuestAddress(at)).unwrap();
-                let length = self.mem.read_obj(GuestAddress(at + 4)).unwrap();
-                (head, length)
-            })
-            .collect()
+    /// All that was used since the last look.
+    pub(crate) fn all_used(&mut self) -> Vec<(u16, u32)> {
+        std::iter::from_fn(|| self.used()).collect()
     }
 
     pub(crate) fn read(&self, address: u64, length: usize) -> Vec<u8> {
@@ -102,5 +165,31 @@ impl Guest {
 
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
         self.mem.write_slice(bytes, GuestAddress(address)).unwrap();
+    }
+}
+
+/// A descriptor in its form: (address, length, flags, next).
+pub(crate) fn descriptor(raw: (u64, u32, u16, u16)) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&raw.0.to_le_bytes());
+    bytes[8..12].copy_from_slice(&raw.1.to_le_bytes());
+    bytes[12..14].copy_from_slice(&raw.2.to_le_bytes());
+    bytes[14..].copy_from_slice(&raw.3.to_le_bytes());
+    bytes
+}
+
+/// Both halves of one queue of 16 descriptors in 2 MiB of memory.
+pub(crate) struct Guest {
+    pub(crate) driver: Driver,
+    pub(crate) ring: Ring,
+    pub(crate) irq: Arc<EventFd>,
+}
+
+impl Guest {
+    pub(crate) fn new() -> Guest {
+        let driver = Driver::with_size(&memory(2 << 20), 0x1000, 0x1000, 16);
+        let irq = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let ring = driver.ring(Interrupt::new(Arc::clone(&irq)));
+        Guest { driver, ring, irq }
     }
 }

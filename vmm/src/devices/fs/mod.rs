@@ -138,8 +138,8 @@ impl Device for Fs {
         let running = Running(Arc::clone(&self.threads));
         // If one fails, dropping `running` takes the others down again.
         for (thread, queue) in self.threads.iter().zip(io.queues) {
-            if let Some((queue, event)) = queue {
-                thread.start(queue, event, io.mem.clone(), io.interrupt.clone())?;
+            if let Some(ring) = queue {
+                thread.start(ring)?;
             }
         }
         Ok(Box::new(running))

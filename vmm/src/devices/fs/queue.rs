@@ -26,7 +26,10 @@ use super::{
     front::{self, Header, IN_HEADER, OUT_HEADER, opcode},
     share::Shared,
 };
-use crate::{devices::Interrupt, event_loop::event_fd};
+use crate::{
+    devices::{Interrupt, queue::Ring},
+    event_loop::event_fd,
+};
 
 /// The queue that serves only what must not wait behind other requests (virtio
 /// 1.2, 5.11.6.2).
@@ -61,7 +64,7 @@ enum State {
 struct Work {
     queue: Queue,
     event: EventFd,
-    mem: GuestMemoryMmap,
+    mem: Arc<GuestMemoryMmap>,
     interrupt: Interrupt,
     leave: Arc<AtomicBool>,
 }
@@ -118,13 +121,8 @@ impl QueueThread {
     }
 
     /// Gives the thread its queue.
-    pub(super) fn start(
-        &self,
-        queue: Queue,
-        event: EventFd,
-        mem: GuestMemoryMmap,
-        interrupt: Interrupt,
-    ) -> io::Result<()> {
+    pub(super) fn start(&self, ring: Ring) -> io::Result<()> {
+        let (queue, event, mem, interrupt) = ring.into_parts();
         let mut state = self.slot.state();
         if !matches!(*state, State::Idle) {
             return Err(io::ErrorKind::ResourceBusy.into());
@@ -218,24 +216,25 @@ impl Requests {
 
     /// Answers what is in the queue. An error says that the ring is broken.
     fn drain(&self, work: &mut Work) -> Result<(), virtio_queue::Error> {
-        let mem = work.mem.clone();
+        let shared = Arc::clone(&work.mem);
+        let mem = &*shared;
         loop {
             loop {
                 if work.leave.load(Ordering::Acquire) {
                     return Ok(());
                 }
-                let Some(chain) = work.queue.iter(&mem)?.next() else {
+                let Some(chain) = work.queue.iter(mem)?.next() else {
                     break;
                 };
                 let head = chain.head_index();
-                let len = self.answer(&mem, chain);
-                work.queue.add_used(&mem, head, len)?;
+                let len = self.answer(mem, chain);
+                work.queue.add_used(mem, head, len)?;
                 // At once: the next request may take its time.
-                if work.queue.needs_notification(&mem)? {
+                if work.queue.needs_notification(mem)? {
                     work.interrupt.used_buffer();
                 }
             }
-            if !work.queue.enable_notification(&mem)? {
+            if !work.queue.enable_notification(mem)? {
                 return Ok(());
             }
         }

@@ -22,7 +22,7 @@ use crate::{
     config::Share,
     devices::{
         Device, Interrupt, Io, Worker,
-        ring::{NEXT, Ring, WRITE},
+        testing::{Driver, NEXT, WRITE, memory},
     },
     event_loop::event_fd,
     jail,
@@ -56,8 +56,8 @@ impl Drop for Directory {
 }
 
 struct Guest {
-    mem: GuestMemoryMmap,
-    rings: Vec<Ring>,
+    mem: Arc<GuestMemoryMmap>,
+    rings: Vec<Driver>,
     irq: Arc<EventFd>,
     worker: Option<Box<dyn Worker>>,
     device: Fs,
@@ -111,7 +111,7 @@ impl Guest {
         };
         let device = Fs::new(&share, &jail::enter(None).unwrap()).unwrap();
         let mut guest = Guest {
-            mem: GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x800_0000)]).unwrap(),
+            mem: memory(0x800_0000),
             rings: Vec::new(),
             irq: Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),
             worker: None,
@@ -125,7 +125,10 @@ impl Guest {
     }
 
     fn activate(&mut self) {
-        self.rings = vec![Ring::new(0x1000, BUFFER), Ring::new(0x400_0000, BUFFER)];
+        self.rings = vec![
+            Driver::new(&self.mem, 0x1000, BUFFER),
+            Driver::new(&self.mem, 0x400_0000, BUFFER),
+        ];
         self.mem
             .write_slice(&[0; 0x4000], GuestAddress(0x1000))
             .unwrap();
@@ -133,13 +136,11 @@ impl Guest {
             .write_slice(&[0; 0x4000], GuestAddress(0x400_0000))
             .unwrap();
         let io = Io {
-            mem: self.mem.clone(),
             queues: self
                 .rings
                 .iter()
-                .map(|ring| Some((ring.queue(), ring.event.try_clone().unwrap())))
+                .map(|ring| Some(ring.ring(Interrupt::new(Arc::clone(&self.irq)))))
                 .collect(),
-            interrupt: Interrupt::new(Arc::clone(&self.irq)),
             features: 0,
         };
         self.worker = Some(self.device.activate(io).unwrap());
@@ -165,15 +166,15 @@ impl Guest {
         self.mem.write_slice(request, ring.buffer(0)).unwrap();
         let len = u32::try_from(request.len()).unwrap();
         if room > 0 {
-            ring.describe(&self.mem, 0, len, NEXT);
-            ring.describe(&self.mem, 1, room, WRITE);
+            ring.describe(0, len, NEXT);
+            ring.describe(1, room, WRITE);
         } else {
-            ring.describe(&self.mem, 0, len, 0);
+            ring.describe(0, len, 0);
         }
-        ring.offer(&self.mem, 0);
+        ring.make_available(0);
         ring.notify();
         let used = loop {
-            if let Some((_, used)) = ring.used(&self.mem) {
+            if let Some((_, used)) = ring.used() {
                 break used;
             }
             let deadline = Timespec {

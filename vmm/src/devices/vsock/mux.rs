@@ -14,22 +14,21 @@ use std::{
     sync::Arc,
 };
 
-use rustix::net::{
-    self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    SocketFlags, SocketType,
-};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::EventFd;
-
 use super::{
     Host, limits,
-    packet::{Buffers, HEADER_LEN, Header, TYPE_STREAM, op},
+    packet::{HEADER_LEN, Header, TYPE_STREAM, op},
     stream::{After, Broken, Draining, HOST_CID, Ports, Stream},
 };
 use crate::{
-    devices::{Interrupt, Io},
-    event_loop::{EventFlags, Handler, Watch, event_fd},
+    devices::{
+        Io,
+        queue::{Reader, Ring, Writer},
+    },
+    event_loop::{EventFlags, Handler, Watch},
+};
+use rustix::net::{
+    self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    SocketFlags, SocketType,
 };
 
 /// Tokens of the event loop; those of sockets count up from the last.
@@ -52,10 +51,8 @@ const SOCKET_EVENTS: EventFlags = EventFlags::IN
 #[derive(Debug)]
 pub(super) struct Mux {
     host: Arc<Host>,
-    mem: GuestMemoryMmap,
     rx: Ring,
     tx: Ring,
-    interrupt: Interrupt,
     sockets: HashMap<u32, Peer>,
     by_ports: HashMap<Ports, u32>,
     last_token: u32,
@@ -74,33 +71,17 @@ enum Peer {
     Draining(Draining),
 }
 
-/// A queue with the event of its notifications.
-#[derive(Debug)]
-struct Ring {
-    queue: Queue,
-    event: EventFd,
-    /// The driver broke the ring's own rules: it is left alone until the reset.
-    broken: bool,
-    used: bool,
-}
-
 impl Mux {
     /// Takes the queues over and watches them and the listener.
-    pub(super) fn new(host: Arc<Host>, io: Io, watch: &Watch<'_>) -> io::Result<Mux> {
-        let mut queues = io.queues.into_iter().map(|ready| {
-            ready.ok_or_else(|| io::Error::other("The driver left a queue of vsock out"))
-        });
-        let mut next = || {
-            queues
-                .next()
-                .unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))
+    pub(super) fn new(host: Arc<Host>, mut io: Io, watch: &Watch<'_>) -> io::Result<Mux> {
+        let mut take = |index| {
+            io.take(index)
+                .ok_or_else(|| io::Error::other("The driver left a queue of vsock out"))
         };
         let mux = Mux {
             host,
-            mem: io.mem,
-            rx: Ring::new(next()?),
-            tx: Ring::new(next()?),
-            interrupt: io.interrupt,
+            rx: take(0)?,
+            tx: take(1)?,
             sockets: HashMap::new(),
             by_ports: HashMap::new(),
             last_token: FIRST_SOCKET - 1,
@@ -108,40 +89,37 @@ impl Mux {
             ready: VecDeque::new(),
             resets: VecDeque::new(),
         };
-        watch.add(event_fd(&mux.rx.event), RX, EventFlags::IN)?;
-        watch.add(event_fd(&mux.tx.event), TX, EventFlags::IN)?;
+        watch.add(mux.rx.event(), RX, EventFlags::IN)?;
+        watch.add(mux.tx.event(), TX, EventFlags::IN)?;
         if let Some(listener) = &mux.host.listener {
             watch.add(listener, LISTENER, EventFlags::IN | EventFlags::ET)?;
         }
         // What the driver did before this moment made no event for us.
-        mux.rx.event.write(1)?;
-        mux.tx.event.write(1)?;
+        mux.rx.again();
+        mux.tx.again();
         Ok(mux)
     }
 
     /// Takes packets from the guest, as many as the queue can hold at most.
     fn transmit(&mut self, watch: &Watch<'_>) {
-        let mem = self.mem.clone();
-        for _ in 0..=self.tx.queue.size() {
-            let Some(chain) = self.tx.pop(&mem) else {
+        for _ in 0..limits::QUEUE {
+            let Some(chain) = self.tx.pop() else {
                 return;
             };
-            let head = chain.head_index();
+            let mut reader = chain.reader();
             // A chain that is no packet is given back and otherwise ignored:
             // there is nobody to reset.
-            if let Ok(buffers) = Buffers::of(&mem, chain.readable(), HEADER_LEN + limits::PACKET)
-                && let Some(header) = buffers.header()
-            {
-                self.packet(&header, &buffers, watch);
+            if let Ok(bytes) = reader.read_array() {
+                self.packet(&Header::parse(&bytes), reader, watch);
             }
-            self.tx.give_back(&mem, head, 0);
+            self.tx.give_back(chain, 0);
         }
         // More came in meanwhile: others get their turn first.
-        let _ = self.tx.event.write(1);
+        self.tx.again();
     }
 
     /// A packet of the guest.
-    fn packet(&mut self, header: &Header, buffers: &Buffers<'_>, watch: &Watch<'_>) {
+    fn packet(&mut self, header: &Header, mut rest: Reader<'_>, watch: &Watch<'_>) {
         // Somebody else's packet (virtio 1.2, 5.10.6: src_cid must be the
         // guest's): there is nobody to answer to.
         if header.src_cid != self.host.guest_cid {
@@ -168,14 +146,14 @@ impl Mux {
             return;
         }
         let len = header.len as usize;
-        let payload = buffers.part(HEADER_LEN, len);
+        let payload = rest.split(len.min(limits::PACKET));
         let Some(Peer::Stream(stream)) = self.sockets.get_mut(&token) else {
             return;
         };
         let after = if operation == op::RW && payload.len() != len {
             Err(Broken)
         } else {
-            stream.take(header, &payload)
+            stream.take(header, payload)
         };
         match after {
             Ok(After::GoesOn) => self.note(token),
@@ -378,130 +356,67 @@ impl Mux {
 
     /// Gives the guest what there is for it, as far as it has given buffers.
     fn receive(&mut self) {
-        let mem = self.mem.clone();
-        for _ in 0..=self.rx.queue.size() {
+        for _ in 0..limits::QUEUE {
             if self.resets.is_empty() && self.ready.is_empty() {
                 return;
             }
-            let Some(chain) = self.rx.pop(&mem) else {
+            let Some(chain) = self.rx.pop() else {
                 return;
             };
-            let head = chain.head_index();
-            let room = Buffers::of(&mem, chain.writable(), HEADER_LEN + limits::PACKET);
-            let len = match room {
-                Ok(room) if room.len() >= HEADER_LEN => match self.next_packet(&room) {
-                    Some(len) => HEADER_LEN.saturating_add(len),
-                    None => {
-                        self.rx.undo_pop();
-                        return;
+            let mut room = chain.writer();
+            let mut header = room.split(HEADER_LEN);
+            // No buffer at all: back with it.
+            let len = if header.len() < HEADER_LEN {
+                0
+            } else {
+                match self.next_packet(&mut room) {
+                    Some(next) => {
+                        let payload = next.len as usize;
+                        header.write(&next.bytes()).saturating_add(payload)
                     }
-                },
-                // No buffer at all: back with it.
-                _ => 0,
+                    None => return self.rx.keep(chain),
+                }
             };
-            // At most a header and a packet.
-            self.rx
-                .give_back(&mem, head, u32::try_from(len).unwrap_or(0));
+            self.rx.give_back(chain, len);
         }
-        let _ = self.rx.event.write(1);
+        self.rx.again();
     }
 
-    /// Fills the buffers with the next packet; the length of its payload.
-    fn next_packet(&mut self, room: &Buffers<'_>) -> Option<usize> {
+    /// The next packet, its payload already in `room`.
+    fn next_packet(&mut self, room: &mut Writer<'_>) -> Option<Header> {
         if let Some(header) = self.resets.pop_front() {
-            room.put_header(&header);
-            return Some(0);
+            return Some(header);
         }
-        let payload = room.part(HEADER_LEN, limits::PACKET);
         while let Some(token) = self.ready.pop_front() {
             let Some(Peer::Stream(stream)) = self.sockets.get_mut(&token) else {
                 continue;
             };
             stream.queued = false;
-            let header = stream.next(&payload);
+            let header = stream.next(room);
             self.note(token);
-            if let Some(header) = header {
-                room.put_header(&header);
-                return Some(header.len as usize);
+            if header.is_some() {
+                return header;
             }
         }
         None
-    }
-
-    /// Interrupts the driver if it wants to know of what was used.
-    fn notify(&mut self) {
-        let rx = self.rx.needs_notification(&self.mem);
-        if self.tx.needs_notification(&self.mem) || rx {
-            self.interrupt.used_buffer();
-        }
     }
 }
 
 impl Handler for Mux {
     fn ready(&mut self, token: u32, events: EventFlags, watch: &Watch<'_>) -> io::Result<()> {
         match token {
-            RX => {
-                // Nothing there means that it was read already.
-                let _ = self.rx.event.read();
-            }
+            RX => self.rx.acknowledge(),
             TX => {
-                let _ = self.tx.event.read();
+                self.tx.acknowledge();
                 self.transmit(watch);
             }
             LISTENER => self.accept_programs(watch),
             _ => self.socket_ready(token, events),
         }
         self.receive();
-        self.notify();
+        self.tx.tell();
+        self.rx.tell();
         Ok(())
-    }
-}
-
-impl Ring {
-    fn new((queue, event): (Queue, EventFd)) -> Ring {
-        Ring {
-            queue,
-            event,
-            broken: false,
-            used: false,
-        }
-    }
-
-    /// The next chain. When there is none, the driver is asked to notify.
-    fn pop<'m>(
-        &mut self,
-        mem: &'m GuestMemoryMmap,
-    ) -> Option<DescriptorChain<&'m GuestMemoryMmap>> {
-        while !self.broken {
-            match self.queue.iter(mem) {
-                Ok(mut chains) => {
-                    if let Some(chain) = chains.next() {
-                        return Some(chain);
-                    }
-                }
-                Err(_) => self.broken = true,
-            }
-            match self.queue.enable_notification(mem) {
-                Ok(true) if !self.broken => {}
-                Ok(_) => return None,
-                Err(_) => self.broken = true,
-            }
-        }
-        None
-    }
-
-    fn undo_pop(&mut self) {
-        let next = self.queue.next_avail().wrapping_sub(1);
-        self.queue.set_next_avail(next);
-    }
-
-    fn give_back(&mut self, mem: &GuestMemoryMmap, head: u16, len: u32) {
-        self.used = true;
-        self.broken |= self.queue.add_used(mem, head, len).is_err();
-    }
-
-    fn needs_notification(&mut self, mem: &GuestMemoryMmap) -> bool {
-        std::mem::take(&mut self.used) && self.queue.needs_notification(mem).unwrap_or(true)
     }
 }
 

@@ -16,9 +16,10 @@ use rustix::net::{self, RecvFlags, SendFlags, Shutdown};
 use super::{
     credit::{Credit, Overrun},
     limits::PACKET,
-    packet::{Buffers, Header, TYPE_STREAM, op},
+    packet::{Header, TYPE_STREAM, op},
     state::{Ended, Event, State, Step},
 };
+use crate::devices::queue::{Reader, Writer};
 
 /// Context id of the host (virtio 1.2, 5.10.4).
 pub(super) const HOST_CID: u64 = 2;
@@ -115,7 +116,7 @@ impl Stream {
 
     /// A packet of the guest for this stream, other than a reset. The payload's
     /// length is what the header says.
-    pub(super) fn take(&mut self, header: &Header, payload: &Buffers<'_>) -> Result<After, Broken> {
+    pub(super) fn take(&mut self, header: &Header, payload: Reader<'_>) -> Result<After, Broken> {
         self.hear(header);
         let event = match header.op {
             op::REQUEST => Event::Request,
@@ -160,7 +161,7 @@ impl Stream {
         }
     }
 
-    fn take_data(&mut self, payload: &Buffers<'_>) -> Result<(), Broken> {
+    fn take_data(&mut self, payload: Reader<'_>) -> Result<(), Broken> {
         let len = length(payload.len());
         self.credit.received(len)?;
         if self.state.flows_to_host() {
@@ -241,7 +242,7 @@ impl Stream {
 
     /// The next packet for the guest, its payload already in `room`, the part of
     /// the buffers after the header. `None`: there was nothing after all.
-    pub(super) fn next(&mut self, room: &Buffers<'_>) -> Option<Header> {
+    pub(super) fn next(&mut self, room: &mut Writer<'_>) -> Option<Header> {
         if std::mem::take(&mut self.owed.request) {
             return Some(self.header(op::REQUEST));
         }
@@ -268,14 +269,14 @@ impl Stream {
         None
     }
 
-    fn next_data(&mut self, room: &Buffers<'_>) -> Option<Header> {
+    fn next_data(&mut self, room: &mut Writer<'_>) -> Option<Header> {
         let credit = self.credit.to_guest();
         if credit == 0 {
             let asked = std::mem::replace(&mut self.owed.asked_for_credit, true);
             return (!asked).then(|| self.header(op::CREDIT_REQUEST));
         }
-        let room = room.part(0, PACKET.min(credit as usize));
-        match room.receive_from(self.socket.fd.as_fd()) {
+        let mut room = room.split(PACKET.min(credit as usize));
+        match room.receive_from(&self.socket.fd) {
             Ok(0) if room.len() > 0 => self.host_ends(Ended::SEND),
             Ok(len) => {
                 let len = length(len);
@@ -372,15 +373,17 @@ impl Socket {
     }
 
     /// Sends now what the socket takes and keeps the rest. How much was sent.
-    fn send(&mut self, payload: &Buffers<'_>) -> Result<usize, Gone> {
+    fn send(&mut self, mut payload: Reader<'_>) -> Result<usize, Gone> {
         let sent = if self.pending.is_empty() {
-            would_block_is_zero(payload.send_to(self.fd.as_fd()))?
+            would_block_is_zero(payload.send_to(&self.fd))?
         } else {
             0
         };
-        payload
-            .part(sent, payload.len().saturating_sub(sent))
-            .copy_to(&mut self.pending);
+        let mut bytes = [0; 4096];
+        while !payload.is_empty() {
+            let count = payload.read(&mut bytes);
+            self.pending.extend(bytes.iter().take(count));
+        }
         Ok(sent)
     }
 

@@ -34,7 +34,7 @@ use super::{
 use crate::{
     devices::{
         Device, Interrupt, Io, Worker,
-        ring::{Ring, SIZE, WRITE},
+        testing::{Driver, SIZE, WRITE, memory},
     },
     event_loop::{EventLoop, event_fd},
     exit::Ending,
@@ -48,9 +48,9 @@ const DEADLINE: Timespec = Timespec {
 };
 
 struct Guest {
-    mem: GuestMemoryMmap,
-    rx: Ring,
-    tx: Ring,
+    mem: Arc<GuestMemoryMmap>,
+    rx: Driver,
+    tx: Driver,
     free: VecDeque<u16>,
     irq: Arc<EventFd>,
     worker: Option<Box<dyn Worker>>,
@@ -98,22 +98,21 @@ impl Guest {
             events,
         )
         .unwrap();
-        let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x100_0000)]).unwrap();
-        let mut rx = Ring::new(0x1000, 4096);
-        let tx = Ring::new(0x10_0000, 0x1_1000);
+        let mem = memory(0x100_0000);
+        let mut rx = Driver::new(&mem, 0x1000, 4096);
+        let tx = Driver::new(&mem, 0x10_0000, 0x1_1000);
         for index in 0..buffers {
-            rx.describe(&mem, index, rx.buffer_len, WRITE);
-            rx.offer(&mem, index);
+            rx.describe(index, rx.buffer_len, WRITE);
+            rx.make_available(index);
         }
         let irq = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let interrupt = Interrupt::new(Arc::clone(&irq));
         let io = Io {
-            mem: mem.clone(),
             queues: vec![
-                Some((rx.queue(), rx.event.try_clone().unwrap())),
-                Some((tx.queue(), tx.event.try_clone().unwrap())),
+                Some(rx.ring(interrupt.clone())),
+                Some(tx.ring(interrupt)),
                 None,
             ],
-            interrupt: Interrupt::new(Arc::clone(&irq)),
             features: 0,
         };
         let worker = device.activate(io).unwrap();
@@ -141,7 +140,7 @@ impl Guest {
 
     fn send_raw(&mut self, bytes: &[u8]) {
         let index = loop {
-            while let Some((index, _)) = self.tx.used(&self.mem) {
+            while let Some((index, _)) = self.tx.used() {
                 self.free.push_back(index);
             }
             match self.free.pop_front() {
@@ -151,8 +150,8 @@ impl Guest {
         };
         self.mem.write_slice(bytes, self.tx.buffer(index)).unwrap();
         let len = u32::try_from(bytes.len()).unwrap();
-        self.tx.describe(&self.mem, index, len, 0);
-        self.tx.offer(&self.mem, index);
+        self.tx.describe(index, len, 0);
+        self.tx.make_available(index);
         self.tx.notify();
     }
 
@@ -164,14 +163,13 @@ impl Guest {
 
     /// The next packet, if one is there.
     fn poll(&mut self) -> Option<(Header, Vec<u8>)> {
-        let (index, len) = self.rx.used(&self.mem)?;
+        let (index, len) = self.rx.used()?;
         let mut bytes = vec![0; len as usize];
         self.mem
             .read_slice(&mut bytes, self.rx.buffer(index))
             .unwrap();
-        self.rx
-            .describe(&self.mem, index, self.rx.buffer_len, WRITE);
-        self.rx.offer(&self.mem, index);
+        self.rx.describe(index, self.rx.buffer_len, WRITE);
+        self.rx.make_available(index);
         self.rx.notify();
         let header = Header::parse(bytes[..HEADER_LEN].try_into().unwrap());
         assert_eq!(header.len as usize, bytes.len() - HEADER_LEN);
@@ -542,8 +540,8 @@ fn requests_are_answered_or_dropped_while_the_guest_offers_no_buffer_b54() {
         );
     }
     // All were taken, and the device still works.
-    guest.rx.describe(&guest.mem, 0, 4096, WRITE);
-    guest.rx.offer(&guest.mem, 0);
+    guest.rx.describe(0, 4096, WRITE);
+    guest.rx.make_available(0);
     guest.rx.notify();
     assert_eq!(guest.expect(op::RST).dst_port, 0);
 }
