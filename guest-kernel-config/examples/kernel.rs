@@ -5,6 +5,7 @@ use std::io::{Write, stderr, stdout};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use bulkhead_guest_kernel::cache::Cache;
 use bulkhead_guest_kernel::{Progress, ensure};
 
 /// Steps and counts on standard error.
@@ -28,7 +29,7 @@ fn main() -> Result<()> {
         .nth(1)
         .context("No cache directory given")?
         .into();
-    let kernel = ensure(&cache, &Lines)?;
+    let kernel = ensure(&Cache::at(&cache)?, &Lines)?;
     writeln!(stdout(), "{kernel:#?}")?;
     Ok(())
 }

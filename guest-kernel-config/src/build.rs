@@ -4,6 +4,7 @@
 //! user, host, date and build number are fixed. Two builds of the same inputs
 //! are byte-identical, wherever they run.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -51,20 +52,19 @@ pub(crate) struct Built {
     pub(crate) version: String,
 }
 
-/// Versions of compiler and linker, one line each.
-pub(crate) fn toolchain() -> Result<String> {
-    let mut lines = String::new();
-    for program in ["gcc", "ld"] {
+/// The programs that decide about the bytes, and what each says of its version.
+pub(crate) fn toolchain() -> Result<BTreeMap<String, String>> {
+    let version = |program: &str| {
         let text = output(clean(program).arg("--version")).with_context(|| {
             format!(
                 "A kernel build needs the Debian packages {}",
                 PACKAGES.join(", ")
             )
         })?;
-        lines.push_str(text.lines().next().unwrap_or_default());
-        lines.push('\n');
-    }
-    Ok(lines)
+        let line = text.lines().next().unwrap_or_default();
+        Ok((program.to_owned(), line.to_owned()))
+    };
+    ["gcc", "ld"].into_iter().map(version).collect()
 }
 
 /// Puts driver and configuration into `tree`; make's output goes to `log`. What

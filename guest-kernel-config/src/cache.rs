@@ -1,73 +1,388 @@
-//! Kernels that were built before, found by the content of what went in.
+//! What was made once and is found again by the hash of what went into it.
 //!
 //! ```text
-//! guest-kernel/
-//!   inputs-<hash>.json   which kernel the inputs gave, so that nothing is asked of the network
-//!   <key>/               vmlinux, System.map, config, kernel.json
-//!   build.log            of the last build
+//! $XDG_CACHE_HOME/bulkhead/
+//!   <kind>/<key>/           the files, entry.json with the hash of each, and
+//!                           checked.json, which says what was hashed
+//!   <kind>/new-<key>/       locked by whoever makes the entry
+//!   <kind>/lock             held while the kind's list of entries changes
 //! ```
 //!
-//! The *inputs* are what this folder and this machine decide: fragments,
-//! driver, compiler, the steps of the build. The *key* adds the version of the
-//! source, which only the archive knows. An entry appears under its name when
-//! it is complete, and is believed only if its hashes are right.
+//! An entry appears under its name, by a rename, when it is complete. It is
+//! used only if its hashes are right; else it is made again. A file is hashed
+//! again only when it is another one or has changed since. Of each kind the
+//! [`KEPT`] entries are kept that were used last, so that checkouts of several
+//! branches do not take each other's away; nor do they wait for each other, but
+//! for an entry that both want.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tempfile::TempDir;
 
-use crate::build::{self, Built};
-use crate::{Kernel, fragments, sha256_of};
+use crate::Progress;
 
 /// The description of an entry, in it.
-const DESCRIPTION: &str = "kernel.json";
+const DESCRIPTION: &str = "entry.json";
 
-/// How the names of directories begin that are gone when their process is.
-const SCRATCH: &str = "new-";
+/// How many entries of a kind are kept, beside those that are in use.
+pub const KEPT: usize = 6;
 
-/// What is written about an entry.
+/// What was hashed last, in the entry. Its own time says when the entry was used.
+const CHECKED: &str = "checked.json";
+
+/// How the names of directories begin in which an entry is being made.
+const NEW: &str = "new-";
+
+/// The lock of a kind, and of anything else that a directory of the cache is.
+pub const LOCK: &str = "lock";
+
+/// What tells a file from every other, and from itself before a change, by its path in
+/// the entry.
+type Stamps = BTreeMap<String, [u64; 7]>;
+
+/// SHA-256 of each file of an entry, by its path in it.
 #[derive(Debug, Serialize, Deserialize)]
 struct Description {
-    version: String,
-    sha256: String,
-    config_sha256: String,
-    notes: Vec<String>,
+    sha256: BTreeMap<String, String>,
 }
 
-/// Which entry some inputs led to.
-#[derive(Debug, Serialize, Deserialize)]
-struct Pointer {
-    key: String,
-}
-
-/// The folder with all entries, locked against other builds.
-#[derive(Debug)]
-pub(crate) struct Store {
+/// The project's cache directory.
+#[derive(Clone, Debug)]
+pub struct Cache {
     path: PathBuf,
-    /// Released when dropped.
+}
+
+/// A complete entry whose hashes are right. It stays while this lives.
+#[derive(Debug)]
+pub struct Entry {
+    path: PathBuf,
+    content: String,
+    /// A shared lock on the description: whoever removes entries spares it.
+    _in_use: File,
+}
+
+impl Cache {
+    /// `$XDG_CACHE_HOME/bulkhead`, or `~/.cache/bulkhead`.
+    ///
+    /// # Errors
+    ///
+    /// Neither variable is set, or the directory cannot be made.
+    pub fn of_this_user() -> Result<Cache> {
+        let base = match std::env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()) {
+            Some(base) => PathBuf::from(base),
+            None => PathBuf::from(
+                std::env::var_os("HOME")
+                    .context("Neither XDG_CACHE_HOME nor HOME says where the cache is")?,
+            )
+            .join(".cache"),
+        };
+        Cache::at(&base.join("bulkhead"))
+    }
+
+    /// The cache in the directory `path`.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be made.
+    pub fn at(path: &Path) -> Result<Cache> {
+        fs::create_dir_all(path).with_context(|| format!("Cannot make {}", path.display()))?;
+        Ok(Cache {
+            path: path.to_owned(),
+        })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The entry `key` of `kind`, if it is there and right.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub fn find(&self, kind: &str, key: &str) -> Result<Option<Entry>> {
+        Entry::open(&self.path.join(kind).join(key))
+    }
+
+    /// The entry `key` of `kind`: found, or made by `make` in the first of the two
+    /// empty directories that it is given; the second one is for its own use. Whoever
+    /// wants the same entry meanwhile waits.
+    ///
+    /// # Errors
+    ///
+    /// `make` fails, or files cannot be written.
+    pub fn entry(
+        &self,
+        kind: &str,
+        key: &str,
+        progress: &dyn Progress,
+        make: impl FnOnce(&Path, &Path) -> Result<()>,
+    ) -> Result<Entry> {
+        let folder = self.path.join(kind);
+        fs::create_dir_all(&folder).with_context(|| format!("Cannot make {}", folder.display()))?;
+        let path = folder.join(key);
+        let new = loop {
+            let locked = lock(&folder.join(LOCK))?;
+            if let Some(entry) = Entry::open(&path)? {
+                return Ok(entry);
+            }
+            match New::begin(&folder, key)? {
+                Ok(new) => {
+                    // What is there under this name is incomplete, or not as it was made.
+                    forget(&folder, KEPT - 1, Some(&path))?;
+                    break new;
+                }
+                Err(other) => {
+                    drop(locked);
+                    progress.step(&format!("Waiting for another process that makes {kind}"));
+                    other.lock_shared().context("Cannot wait for an entry")?;
+                }
+            }
+        };
+        make(&new.entry(), &new.work())?;
+        let mut sha256 = BTreeMap::new();
+        for file in files(&new.entry())? {
+            sha256.insert(file.clone(), sha256_of(&new.entry().join(&file))?);
+        }
+        let bytes = serde_json::to_vec_pretty(&Description { sha256 })?;
+        fs::write(new.entry().join(DESCRIPTION), bytes)?;
+        let folder = lock(&folder.join(LOCK))?;
+        fs::rename(new.entry(), &path)
+            .with_context(|| format!("Cannot make {}", path.display()))?;
+        drop(folder);
+        Entry::open(&path)?.with_context(|| format!("{} changes while it is read", path.display()))
+    }
+
+    /// Removes of every kind all entries but the `kept` ones that were used last, and
+    /// those that are in use. What else lies in the cache goes if `kept` is none.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be removed.
+    pub fn prune(&self, kept: usize) -> Result<()> {
+        for child in fs::read_dir(&self.path)? {
+            let path = child?.path();
+            if !path.is_dir() {
+                if kept == 0 {
+                    remove(&path)?;
+                }
+                continue;
+            }
+            let _locked = lock(&path.join(LOCK))?;
+            forget(&path, kept, None)?;
+            if kept > 0 {
+                continue;
+            }
+            for child in fs::read_dir(&path)? {
+                let child = child?.path();
+                let entry = child.join(DESCRIPTION).exists();
+                if !entry && !child.ends_with(LOCK) && !is_in_use(&child) {
+                    remove(&child)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Locks the file `path`, which is made if need be.
+///
+/// # Errors
+///
+/// It cannot be made.
+pub fn lock(path: &Path) -> Result<File> {
+    let file = File::create(path).with_context(|| format!("Cannot make {}", path.display()))?;
+    file.lock()
+        .with_context(|| format!("Cannot lock {}", path.display()))?;
+    Ok(file)
+}
+
+/// Whether somebody has locked the directory `path` or the lock in it.
+fn is_in_use(path: &Path) -> bool {
+    [path.to_owned(), path.join(LOCK)]
+        .iter()
+        .any(|path| File::open(path).is_ok_and(|file| file.try_lock().is_err()))
+}
+
+/// Removes a file or a directory with all that is in it.
+fn remove(path: &Path) -> Result<()> {
+    let removed = if path.is_dir() && !path.is_symlink() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    removed.with_context(|| format!("Cannot remove {}", path.display()))
+}
+
+/// The directory in which an entry is made; it is gone when this is.
+#[derive(Debug)]
+struct New {
+    path: PathBuf,
+    /// A lock on the directory itself: without it, it was left by a process that was
+    /// killed.
     _lock: File,
 }
 
-/// Hash over all that decides about the kernel but the version of its source.
-pub(crate) fn inputs(toolchain: &str) -> String {
-    let mut parts = vec![build::RECIPE, toolchain];
-    for (name, text) in fragments::FRAGMENTS.iter().chain(build::DRIVER) {
-        parts.extend([name, text]);
+impl New {
+    /// Begins an entry, or gives the directory in which another process makes it. The
+    /// folder is locked by whoever calls.
+    fn begin(folder: &Path, key: &str) -> Result<std::result::Result<New, File>> {
+        let path = folder.join(format!("{NEW}{key}"));
+        if let Ok(other) = File::open(&path) {
+            if other.try_lock().is_err() {
+                return Ok(Err(other));
+            }
+            remove(&path)?;
+        }
+        fs::create_dir(&path).with_context(|| format!("Cannot make {}", path.display()))?;
+        let lock = File::open(&path)?;
+        lock.lock().context("Cannot lock an entry of the cache")?;
+        let new = New { path, _lock: lock };
+        for directory in [new.entry(), new.work()] {
+            fs::create_dir(&directory)
+                .with_context(|| format!("Cannot make {}", directory.display()))?;
+        }
+        Ok(Ok(new))
     }
-    hash(&parts)
+
+    fn entry(&self) -> PathBuf {
+        self.path.join("entry")
+    }
+
+    fn work(&self) -> PathBuf {
+        self.path.join("work")
+    }
 }
 
-/// Name of the entry that `inputs` and one version of the source make.
-pub(crate) fn key(inputs: &str, source_version: &str) -> String {
-    hash(&[inputs, source_version])
+impl Drop for New {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed by the next one.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+impl Entry {
+    /// The file `name` of the entry.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Hash of all its files: what is made from it or on it is named by this.
+    #[must_use]
+    pub fn content(&self) -> &str {
+        &self.content
+    }
+
+    /// The entry in `path`, if it is complete and its hashes are right.
+    fn open(path: &Path) -> Result<Option<Entry>> {
+        let Ok(mut file) = File::open(path.join(DESCRIPTION)) else {
+            return Ok(None);
+        };
+        file.lock_shared().context("Cannot lock a cache entry")?;
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        let Ok(Description { sha256 }) = serde_json::from_str(&text) else {
+            return Ok(None);
+        };
+        let checked = path.join(CHECKED);
+        let known = fs::read(&checked).unwrap_or_default();
+        let known: Stamps = serde_json::from_slice(&known).unwrap_or_default();
+        let known = &known;
+        // Some files have a gigabyte: all processors share the work.
+        let stamps = std::thread::scope(|scope| {
+            let checks: Vec<_> = sha256
+                .iter()
+                .map(|(name, right)| {
+                    scope.spawn(move || {
+                        let file = path.join(name);
+                        let stamp = stamp_of(&file).ok()?;
+                        let good = known.get(name) == Some(&stamp)
+                            || sha256_of(&file).is_ok_and(|is| is == *right);
+                        good.then(|| (name.clone(), stamp))
+                    })
+                })
+                .collect();
+            let joined = checks.into_iter().map(|check| check.join().ok().flatten());
+            joined.collect::<Option<Stamps>>()
+        });
+        if let Some(stamps) = &stamps {
+            fs::write(&checked, serde_json::to_vec_pretty(stamps)?)
+                .with_context(|| format!("Cannot write {}", checked.display()))?;
+        }
+        let right = stamps.is_some();
+        Ok(right.then(|| Entry {
+            path: path.to_owned(),
+            content: key(sha256.iter().flat_map(|(name, hash)| [name.as_str(), hash])),
+            _in_use: file,
+        }))
+    }
+}
+
+/// Removes the entry `damaged`, the entries in `folder` that nobody uses but the
+/// `kept` ones that were used last, and what was left when an entry was not
+/// completed. The folder is locked by whoever calls.
+fn forget(folder: &Path, kept: usize, damaged: Option<&Path>) -> Result<()> {
+    let mut entries = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(NEW) {
+            if !is_in_use(&path) {
+                remove(&path)?;
+            }
+            continue;
+        }
+        let Ok(description) = File::open(path.join(DESCRIPTION)) else {
+            continue;
+        };
+        if description.try_lock().is_err() {
+            continue;
+        }
+        let used = fs::metadata(path.join(CHECKED)).and_then(|file| file.modified());
+        // One that was never opened is damaged, too.
+        let used = used.ok().filter(|_| damaged != Some(&path));
+        entries.push((used, path, description));
+    }
+    entries.sort_by_key(|(used, ..)| std::cmp::Reverse(*used));
+    for (place, (used, path, _lock)) in entries.iter().enumerate() {
+        if used.is_none() || place >= kept {
+            remove(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// All files below `path`, by their paths in it.
+fn files(path: &Path) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::new()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(path.join(&folder))? {
+            let entry = entry?;
+            let name = folder.join(entry.file_name());
+            if entry.file_type()?.is_dir() {
+                folders.push(name);
+            } else {
+                let name = name.into_os_string().into_string();
+                found.push(name.map_err(|name| anyhow::anyhow!("{name:?} is not UTF-8"))?);
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// Hash of texts, such that moving a boundary between them changes it.
-fn hash(parts: &[&str]) -> String {
+#[must_use]
+pub fn key<'a>(parts: impl IntoIterator<Item = &'a str>) -> String {
     let mut hash = Sha256::new();
     for part in parts {
         hash.update((part.len() as u64).to_le_bytes());
@@ -76,239 +391,227 @@ fn hash(parts: &[&str]) -> String {
     hex::encode(hash.finalize())
 }
 
-impl Store {
-    /// Opens the folder, and waits while another process builds in it.
-    pub(crate) fn open(path: &Path) -> Result<Store> {
-        fs::create_dir_all(path).with_context(|| format!("Cannot make {}", path.display()))?;
-        let lock = path.join("lock");
-        let file =
-            File::create(&lock).with_context(|| format!("Cannot make {}", lock.display()))?;
-        file.lock()
-            .with_context(|| format!("Cannot lock {}", lock.display()))?;
-        let store = Store {
-            path: path.to_owned(),
-            _lock: file,
-        };
-        store.sweep()?;
-        Ok(store)
-    }
-
-    /// A directory for something that is not an entry yet, removed when the
-    /// result is dropped.
-    pub(crate) fn scratch(&self) -> Result<TempDir> {
-        tempfile::Builder::new()
-            .prefix(SCRATCH)
-            .tempdir_in(&self.path)
-            .with_context(|| format!("Cannot make a directory in {}", self.path.display()))
-    }
-
-    /// Removes what builds left behind that were killed. The lock is ours, so
-    /// nobody is at work in them.
-    fn sweep(&self) -> Result<()> {
-        let describe = || format!("Cannot clear {}", self.path.display());
-        for entry in fs::read_dir(&self.path).with_context(describe)? {
-            let entry = entry.with_context(describe)?;
-            if entry.file_name().to_string_lossy().starts_with(SCRATCH) {
-                fs::remove_dir_all(entry.path()).with_context(describe)?;
-            }
-        }
-        Ok(())
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The kernel that `inputs` gave when they were last built.
-    pub(crate) fn find_inputs(&self, inputs: &str) -> Result<Option<Kernel>> {
-        let Some(Pointer { key }) = read_json(&self.pointer(inputs))? else {
-            return Ok(None);
-        };
-        self.entry(&key)
-    }
-
-    /// The entry `key`, which `inputs` lead to from now on.
-    pub(crate) fn find_key(&self, inputs: &str, key: &str) -> Result<Option<Kernel>> {
-        let kernel = self.entry(key)?;
-        if kernel.is_some() {
-            self.point(inputs, key)?;
-        }
-        Ok(kernel)
-    }
-
-    /// Takes what was built into the cache.
-    pub(crate) fn add(
-        &self,
-        inputs: &str,
-        key: &str,
-        built: &Built,
-        notes: Vec<String>,
-    ) -> Result<Kernel> {
-        let new = self.scratch()?;
-        for (file, name) in [
-            (&built.vmlinux, build::VMLINUX),
-            (&built.system_map, build::SYSTEM_MAP),
-            (&built.config, build::CONFIG),
-        ] {
-            fs::copy(file, new.path().join(name))
-                .with_context(|| format!("Cannot copy {}", file.display()))?;
-        }
-        let description = Description {
-            version: built.version.clone(),
-            sha256: sha256_of(&built.vmlinux)?,
-            config_sha256: sha256_of(&built.config)?,
-            notes,
-        };
-        write_json(&new.path().join(DESCRIPTION), &description)?;
-
-        let entry = self.path.join(key);
-        if entry.try_exists()? {
-            // It was there and did not have the right hash.
-            fs::remove_dir_all(&entry)
-                .with_context(|| format!("Cannot remove {}", entry.display()))?;
-        }
-        fs::rename(new.keep(), &entry)
-            .with_context(|| format!("Cannot make {}", entry.display()))?;
-        self.point(inputs, key)?;
-        self.entry(key)?
-            .with_context(|| format!("{} changes while it is read", entry.display()))
-    }
-
-    /// The entry `key`, if it is there and what it says of itself is true.
-    fn entry(&self, key: &str) -> Result<Option<Kernel>> {
-        let entry = self.path.join(key);
-        let Some(description) = read_json::<Description>(&entry.join(DESCRIPTION))? else {
-            return Ok(None);
-        };
-        let path = entry.join(build::VMLINUX);
-        let config = entry.join(build::CONFIG);
-        if !path.exists()
-            || !config.exists()
-            || sha256_of(&path)? != description.sha256
-            || sha256_of(&config)? != description.config_sha256
-        {
-            return Ok(None);
-        }
-        let Description {
-            version,
-            sha256,
-            config_sha256,
-            notes,
-        } = description;
-        Ok(Some(Kernel {
-            path,
-            version,
-            sha256,
-            config_sha256,
-            notes,
-        }))
-    }
-
-    fn pointer(&self, inputs: &str) -> PathBuf {
-        self.path.join(format!("inputs-{inputs}.json"))
-    }
-
-    fn point(&self, inputs: &str, key: &str) -> Result<()> {
-        write_json(
-            &self.pointer(inputs),
-            &Pointer {
-                key: key.to_owned(),
-            },
-        )
-    }
+/// Device, inode, size, and the times of the last changes of content and of inode.
+fn stamp_of(path: &Path) -> Result<[u64; 7]> {
+    let is = fs::metadata(path).with_context(|| format!("Cannot read {}", path.display()))?;
+    let times = [is.mtime(), is.mtime_nsec(), is.ctime(), is.ctime_nsec()];
+    let [content, content_ns, inode, inode_ns] = times.map(i64::cast_unsigned);
+    Ok([
+        is.dev(),
+        is.ino(),
+        is.size(),
+        content,
+        content_ns,
+        inode,
+        inode_ns,
+    ])
 }
 
-/// The content of a JSON file; none if it is absent or damaged.
-fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Option<T>> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("Cannot read {}", path.display())),
+/// SHA-256 of a file, in hexadecimal digits.
+///
+/// # Errors
+///
+/// The file cannot be read.
+pub fn sha256_of(path: &Path) -> Result<String> {
+    let describe = || format!("Cannot read {}", path.display());
+    let mut file = File::open(path).with_context(describe)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let n = file.read(&mut buffer).with_context(describe)?;
+        if n == 0 {
+            return Ok(hex::encode(hash.finalize()));
+        }
+        hash.update(&buffer[..n]);
     }
-}
-
-fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
-    let bytes = serde_json::to_vec_pretty(value)?;
-    fs::write(path, bytes).with_context(|| format!("Cannot write {}", path.display()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::{Duration, SystemTime};
+
     use super::*;
 
-    fn built(directory: &Path) -> Built {
-        let file = |name: &str| {
-            let path = directory.join(name);
-            fs::write(&path, name).unwrap();
-            path
-        };
-        Built {
-            vmlinux: file("vmlinux"),
-            system_map: file("System.map"),
-            config: file(".config"),
-            version: "6.12.1".to_owned(),
+    struct Silent;
+
+    impl Progress for Silent {
+        fn step(&self, _: &str) {}
+
+        fn advance(&self, _: u64, _: u64) {}
+    }
+
+    fn make(text: &'static str) -> impl FnOnce(&Path, &Path) -> Result<()> {
+        move |path, work| {
+            fs::write(work.join("left"), "")?;
+            fs::create_dir(path.join("d"))?;
+            Ok(fs::write(path.join("d/f"), text)?)
         }
     }
 
-    #[test]
-    fn what_was_added_is_found_by_its_inputs_and_by_its_key() {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Store::open(&directory.path().join("cache")).unwrap();
-        assert_eq!(store.find_inputs("i").unwrap(), None);
-        let kernel = store
-            .add(
-                "i",
-                "k",
-                &built(directory.path()),
-                vec!["A note".to_owned()],
-            )
-            .unwrap();
-        assert_eq!(kernel.version, "6.12.1");
-        assert_eq!(kernel.notes, ["A note"]);
-        assert_eq!(store.find_inputs("i").unwrap().as_ref(), Some(&kernel));
-        assert_eq!(store.find_inputs("other").unwrap(), None);
-        assert_eq!(
-            store.find_key("other", "k").unwrap().as_ref(),
-            Some(&kernel)
-        );
-        assert_eq!(store.find_inputs("other").unwrap().as_ref(), Some(&kernel));
+    fn read(entry: &Entry) -> String {
+        fs::read_to_string(entry.file("d/f")).unwrap()
     }
 
     #[test]
-    fn a_kernel_with_the_wrong_hash_is_not_found_and_can_be_replaced() {
+    fn an_entry_is_made_once_and_again_when_its_hash_is_wrong() {
         let directory = tempfile::tempdir().unwrap();
-        let store = Store::open(&directory.path().join("cache")).unwrap();
-        let kernel = store
-            .add("i", "k", &built(directory.path()), Vec::new())
-            .unwrap();
-        fs::write(&kernel.path, "vmlinuX").unwrap();
-        assert_eq!(store.find_inputs("i").unwrap(), None);
+        let cache = Cache::at(directory.path()).unwrap();
+        let entry = cache.entry("kind", "k", &Silent, make("one")).unwrap();
+        assert_eq!(read(&entry), "one");
+        drop(entry);
+        let entry = cache.entry("kind", "k", &Silent, make("two")).unwrap();
+        assert_eq!(read(&entry), "one");
+        fs::write(entry.file("d/f"), "bad").unwrap();
+        drop(entry);
         assert_eq!(
-            store
-                .add("i", "k", &built(directory.path()), Vec::new())
+            read(&cache.entry("kind", "k", &Silent, make("two")).unwrap()),
+            "two"
+        );
+    }
+
+    #[test]
+    fn of_each_kind_the_entries_that_were_used_last_are_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        let used = cache
+            .entry("kind", "in use", &Silent, make("in use"))
+            .unwrap();
+        drop(
+            cache
+                .entry("kind", "first", &Silent, make("first"))
                 .unwrap(),
-            kernel
         );
-        fs::write(directory.path().join("cache/k").join(DESCRIPTION), "{").unwrap();
-        assert_eq!(store.find_inputs("i").unwrap(), None);
+        for number in 1..KEPT {
+            let name = number.to_string();
+            drop(cache.entry("kind", &name, &Silent, make("more")).unwrap());
+        }
+        for number in 1..KEPT {
+            let used = directory.path().join(format!("kind/{number}/{CHECKED}"));
+            let day = Duration::from_secs(24 * 3600) * (10 - u32::try_from(number).unwrap());
+            let file = File::options().write(true).open(used).unwrap();
+            file.set_modified(SystemTime::now() - day).unwrap();
+        }
+        // All are there, and the first one is wanted again.
+        drop(
+            cache
+                .entry("kind", "first", &Silent, make("again"))
+                .unwrap(),
+        );
+        drop(cache.entry("kind", "new", &Silent, make("new")).unwrap());
+        let there = |name: &str| directory.path().join("kind").join(name).exists();
+        assert!(!there("1"));
+        assert!(there("first") && there("2") && there("new"));
+        assert_eq!(read(&used), "in use");
     }
 
     #[test]
-    fn what_a_killed_build_left_is_removed() {
+    fn what_is_made_from_an_entry_can_be_named_by_its_content() {
         let directory = tempfile::tempdir().unwrap();
-        let store = Store::open(directory.path()).unwrap();
-        let left = store.scratch().unwrap().keep();
-        drop(store);
-        assert!(left.exists());
-        Store::open(directory.path()).unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        let [one, same, other] = [("1", "x"), ("2", "x"), ("3", "y")]
+            .map(|(key, text)| cache.entry("kind", key, &Silent, make(text)).unwrap());
+        assert_eq!(one.content(), same.content());
+        assert_ne!(one.content(), other.content());
+    }
+
+    #[test]
+    fn a_build_that_fails_leaves_no_entry() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        let fails = |_: &Path, _: &Path| anyhow::bail!("No");
+        assert!(cache.entry("kind", "k", &Silent, fails).is_err());
+        let names: Vec<_> = fs::read_dir(directory.path().join("kind"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(names, ["lock"]);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        let left = directory.path().join("kind/new-other/work");
+        fs::create_dir_all(&left).unwrap();
+        fs::create_dir_all(directory.path().join("kind/new-k/entry")).unwrap();
+        assert_eq!(
+            read(&cache.entry("kind", "k", &Silent, make("k")).unwrap()),
+            "k"
+        );
         assert!(!left.exists());
     }
 
     #[test]
-    fn the_key_depends_on_each_part_and_on_where_it_ends() {
-        assert_ne!(key("a", "b"), key("a", "c"));
-        assert_ne!(hash(&["ab", "c"]), hash(&["a", "bc"]));
-        assert_ne!(inputs("gcc 12"), inputs("gcc 14"));
-        assert_eq!(inputs("gcc 12"), inputs("gcc 12"));
+    fn one_makes_an_entry_and_others_wait_for_it() {
+        struct Waits(mpsc::Sender<String>);
+
+        impl Progress for Waits {
+            fn step(&self, text: &str) {
+                self.0.send(text.to_owned()).unwrap();
+            }
+
+            fn advance(&self, _: u64, _: u64) {}
+        }
+
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        let (waits, waiting) = mpsc::channel();
+        let second = thread::scope(|scope| {
+            let mut second = None;
+            let first = cache.entry("kind", "k", &Silent, |path, work| {
+                // Another entry of the kind is made meanwhile.
+                assert_eq!(
+                    read(
+                        &cache
+                            .entry("kind", "other", &Silent, make("other"))
+                            .unwrap()
+                    ),
+                    "other"
+                );
+                let cache = &cache;
+                second = Some(scope.spawn(move || {
+                    read(
+                        &cache
+                            .entry("kind", "k", &Waits(waits), make("two"))
+                            .unwrap(),
+                    )
+                }));
+                let said = waiting.recv_timeout(Duration::from_secs(60)).unwrap();
+                assert_eq!(said, "Waiting for another process that makes kind");
+                make("one")(path, work)
+            });
+            assert_eq!(read(&first.unwrap()), "one");
+            second.unwrap().join().unwrap()
+        });
+        assert_eq!(second, "one");
+    }
+
+    #[test]
+    fn clearing_spares_what_is_in_use() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        let used = cache.entry("kind", "used", &Silent, make("used")).unwrap();
+        drop(cache.entry("kind", "free", &Silent, make("free")).unwrap());
+        fs::write(directory.path().join("kind/pointer"), "").unwrap();
+        fs::create_dir(directory.path().join("kind/session")).unwrap();
+        let session = lock(&directory.path().join("kind/session/lock")).unwrap();
+        cache.prune(1).unwrap();
+        assert!(directory.path().join("kind/free").exists());
+        cache.prune(0).unwrap();
+        let there = |name: &str| directory.path().join("kind").join(name).exists();
+        assert!(there("used") && there("session"));
+        assert!(!there("free") && !there("pointer"));
+        assert_eq!(read(&used), "used");
+        drop((used, session));
+        cache.prune(0).unwrap();
+        assert!(!there("used") && !there("session"));
+    }
+
+    #[test]
+    fn a_key_depends_on_each_part_and_on_where_it_ends() {
+        assert_ne!(key(["ab", "c"]), key(["a", "bc"]));
+        assert_eq!(key(["ab", "c"]), key(["ab", "c"]));
     }
 }

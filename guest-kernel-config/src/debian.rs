@@ -5,6 +5,7 @@
 //! system changes. The mirror is the one that the machine itself uses.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -195,6 +196,17 @@ impl Apt {
         Ok(versions(&lines))
     }
 
+    /// The newest version of every package that the archive has now.
+    ///
+    /// # Errors
+    ///
+    /// The archive cannot be reached or is not signed by Debian.
+    pub fn candidates(&self) -> Result<BTreeMap<String, String>> {
+        output(self.command("apt-get").args(["update", "--error-on=any"]))?;
+        let stanzas = output(self.command("apt-cache").arg("dumpavail"))?;
+        newest_of_each(&stanzas)
+    }
+
     /// The first package that `package` depends on: what a metapackage stands
     /// for. Must come after [`Apt::candidate`].
     ///
@@ -239,6 +251,26 @@ fn versions(lines: &str) -> Vec<String> {
         .collect()
 }
 
+/// Name and newest version of each package in stanzas of `Field: value`.
+fn newest_of_each(stanzas: &str) -> Result<BTreeMap<String, String>> {
+    let mut newest: BTreeMap<String, String> = BTreeMap::new();
+    let mut package = "";
+    for line in stanzas.lines() {
+        if let Some(name) = line.strip_prefix("Package: ") {
+            package = name;
+        } else if let Some(version) = line.strip_prefix("Version: ") {
+            let is_newer = match newest.get(package) {
+                Some(known) => compare(known, version)? == Ordering::Less,
+                None => true,
+            };
+            if is_newer {
+                newest.insert(package.to_owned(), version.to_owned());
+            }
+        }
+    }
+    Ok(newest)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,6 +292,15 @@ mod tests {
         let said = "linux-source-6.12 | 6.12.117-1 | http://one.example/debian trixie/main amd64 Packages\n\
                     linux-source-6.12 | 6.12.107-1 | http://one.example/debian trixie/main amd64 Packages\n";
         assert_eq!(versions(said), ["6.12.117-1", "6.12.107-1"]);
+    }
+
+    #[test]
+    fn of_two_versions_in_a_list_the_newer_one_counts() {
+        let stanzas = "Package: a\nVersion: 6.12.117-1\nSection: x\n\n\
+                       Package: a\nVersion: 6.12.107-1\n\nPackage: b\nVersion: 1\n";
+        let newest = newest_of_each(stanzas).unwrap();
+        assert_eq!(newest["a"], "6.12.117-1");
+        assert_eq!(newest["b"], "1");
     }
 
     #[test]

@@ -12,23 +12,27 @@
 //!   newest version of the source does not yield one, older versions that the
 //!   archive has are tried.
 //!
+//! The lab host and its images are made by the same means, which are public: the
+//! [`cache`] with its entries, Debian's archive ([`debian`]), [`command`]s.
+//!
 //! Never touches the system: packages are fetched with private state of apt's
 //! own, sources are unpacked below the cache, nothing is installed.
 
 mod build;
-mod cache;
-mod command;
+pub mod cache;
+pub mod command;
 pub mod debian;
 mod elf;
 mod fragments;
+mod kept;
 mod source;
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
-use crate::cache::Store;
+use crate::cache::Cache;
 use crate::debian::Mirror;
 use crate::fragments::Lack;
 use crate::source::Attempt;
@@ -69,80 +73,84 @@ pub struct Kernel {
     pub sha256: String,
     /// SHA-256 of the complete configuration, in hexadecimal digits.
     pub config_sha256: String,
+    /// What went into it: the source package, the compiler, the linker, and the version
+    /// of each.
+    pub inputs: BTreeMap<String, String>,
     /// What a person should know about this build: one sentence each.
     pub notes: Vec<String>,
 }
 
 /// The guest kernel for the present fragments, driver and compiler: out of the
-/// cache below the directory `cache`, or built now, which takes minutes.
+/// `cache`, or built now, which takes minutes.
 ///
 /// # Errors
 ///
 /// The compiler is missing, the source package cannot be had or is not signed
 /// by Debian, no version of it yields a required option, or the compilation fails.
-pub fn ensure(cache: &Path, progress: &dyn Progress) -> Result<Kernel> {
-    let store = Store::open(&cache.join("guest-kernel"))?;
-    let inputs = cache::inputs(&build::toolchain()?);
-    if let Some(kernel) = store.find_inputs(&inputs)? {
+pub fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Kernel> {
+    let toolchain = build::toolchain()?;
+    let inputs = kept::inputs(&toolchain);
+    if let Some(kernel) = kept::find_inputs(cache, &inputs)? {
         return Ok(kernel);
     }
-
-    // 2 GiB of sources and objects.
-    let work = store.scratch()?;
     progress.step("Looking for the kernel source");
     let mirror = Mirror::of_this_machine()?;
-    let packages = source::versions(&mirror, &work.path().join("apt"))?;
-    let log = store.path().join("build.log");
+    let apt = tempfile::tempdir()?;
+    let packages = source::versions(&mirror, apt.path())?;
+    let log = kept::log(cache, &inputs)?;
     source::first_that_serves(&packages, |package| {
-        let key = cache::key(&inputs, &package.version);
-        if let Some(kernel) = store.find_key(&inputs, &key)? {
-            return Ok(Attempt::Done(kernel));
+        let mut required = Vec::new();
+        let key = kept::key(&inputs, &package.version);
+        let entry = cache.entry(kept::KIND, &key, progress, |entry, work| {
+            progress.step(&format!(
+                "Fetching and unpacking {} {}",
+                source::PACKAGE,
+                package.version
+            ));
+            // 2 GiB of sources and objects.
+            let tree = package.unpack(work)?;
+            progress.step("Configuring the guest kernel");
+            let lacks = build::configure(&tree, &log)?;
+            let wished;
+            (required, wished) = lacks.into_iter().partition(|lack| lack.required);
+            ensure!(required.is_empty(), "A required option is lacking");
+            let built = build::vmlinux(&tree, &log, progress)?;
+            let mut went_in = toolchain.clone();
+            went_in.insert(source::PACKAGE.to_owned(), package.version.clone());
+            let wished: Vec<Lack> = wished;
+            let wished = wished.iter().map(|lack| format!("A wish: {lack}"));
+            let notes = package.note().into_iter().chain(wished).collect();
+            kept::keep(entry, &built, went_in, notes)
+        });
+        match entry {
+            Ok(entry) => {
+                kept::point(cache, &inputs, &key)?;
+                Ok(Attempt::Done(kept::read(&entry)?))
+            }
+            Err(_) if !required.is_empty() => Ok(Attempt::Lacks(required)),
+            Err(error) => Err(error),
         }
-        progress.step(&format!(
-            "Fetching and unpacking {} {}",
-            source::PACKAGE,
-            package.version
-        ));
-        let place = store.scratch()?;
-        let tree = package.unpack(place.path())?;
-        progress.step("Configuring the guest kernel");
-        let lacks = build::configure(&tree, &log)?;
-        let (required, wished): (Vec<Lack>, _) = lacks.into_iter().partition(|lack| lack.required);
-        if !required.is_empty() {
-            return Ok(Attempt::Lacks(required));
-        }
-        let built = build::vmlinux(&tree, &log, progress)?;
-        let wished = wished.into_iter().map(|lack| format!("A wish: {lack}"));
-        let notes = package.note().into_iter().chain(wished).collect();
-        Ok(Attempt::Done(store.add(&inputs, &key, &built, notes)?))
     })
 }
 
-/// Removes every kernel from the cache below the directory `cache`.
+/// The kernel for the present fragments, driver and compiler, if it has been built.
 ///
 /// # Errors
 ///
-/// A file cannot be removed.
-pub fn forget(cache: &Path) -> Result<()> {
-    let path = cache.join("guest-kernel");
-    if path.try_exists()? {
-        fs::remove_dir_all(&path).with_context(|| format!("Cannot remove {}", path.display()))?;
-    }
-    Ok(())
+/// The compiler is missing, or the cache cannot be read.
+pub fn find(cache: &Cache) -> Result<Option<Kernel>> {
+    kept::find_inputs(cache, &kept::inputs(&build::toolchain()?))
 }
 
-/// SHA-256 of a file, in hexadecimal digits.
-fn sha256_of(path: &Path) -> Result<String> {
-    use sha2::{Digest, Sha256};
-    let describe = || format!("Cannot read {}", path.display());
-    let mut file = File::open(path).with_context(describe)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let n = std::io::Read::read(&mut file, &mut buffer).with_context(describe)?;
-        if n == 0 {
-            return Ok(hex::encode(hash.finalize()));
-        }
-        hash.update(&buffer[..n]);
-    }
+/// The newest version of the kernel source that the archive has now, with the
+/// package's name.
+///
+/// # Errors
+///
+/// The archive cannot be reached, or has none.
+pub fn source_today() -> Result<(String, String)> {
+    let work = tempfile::tempdir()?;
+    let packages = source::versions(&Mirror::of_this_machine()?, work.path())?;
+    let newest = packages.first().context("The archive has no version")?;
+    Ok((source::PACKAGE.to_owned(), newest.version.clone()))
 }

@@ -19,7 +19,7 @@ pub(crate) const PACKAGE: &str = "linux-source-6.12";
 
 /// The version with which the configuration was last gone through. Debian keeps
 /// only the newest patch release; a newer one is taken, with a note.
-const KNOWN: &str = "6.12.107-1";
+const KNOWN: &str = "6.12.118-1";
 
 /// Debian suites that carry the package.
 const SUITES: [&str; 4] = [

@@ -1,5 +1,6 @@
 //! The directory of guest assets and its manifest.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -20,6 +21,8 @@ struct Manifest<'a> {
     kernel: Asset<'a>,
     root: Asset<'a>,
     kernel_config_sha256: &'a str,
+    /// For people: the versions of what all this was made from.
+    inputs: BTreeMap<&'a str, &'a str>,
     /// For people: what is special about this build.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     notes: &'a [String],
@@ -34,17 +37,20 @@ struct Asset<'a> {
 }
 
 /// Copies `kernel` and `image` into the directory `dir`, which is made if
-/// need be, and writes `manifest.json` beside them. Each file appears complete
+/// need be, and writes `manifest.json` beside them; `rustc` is what the compiler of
+/// the agent says of its version. Each file appears complete
 /// under its name, the manifest last.
 ///
 /// # Errors
 ///
 /// A file cannot be read or written, or no longer has the hash that it had when
 /// it was built.
-pub fn write_manifest(dir: &Path, kernel: &Kernel, image: &Image) -> Result<()> {
+pub fn write_manifest(dir: &Path, kernel: &Kernel, image: &Image, rustc: &str) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("Cannot make {}", dir.display()))?;
     copy(&kernel.path, &kernel.sha256, dir, KERNEL)?;
     copy(&image.path, &image.sha256, dir, ROOT)?;
+    let inputs = kernel.inputs.iter();
+    let inputs = inputs.map(|(name, version)| (name.as_str(), version.as_str()));
     let manifest = Manifest {
         kernel: Asset {
             file: KERNEL,
@@ -57,6 +63,7 @@ pub fn write_manifest(dir: &Path, kernel: &Kernel, image: &Image) -> Result<()> 
             version: None,
         },
         kernel_config_sha256: &kernel.config_sha256,
+        inputs: inputs.chain([("rustc", rustc)]).collect(),
         notes: &kernel.notes,
     };
     let mut text = serde_json::to_string_pretty(&manifest)?;

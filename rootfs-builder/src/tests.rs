@@ -140,10 +140,11 @@ fn the_manifest_names_files_with_their_hashes() {
         version: "6.12.1".to_owned(),
         sha256: sha256(b"kernel"),
         config_sha256: sha256(b"config"),
+        inputs: BTreeMap::from([("gcc".to_owned(), "gcc 12.2.0".to_owned())]),
         notes: vec![],
     };
     let assets = dir.path().join("assets");
-    write_manifest(&assets, &kernel, &image).unwrap();
+    write_manifest(&assets, &kernel, &image, "rustc 1.95.0").unwrap();
     let manifest: serde_json::Value =
         serde_json::from_slice(&fs::read(assets.join("manifest.json")).unwrap()).unwrap();
     assert_eq!(
@@ -152,6 +153,7 @@ fn the_manifest_names_files_with_their_hashes() {
             "kernel": { "file": "vmlinux", "sha256": kernel.sha256, "version": "6.12.1" },
             "root": { "file": "guest-root.cpio", "sha256": image.sha256 },
             "kernel_config_sha256": kernel.config_sha256,
+            "inputs": { "gcc": "gcc 12.2.0", "rustc": "rustc 1.95.0" },
         })
     );
     assert_eq!(fs::read(assets.join("vmlinux")).unwrap(), b"kernel");
@@ -162,7 +164,7 @@ fn the_manifest_names_files_with_their_hashes() {
     assert_eq!(fs::read_dir(&assets).unwrap().count(), 3);
 
     kernel.sha256 = sha256(b"another");
-    let error = write_manifest(&assets, &kernel, &image).unwrap_err();
+    let error = write_manifest(&assets, &kernel, &image, "rustc 1.95.0").unwrap_err();
     assert!(
         error.to_string().contains("has changed since it was built"),
         "{error}"

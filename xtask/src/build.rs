@@ -11,7 +11,9 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use bulkhead_guest_kernel::Progress;
 
-use crate::{cache, packages, progress::Bar};
+use bulkhead_guest_kernel::cache::Cache;
+
+use crate::{packages, progress::Bar};
 
 /// The programs for the host.
 const PROGRAMS: [&str; 3] = ["bulkhead", "bulkhead-vmm", "containerd-shim-bulkhead-v2"];
@@ -31,7 +33,7 @@ pub(crate) struct Product {
 
 /// Builds all of it.
 pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
-    let kernel = bulkhead_guest_kernel::ensure(&cache::dir()?, progress)?;
+    let kernel = bulkhead_guest_kernel::ensure(&Cache::of_this_user()?, progress)?;
     for note in &kernel.notes {
         eprintln!("Note: {note}");
     }
@@ -54,7 +56,7 @@ pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
     let assets = target_dir().join("guest");
     fs::create_dir_all(&assets)?;
     let image = bulkhead_rootfs_builder::build(&agent, &target_dir().join("guest-root.cpio"))?;
-    bulkhead_rootfs_builder::write_manifest(&assets, &kernel, &image)?;
+    bulkhead_rootfs_builder::write_manifest(&assets, &kernel, &image, &rustc()?)?;
     Ok(Product {
         programs: PROGRAMS
             .iter()
@@ -120,6 +122,18 @@ pub(crate) fn static_program(package: &str, name: &str) -> Result<PathBuf> {
         ],
     )?;
     Ok(target.join(TARGET).join("release").join(name))
+}
+
+/// What the compiler says of its version.
+pub(crate) fn rustc() -> Result<String> {
+    let program = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let output = Command::new(program)
+        .arg("--version")
+        .current_dir(workspace())
+        .output()
+        .context("Cannot start rustc")?;
+    ensure!(output.status.success(), "rustc does not tell its version");
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// Builds and copies below `prefix`.

@@ -1,41 +1,42 @@
-//! The cache: artefacts that are made once, found again by the content of what
-//! went into them.
+//! `cargo xtask cache`: what is kept, and how it is forgotten.
 
 use std::{
+    fmt::Write as _,
     fs,
+    io::{Write as _, stdout},
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
-use bulkhead_tests::lab::cache::Cache;
+use anyhow::Result;
+use bulkhead_guest_kernel::cache::Cache;
 
-/// `$XDG_CACHE_HOME/bulkhead`.
-pub(crate) fn dir() -> Result<PathBuf> {
-    Ok(Cache::of_this_user()?.path().to_owned())
+/// Removes entries if that is wanted, and lists what there is.
+pub(crate) fn show(kept: Option<usize>) -> Result<()> {
+    let cache = Cache::of_this_user()?;
+    if let Some(kept) = kept {
+        cache.prune(kept)?;
+    }
+    stdout().write_all(list(cache.path())?.as_bytes())?;
+    Ok(())
 }
 
-#[expect(clippy::print_stdout, reason = "the list is what the command is for")]
-pub(crate) fn show(clear: bool) -> Result<()> {
-    let dir = dir()?;
-    if clear {
-        fs::remove_dir_all(&dir).with_context(|| format!("Cannot empty {}", dir.display()))?;
-        println!("{} is empty", dir.display());
-        return Ok(());
+/// Each kind, with its size and the number of its entries.
+fn list(dir: &Path) -> Result<String> {
+    let mut text = format!("{}\n", dir.display());
+    let mut kinds = children(dir)?;
+    kinds.sort();
+    for kind in kinds {
+        let name = kind.file_name().unwrap_or_default().to_string_lossy();
+        let entries = children(&kind).unwrap_or_default();
+        let entries = entries.iter().filter(|path| path.is_dir()).count();
+        // Writing to a text cannot fail.
+        let _ = writeln!(text, "{:>8} MiB {entries:>3}  {name}", size(&kind) >> 20);
     }
-    println!("{}", dir.display());
-    let mut entries: Vec<PathBuf> = fs::read_dir(&dir)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .collect();
-    entries.sort();
-    for entry in entries {
-        let name = entry
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        println!("{:>8} MiB  {name}", size(&entry) >> 20);
-    }
-    Ok(())
+    Ok(text)
+}
+
+fn children(dir: &Path) -> Result<Vec<PathBuf>> {
+    fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect()
 }
 
 /// Bytes on disk of everything below `path`.
@@ -48,10 +49,6 @@ fn size(path: &Path) -> u64 {
     if !metadata.is_dir() {
         return own;
     }
-    let Ok(entries) = fs::read_dir(path) else {
-        return own;
-    };
-    own + entries
-        .filter_map(|entry| Some(size(&entry.ok()?.path())))
-        .sum::<u64>()
+    let below = children(path).unwrap_or_default();
+    own + below.iter().map(|path| size(path)).sum::<u64>()
 }

@@ -9,7 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use bulkhead_guest_kernel::Progress;
 use bulkhead_tests::DEBIAN;
 use bulkhead_tests::lab::cache::{self, Cache};
-use bulkhead_tests::lab::{Clock, Contents, Exit, Image, Job, Session, Store, images};
+use bulkhead_tests::lab::{
+    Clock, Contents, Exit, Image, Job, Programs, Session, Store, images, programs,
+};
 
 use crate::progress::Bar;
 use crate::{build, packages};
@@ -17,9 +19,13 @@ use crate::{build, packages};
 /// How many lab hosts a benchmark may lose.
 const BENCH_TRIES: u32 = 3;
 
+/// How long unpacking the demo image may take, and running it once.
+const UNPACK_DEADLINE: Duration = Duration::from_secs(600);
+
 /// Everything that a session needs.
 pub(crate) struct Ready {
     cache: Cache,
+    programs: Programs,
     images: Vec<Image>,
     contents: Contents,
     /// Images that the product has unpacked.
@@ -27,9 +33,18 @@ pub(crate) struct Ready {
 }
 
 impl Ready {
-    /// Finds or makes images, and builds what the lab host needs. With `prefix`
-    /// the product, laid out as below `/usr`, is installed in each session.
+    /// What a session with the lab's usual containerd needs: see [`Ready::with_containerd`].
     pub(crate) fn new(prefix: Option<&Path>, progress: &dyn Progress) -> Result<Ready> {
+        Ready::with_containerd(programs::CONTAINERD, prefix, progress)
+    }
+
+    /// Finds or makes programs and images, and builds what the lab host needs. With
+    /// `prefix` the product, laid out as below `/usr`, is installed in each session.
+    pub(crate) fn with_containerd(
+        containerd: &str,
+        prefix: Option<&Path>,
+        progress: &dyn Progress,
+    ) -> Result<Ready> {
         let cache = Cache::of_this_user()?;
         progress.step("Building the lab's own program");
         // Not optimised: its libraries are there, for cargo xtask needs them.
@@ -43,16 +58,20 @@ impl Ready {
             ],
             &[],
         )?;
+        let programs = Programs::ensure(&cache, containerd, progress)?;
         let images = images(&cache, progress)?;
         let mut contents =
             Contents::default().with("labd", build::target_dir().join("debug/bulkhead-labd"));
         let mut store = None;
         if let Some(prefix) = prefix {
             contents = contents.with("root/usr", prefix);
-            store = Some(unpacked(&cache, &images, &contents, progress)?);
+            let program = prefix.join("bin/bulkhead");
+            let machine = (&cache, &programs, &images[..]);
+            store = Some(unpacked(machine, &contents, &program, progress)?);
         }
         Ok(Ready {
             cache,
+            programs,
             images,
             contents,
             store,
@@ -69,6 +88,7 @@ impl Ready {
     pub(crate) fn session(&self, clock: Clock, progress: &dyn Progress) -> Result<Session> {
         Session::start(
             &self.cache,
+            &self.programs,
             &self.images,
             &self.contents,
             self.store.as_ref(),
@@ -78,50 +98,40 @@ impl Ready {
     }
 }
 
-/// The demo image as the product unpacks it, which takes the emulated machine half
-/// a minute: out of the cache, or made by a first run. How it lies on the disk is
-/// the business of one module of the CLI.
+/// The demo image as `program`, the product's command line, unpacks it, which takes
+/// the emulated machine half a minute: out of the cache, or made by a first run.
 fn unpacked(
-    cache: &Cache,
-    images: &[Image],
+    (cache, programs, images): (&Cache, &Programs, &[Image]),
     contents: &Contents,
+    program: &Path,
     progress: &dyn Progress,
 ) -> Result<Store> {
-    let module = build::workspace().join("cli/src/image");
-    let mut sources = Vec::new();
-    for path in files(&module)? {
-        sources.push(fs::read_to_string(&path)?);
-    }
-    let parts = images.iter().map(Image::key);
-    let key = cache::key(parts.chain(sources.iter().map(String::as_str)));
-    let entry = cache.entry("lab-store", &key, |entry| {
-        let mut session = Session::start(cache, images, contents, None, Clock::Wall, progress)?;
+    let program = cache::sha256_of(program)?;
+    let images_are = images.iter().map(Image::content);
+    let key = cache::key(images_are.chain([program.as_str()]));
+    let entry = cache.entry("lab-store", &key, progress, |entry, _| {
+        let mut session = Session::start(
+            cache,
+            programs,
+            images,
+            contents,
+            None,
+            Clock::Wall,
+            progress,
+        )?;
         progress.step("Unpacking the demo image");
         let job = Job::new(["bulkhead", "run", "--rm", DEBIAN, "--", "true"]);
+        let job = job.deadline(UNPACK_DEADLINE);
         let output = session.output(&job)?;
         ensure!(
             output.exit == Exit::Code(0),
-            "The demo image cannot be run: {}",
+            "The demo image cannot be run ({:?}): {}",
+            output.exit,
             String::from_utf8_lossy(&output.stderr)
         );
         session.keep_store(entry)
     })?;
     Ok(Store::of(entry))
-}
-
-/// All files below the directory `path`, in order.
-fn files(path: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(path).with_context(|| format!("Cannot read {}", path.display()))? {
-        let path = entry?.path();
-        if path.is_dir() {
-            found.extend(files(&path)?);
-        } else {
-            found.push(path);
-        }
-    }
-    found.sort();
-    Ok(found)
 }
 
 /// Builds everything and lays it out as it is installed, below the target directory.
@@ -176,6 +186,9 @@ pub(crate) struct Lab {
     /// Boot afresh, with a clock that counts instructions
     #[arg(long)]
     icount: bool,
+    /// The version of containerd, of those in tests/go
+    #[arg(long, value_name = "VERSION", default_value = programs::CONTAINERD)]
+    containerd: String,
     /// Without building and installing the product
     #[arg(long)]
     bare: bool,
@@ -199,7 +212,7 @@ pub(crate) fn lab(wanted: Lab) -> Result<ExitCode> {
     } else {
         Some(prefix(&bar)?)
     };
-    let mut ready = Ready::new(prefix.as_deref(), &bar)?;
+    let mut ready = Ready::with_containerd(&wanted.containerd, prefix.as_deref(), &bar)?;
     if let Some(with) = wanted.with {
         ready = ready.with("with", with);
     }

@@ -5,6 +5,7 @@
 
 mod build;
 mod cache;
+mod inputs;
 mod lab;
 mod packages;
 mod progress;
@@ -69,9 +70,14 @@ enum Task {
         #[arg(long, default_value = "/usr")]
         prefix: PathBuf,
     },
-    /// Show what is in the cache, or empty it
+    /// Show what kernel, lab host and images were made from, and what Debian has now
+    Inputs,
+    /// Show what is in the cache, or make it smaller
     Cache {
-        /// Remove everything
+        /// Keep of each kind only the entries that were used last, and those in use
+        #[arg(long, value_name = "NUMBER", conflicts_with = "clear")]
+        keep: Option<usize>,
+        /// Remove everything that is not in use
         #[arg(long)]
         clear: bool,
     },
@@ -108,7 +114,11 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Lab(wanted) => lab::lab(wanted),
         Task::Bench { name, rounds } => lab::bench(&name, rounds),
         Task::Install { prefix } => build::install(&prefix).map(|()| ExitCode::SUCCESS),
-        Task::Cache { clear } => cache::show(clear).map(|()| ExitCode::SUCCESS),
-        Task::Deny => tools::deny(tools::Advisories::Checked).map(|()| ExitCode::SUCCESS),
+        Task::Inputs => inputs::show().map(|()| ExitCode::SUCCESS),
+        Task::Cache { keep, clear } => {
+            cache::show(if clear { Some(0) } else { keep }).map(|()| ExitCode::SUCCESS)
+        }
+        Task::Deny => tools::deny(tools::Advisories::Checked, &progress::Bar::new())
+            .map(|()| ExitCode::SUCCESS),
     }
 }

@@ -12,9 +12,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest_kernel::{Progress, cache::Cache};
 
-use crate::{build, cache};
+use crate::build;
 
 /// Builds everything again elsewhere and compares.
 pub(crate) fn run(with_kernel: bool, progress: &dyn Progress) -> Result<()> {
@@ -38,8 +38,8 @@ pub(crate) fn run(with_kernel: bool, progress: &dyn Progress) -> Result<()> {
     same.push(("guest root", one? == two?));
 
     if with_kernel {
-        let known = bulkhead_guest_kernel::ensure(&cache::dir()?, progress)?;
-        let fresh = bulkhead_guest_kernel::ensure(&elsewhere.path().join("cache"), progress)?;
+        let known = bulkhead_guest_kernel::ensure(&Cache::of_this_user()?, progress)?;
+        let fresh = bulkhead_guest_kernel::ensure(&Cache::at(&elsewhere.path().join("cache"))?, progress)?;
         same.push((
             "kernel configuration",
             known.config_sha256 == fresh.config_sha256,

@@ -1,56 +1,60 @@
 //! Programs of others that are built from their packages.
 
-use std::{fs::File, path::PathBuf, process::Command};
+use std::{ffi::OsStr, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest_kernel::{
+    Progress,
+    cache::{self, Cache, Entry},
+};
 
-use crate::{build, cache};
+use crate::build;
 
 /// Test programs that run in containers, with the versions that are known to work.
 const TESTERS: [(&str, &str); 2] = [("fsx", "0.3.2"), ("pjdfstest", "0.2.2")];
 
-/// Builds the test programs once, static, so that any image runs them. Returns
-/// the directory that holds them.
-pub(crate) fn testers(progress: &dyn Progress) -> Result<PathBuf> {
-    let root = cache::dir()?.join("testers");
-    std::fs::create_dir_all(&root)?;
-    let lock = File::create(root.join("lock"))?;
-    lock.lock()?;
-    for (name, version) in TESTERS {
-        let place = root.join(format!("{name}-{version}"));
-        if place.join("bin").join(name).exists() {
-            continue;
+/// Builds the test programs once, static, so that any image runs them. The directory
+/// `bin` of the entry holds them.
+pub(crate) fn testers(progress: &dyn Progress) -> Result<Entry> {
+    let parts = TESTERS.iter().flat_map(|(name, version)| [*name, version]);
+    let key = cache::key(parts.chain([build::rustc()?.as_str()]));
+    Cache::of_this_user()?.entry("testers", &key, progress, |entry, work| {
+        for (name, version) in TESTERS {
+            progress.step(&format!("Building {name} {version}"));
+            let arguments = ["--target", "x86_64-unknown-linux-gnu"];
+            let flags = ("RUSTFLAGS", "-C target-feature=+crt-static".as_ref());
+            install(name, version, &arguments, &[flags], entry, work)?;
         }
-        progress.step(&format!("Building {name} {version}"));
-        let target = tempfile::tempdir()?;
-        build::cargo(
-            &[
-                "install",
-                "--locked",
-                "--target",
-                "x86_64-unknown-linux-gnu",
-                "--version",
-                version,
-                "--root",
-                &place.to_string_lossy(),
-                name,
-            ],
-            &[
-                ("CARGO_TARGET_DIR", target.path().as_os_str()),
-                ("RUSTFLAGS", "-C target-feature=+crt-static".as_ref()),
-            ],
-        )?;
-    }
-    let bin = root.join("bin");
-    std::fs::create_dir_all(&bin)?;
-    for (name, version) in TESTERS {
-        std::fs::copy(
-            root.join(format!("{name}-{version}/bin/{name}")),
-            bin.join(name),
-        )?;
-    }
-    Ok(bin)
+        Ok(())
+    })
+}
+
+/// Builds a program of the registry; it then lies in `bin` below `root`.
+fn install(
+    name: &str,
+    version: &str,
+    arguments: &[&str],
+    variables: &[(&str, &OsStr)],
+    root: &Path,
+    work: &Path,
+) -> Result<()> {
+    let place = root.to_string_lossy();
+    let fixed = [
+        "install",
+        "--locked",
+        "--no-track",
+        "--version",
+        version,
+        "--root",
+        &place,
+        name,
+    ];
+    let target = work.join("target");
+    let target = ("CARGO_TARGET_DIR", target.as_os_str());
+    build::cargo(
+        &[&fixed, arguments].concat(),
+        &[&[target], variables].concat(),
+    )
 }
 
 /// The cargo-deny that checks the dependencies.
@@ -66,33 +70,15 @@ pub(crate) enum Advisories {
 }
 
 /// Runs cargo-deny, which is built once.
-pub(crate) fn deny(advisories: Advisories) -> Result<()> {
+pub(crate) fn deny(advisories: Advisories, progress: &dyn Progress) -> Result<()> {
     let (name, version) = DENY;
-    let root = cache::dir()?.join("cargo-deny");
-    std::fs::create_dir_all(&root)?;
-    let lock = File::create(root.join("lock"))?;
-    lock.lock()?;
-    let place = root.join(version);
-    let program = place.join("bin").join(name);
-    if !program.exists() {
-        let target = tempfile::tempdir()?;
-        let place = place.to_string_lossy();
-        let arguments = [
-            "install",
-            "--locked",
-            "--version",
-            version,
-            "--root",
-            &place,
-            name,
-        ];
-        build::cargo(
-            &arguments,
-            &[("CARGO_TARGET_DIR", target.path().as_os_str())],
-        )?;
-    }
+    let key = cache::key([name, version, &build::rustc()?]);
+    let entry = Cache::of_this_user()?.entry(name, &key, progress, |entry, work| {
+        progress.step(&format!("Building {name} {version}"));
+        install(name, version, &[], &[], entry, work)
+    })?;
     let mut checks = vec!["licenses", "bans", "sources"];
-    let mut command = Command::new(program);
+    let mut command = Command::new(entry.file("bin").join(name));
     match advisories {
         Advisories::Checked => checks.push("advisories"),
         Advisories::Skipped => drop(command.arg("--offline")),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::command::{clean, output};
+use bulkhead_guest_kernel::command::{clean, output};
 
 /// Size in MiB. It must be the same when the machine is saved and when it is
 /// restored; the file is sparse.
@@ -25,8 +25,10 @@ const SIZE_MIB: u32 = 4096;
 pub struct Contents {
     /// Path on the disk, and the file or directory of this machine.
     files: Vec<(PathBuf, PathBuf)>,
-    /// Scripts: path on the disk, and text.
-    scripts: Vec<(PathBuf, String)>,
+    /// Path on the disk, and a directory of this machine whose files it gets.
+    merged: Vec<(PathBuf, PathBuf)>,
+    /// Path on the disk, text and mode.
+    texts: Vec<(PathBuf, String, u32)>,
 }
 
 impl Contents {
@@ -37,10 +39,17 @@ impl Contents {
         self
     }
 
-    /// Adds an executable file with this text as `path`.
+    /// Adds what is in the directory `from` of this machine to the directory `path`.
     #[must_use]
-    pub(crate) fn with_script(mut self, path: &str, text: &str) -> Contents {
-        self.scripts.push((path.into(), text.to_owned()));
+    pub(crate) fn with_content(mut self, path: &str, from: PathBuf) -> Contents {
+        self.merged.push((path.into(), from));
+        self
+    }
+
+    /// Adds a file with this text and mode as `path`.
+    #[must_use]
+    pub(crate) fn with_file(mut self, path: &str, text: &str, mode: u32) -> Contents {
+        self.texts.push((path.into(), text.to_owned(), mode));
         self
     }
 
@@ -57,15 +66,24 @@ impl Contents {
             }
             Ok(path)
         };
+        // Files are linked where they can be: nothing is copied twice.
+        let copy = |from: &Path, to: &Path| {
+            output(clean("cp").args(["-RLlf"]).arg(from).arg(to))
+                .or_else(|_| output(clean("cp").args(["-RL"]).arg(from).arg(to)))
+                .map(drop)
+        };
         for (path, from) in &self.files {
-            // Files are linked where they can be: nothing is copied twice.
-            output(clean("cp").args(["-RLlf"]).arg(from).arg(place(path)?))
-                .or_else(|_| output(clean("cp").args(["-RL"]).arg(from).arg(place(path)?)))?;
+            copy(from, &place(path)?)?;
         }
-        for (path, text) in &self.scripts {
+        for (path, from) in &self.merged {
+            let to = place(path)?;
+            fs::create_dir_all(&to)?;
+            copy(&from.join("."), &to)?;
+        }
+        for (path, text, mode) in &self.texts {
             let path = place(path)?;
             File::create(&path)?.write_all(text.as_bytes())?;
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(*mode))?;
         }
         output(
             clean("mke2fs")

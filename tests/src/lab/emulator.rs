@@ -13,8 +13,8 @@ use anyhow::{Context, Result, ensure};
 use bulkhead_guest_kernel::Progress;
 use bulkhead_guest_kernel::debian::{Apt, Mirror};
 
-use super::cache::{self, Cache, Entry};
-use super::command::{clean, output};
+use bulkhead_guest_kernel::cache::{self, Cache, Entry};
+use bulkhead_guest_kernel::command::{clean, output};
 
 /// The program.
 const QEMU: &str = "qemu-system-x86_64";
@@ -53,12 +53,9 @@ pub(crate) fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Emulator>
         });
     }
     let key = cache::key([SUITE, &version].into_iter().chain(PACKAGES));
-    let unpacked = cache.entry("lab-emulator", &key, |entry| {
+    let unpacked = cache.entry("lab-emulator", &key, progress, |entry, work| {
         progress.step("Fetching an emulator without the faults of the system's");
-        let work = tempfile::Builder::new()
-            .prefix("work-")
-            .tempdir_in(entry.parent().context("An entry lies in a folder")?)?;
-        let apt = Apt::new(work.path(), &Mirror::of_this_machine()?, SUITE)?;
+        let apt = Apt::new(work, &Mirror::of_this_machine()?, SUITE)?;
         for package in PACKAGES {
             apt.candidate(package)?;
             let archive = apt.download(package)?;

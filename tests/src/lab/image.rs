@@ -10,13 +10,13 @@ use bulkhead_guest_kernel::debian::{Apt, Mirror};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::cache::{self, Cache, Entry, sha256_of};
-use super::command::{clean, output};
-use super::packages::{BUSYBOX_IMAGE, DEBIAN, STABLE};
-use super::root::debootstrap;
+use super::packages::{BUSYBOX, BUSYBOX_IMAGE, DEBIAN, STABLE};
+use super::root::{PACKAGES, debootstrap, list_packages};
+use bulkhead_guest_kernel::cache::{self, Cache, Entry, sha256_of};
+use bulkhead_guest_kernel::command::{clean, output};
 
 /// Changes whenever a step below does.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -35,11 +35,34 @@ impl Image {
         self.entry.file("layout")
     }
 
-    /// Hash of what it is made from.
+    /// Hash of all its files.
     #[must_use]
-    pub fn key(&self) -> &str {
-        self.entry.key()
+    pub fn content(&self) -> &str {
+        self.entry.content()
     }
+}
+
+/// Kind and name of the entry of the busybox image.
+fn busybox_name() -> (&'static str, String) {
+    let key = cache::key([RECIPE, PATH, STABLE, BUSYBOX_IMAGE]);
+    ("image-busybox", key)
+}
+
+/// Kind and name of the entry of the Debian image.
+fn debian_name() -> (&'static str, String) {
+    let parts = [RECIPE, PATH, STABLE].into_iter();
+    (
+        "image-debian",
+        cache::key(parts.chain(DEBIAN.iter().copied())),
+    )
+}
+
+/// The images' names, and their entries if they have been made.
+pub(crate) fn find(cache: &Cache) -> Result<Vec<(&'static str, Option<Entry>)>> {
+    [("busybox", busybox_name()), ("debian", debian_name())]
+        .into_iter()
+        .map(|(name, (kind, key))| Ok((name, cache.find(kind, &key)?)))
+        .collect()
 }
 
 /// The images `busybox` and `debian`: out of the cache, or made now.
@@ -48,23 +71,19 @@ impl Image {
 ///
 /// A package is missing or cannot be fetched, or root's rights are.
 pub fn images(cache: &Cache, progress: &dyn Progress) -> Result<Vec<Image>> {
-    let key = cache::key([RECIPE, PATH, STABLE, BUSYBOX_IMAGE]);
-    let busybox = cache.entry("image-busybox", &key, |entry| {
+    let (kind, key) = busybox_name();
+    let busybox = cache.entry(kind, &key, progress, |entry, work| {
         progress.step("Making the busybox image");
-        make_busybox(entry)
+        make_busybox(entry, work)
     })?;
-    let key = cache::key(
-        [RECIPE, PATH, STABLE]
-            .into_iter()
-            .chain(DEBIAN.iter().copied()),
-    );
-    let debian = cache.entry("image-debian", &key, |entry| {
+    let (kind, key) = debian_name();
+    let debian = cache.entry(kind, &key, progress, |entry, work| {
         ensure!(
             rustix::process::geteuid().is_root(),
             "The Debian image is made by debootstrap, which needs root: run this once as root"
         );
         progress.step("Making the Debian image (debootstrap)");
-        make_debian(entry, &cache.path().join("image-debian.log"))
+        make_debian(entry, work, &cache.path().join("image-debian.log"))
     })?;
     Ok(vec![
         Image {
@@ -78,18 +97,8 @@ pub fn images(cache: &Cache, progress: &dyn Progress) -> Result<Vec<Image>> {
     ])
 }
 
-/// A directory for building beside `entry`: should this be interrupted, the
-/// next build removes it.
-fn work(entry: &Path) -> Result<tempfile::TempDir> {
-    let folder = entry.parent().context("An entry lies in a folder")?;
-    Ok(tempfile::Builder::new()
-        .prefix("work-")
-        .tempdir_in(folder)?)
-}
-
-fn make_busybox(entry: &Path) -> Result<()> {
-    let work = work(entry)?;
-    let tree = work.path().join("tree");
+fn make_busybox(entry: &Path, work: &Path) -> Result<()> {
+    let tree = work.join("tree");
     for dir in [
         "bin", "dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp", "var",
     ] {
@@ -102,20 +111,18 @@ fn make_busybox(entry: &Path) -> Result<()> {
     )?;
     fs::write(tree.join("etc/group"), "root:x:0:\nuser:x:1000:\n")?;
     let program = tree.join("bin/busybox");
-    let apt = Apt::new(
-        &work.path().join("apt"),
-        &Mirror::of_this_machine()?,
-        STABLE,
-    )?;
-    apt.candidate(BUSYBOX_IMAGE)?;
-    let unpacked = work.path().join("package");
+    let apt = Apt::new(&work.join("apt"), &Mirror::of_this_machine()?, STABLE)?;
+    let version = apt.candidate(BUSYBOX_IMAGE)?;
+    fs::write(entry.join(PACKAGES), format!("{BUSYBOX_IMAGE} {version}\n"))?;
+    let unpacked = work.join("package");
     output(
         clean("dpkg-deb")
             .arg("-x")
             .arg(apt.download(BUSYBOX_IMAGE)?)
             .arg(&unpacked),
     )?;
-    fs::copy(unpacked.join("bin/busybox"), &program)?;
+    fs::copy(unpacked.join(BUSYBOX), &program)
+        .with_context(|| format!("The package {BUSYBOX_IMAGE} has no {BUSYBOX}"))?;
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
     let applets = output(clean(&program.to_string_lossy()).arg("--list"))?;
     for applet in applets.lines().filter(|name| *name != "busybox") {
@@ -129,10 +136,10 @@ fn make_busybox(entry: &Path) -> Result<()> {
     )
 }
 
-fn make_debian(entry: &Path, log: &Path) -> Result<()> {
-    let work = work(entry)?;
-    let tree = work.path().join("tree");
+fn make_debian(entry: &Path, work: &Path, log: &Path) -> Result<()> {
+    let tree = work.join("tree");
     debootstrap(&Mirror::of_this_machine()?, STABLE, DEBIAN, &tree, log)?;
+    list_packages(&tree, "", &entry.join(PACKAGES))?;
     write_layout(
         &tree,
         &entry.join("layout"),

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
+use bulkhead_guest_kernel::Progress;
 use rustix::io::{FdFlags, fcntl_setfd};
 
-use super::command::{clean, output};
 use super::emulator::Emulator;
+use bulkhead_guest_kernel::command::{clean, last_lines, output};
 
 /// Memory of the lab host in MiB. Only what it touches is taken.
 pub const MEMORY_MIB: u32 = 4096;
@@ -25,6 +26,9 @@ const KERNEL_ARGUMENTS: &str = "root=/dev/vda rw console=ttyS0 quiet loglevel=5 
      kvm.nx_huge_pages=never kvm.report_ignored_msrs=0 tsc=reliable \
      oops=panic softlockup_panic=1 watchdog_thresh=30 panic=-1 \
      systemd.show_status=0 net.ifnames=0 apparmor=0";
+
+/// Lines of log and console that an error shows: the journal's end is among them.
+const LINES: usize = 40;
 
 /// How the lab host's time passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,24 +172,36 @@ impl Machine {
         super::qmp::Monitor::new(self.monitor.take().context("The monitor is in use")?)
     }
 
-    /// Waits until the lab host listens on its port.
-    pub(crate) fn ready(&mut self, timeout: Duration) -> Result<()> {
+    /// Waits until the lab host listens on its port. It may take `timeout` to boot,
+    /// and for each step of a program of which it tells.
+    pub(crate) fn ready(&mut self, timeout: Duration, progress: &dyn Progress) -> Result<()> {
         self.port.get_ref().set_read_timeout(Some(timeout))?;
-        let mut line = String::new();
-        let got = self.port.read_line(&mut line);
+        let mut step = "Booting".to_owned();
+        let outcome = loop {
+            let mut line = String::new();
+            match self.port.read_line(&mut line) {
+                Ok(0) => break Err(anyhow!("QEMU ended")),
+                Ok(_) => {}
+                Err(error) => {
+                    let seconds = timeout.as_secs();
+                    let silent = format!("The lab host says nothing for {seconds} s ({step})");
+                    break Err(anyhow::Error::new(error).context(silent));
+                }
+            }
+            match line.trim_end() {
+                "ready" => break Ok(()),
+                "failed" => break Err(anyhow!("The lab host cannot be made ready ({step})")),
+                line => match line.strip_prefix("step ") {
+                    Some(text) => {
+                        text.clone_into(&mut step);
+                        progress.step(&format!("In the lab host: {step}"));
+                    }
+                    None => break Err(anyhow!("The lab host says {line:?}")),
+                },
+            }
+        };
         self.port.get_ref().set_read_timeout(None)?;
-        match got {
-            Ok(_) if line == "ready\n" => Ok(()),
-            Ok(0) => bail!("QEMU ended: {}", self.said()),
-            Ok(_) => bail!("The lab host says {line:?}"),
-            Err(error) => Err(error).with_context(|| {
-                format!(
-                    "The lab host does not answer within {} s: {}",
-                    timeout.as_secs(),
-                    self.said()
-                )
-            }),
-        }
+        outcome.map_err(|error| anyhow!("{error:#}:\n{}", self.said()))
     }
 
     /// Lets the lab host start `program` of the second disk.
@@ -210,8 +226,8 @@ impl Machine {
             let text = fs::read(path).unwrap_or_default();
             String::from_utf8_lossy(&text).into_owned()
         });
-        let lines: Vec<&str> = log.lines().chain(console.lines()).collect();
-        lines[lines.len().saturating_sub(12)..].join("\n")
+        let text = log + &console;
+        last_lines(&text.replace('\r', ""), LINES)
     }
 }
 

@@ -5,7 +5,8 @@
 //! hardware, and never knows.
 //!
 //! ```text
-//! debootstrap ─► root.qcow2 ─► booted once, images imported ─► state + disk.qcow2   (cache)
+//! debootstrap ─► root.qcow2 ─► booted once; containerd of a pinned
+//!                              version, images imported ─► state + disk.qcow2   (cache)
 //!                                                                   │ restored for each call
 //! binaries ─► mke2fs -d ─► second disk ────────────────────────► Session ─► jobs
 //!                          third disk: /var/lib/bulkhead ──────────┘
@@ -19,13 +20,13 @@
 //! Never changes the building machine's system: packages are the caller's
 //! matter ([`packages`]), everything made here lies below the cache directory.
 
-pub mod cache;
-mod command;
 mod disk;
 mod emulator;
 mod image;
+pub mod inputs;
 mod machine;
 pub mod packages;
+pub mod programs;
 pub mod protocol;
 mod qmp;
 mod root;
@@ -34,8 +35,10 @@ mod session;
 mod store;
 mod terminal;
 
+pub use bulkhead_guest_kernel::cache;
 pub use disk::Contents;
 pub use image::{Image, images};
 pub use machine::{Clock, MEMORY_MIB};
+pub use programs::Programs;
 pub use session::{Exit, Job, Output, Session};
 pub use store::Store;

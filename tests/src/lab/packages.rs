@@ -4,6 +4,7 @@
 
 /// On the building machine, to make the lab host and to run it.
 pub const MACHINE: &[&str] = &[
+    "busybox",                // what the agent's tests run in their containers
     "cpio",                   // the lab host's initial file system
     "debian-archive-keyring", // signatures of all that follows
     "debootstrap",            // root file systems
@@ -12,11 +13,10 @@ pub const MACHINE: &[&str] = &[
     "qemu-utils",             // qemu-img: overlays
 ];
 
-/// The suite that the lab host's kernel and the demo image are of.
-pub const STABLE: &str = "bookworm";
-
-/// The suite of the lab host: the oldest one with containerd 2.
-pub const LAB: &str = "forky";
+/// The suite of the lab host, its kernel and the images: Debian's stable one, which
+/// moves by point releases only. What has to be newer is a Go module
+/// ([`super::programs`]).
+pub const STABLE: &str = "trixie";
 
 /// The kernel of the lab host; its KVM is what the product runs on.
 pub const LAB_KERNEL: &str = "linux-image-cloud-amd64";
@@ -28,7 +28,6 @@ pub const LAB_HOST: &[&str] = &[
     "busybox-static",              // the small image, and the initial file system
     "ca-certificates",             // containerd wants to see some
     "conntrack",                   // port mappings of CNI plug-ins
-    "containerd",                  // what stands above us
     "containernetworking-plugins", // bridge, portmap, host-local, loopback
     "crun",                        // a second OCI runtime to compare with
     "curl",                        // a client for network tests
@@ -44,7 +43,6 @@ pub const LAB_HOST: &[&str] = &[
     "procps",                      // ps
     "python3-minimal",             // raw requests in tests
     "qemu-system-x86",             // its microvm machine is the peer in benches
-    "runc",                        // the runtime to compare with
     "skopeo",                      // images between formats
     "socat",                       // sockets by hand
     "strace",                      // system calls of the VMM, counted
@@ -69,8 +67,15 @@ pub const MODULES: &[&str] = &[
     "vhost_vsock",
 ];
 
-/// The one program of the busybox image.
+/// The one program of the busybox image, and where it lies in its package.
 pub const BUSYBOX_IMAGE: &str = "busybox-static";
+/// See [`BUSYBOX_IMAGE`].
+pub const BUSYBOX: &str = "usr/bin/busybox";
+
+/// A Go of any age from 1.21 on: it fetches the one that the modules are built with.
+pub const GO: &str = "golang-1.24-go";
+/// Its root in that package.
+pub const GO_ROOT: &str = "usr/lib/go-1.24";
 
 /// In the Debian image, beside Debian's minimal system.
 pub const DEBIAN: &[&str] = &[

@@ -6,17 +6,18 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_guest_kernel::Progress;
 use bulkhead_guest_kernel::debian::{Apt, Mirror, keyring};
 
-use super::cache::{self, Cache, Entry};
-use super::command::{clean, logged, output};
-use super::packages::{LAB, LAB_HOST, LAB_KERNEL, MODULES, STABLE};
+use super::packages::{BUSYBOX, LAB_HOST, LAB_KERNEL, MODULES, STABLE};
+use bulkhead_guest_kernel::cache::{self, Cache, Entry};
+use bulkhead_guest_kernel::command::{clean, limited, logged, output, output_bytes};
 
 /// Changes whenever a step below does.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 /// Largest size of the root file system in MiB; the disk file is sparse.
 const SIZE_MIB: u32 = 24 * 1024;
@@ -27,6 +28,15 @@ pub(crate) const DISK: &str = "root.qcow2";
 pub(crate) const KERNEL: &str = "vmlinuz";
 /// The initial file system of the kernel.
 pub(crate) const INITRD: &str = "initrd";
+
+/// How long installing a system may take.
+const DEBOOTSTRAP_DEADLINE: Duration = Duration::from_secs(2400);
+
+/// In an entry made from Debian packages: their names and versions.
+pub(crate) const PACKAGES: &str = "packages";
+
+/// Where a kernel's modules lie, in its package and in the lab host.
+const MODULES_DIRECTORY: &str = "usr/lib/modules";
 
 /// Modules that the kernel needs to reach its root disk.
 const DISK_MODULES: [&str; 2] = ["virtio_pci", "virtio_blk"];
@@ -44,9 +54,15 @@ const FILES: &[(&str, u32, &str)] = &[
         include_str!("guest/lab-wait.service"),
     ),
     (
-        "etc/containerd/config.toml",
+        "etc/systemd/system/containerd.service",
         0o644,
-        include_str!("guest/containerd.toml"),
+        include_str!("guest/containerd.service"),
+    ),
+    // A unit that fails at boot is seen on the console.
+    (
+        "etc/systemd/journald.conf.d/lab.conf",
+        0o644,
+        "[Journal]\nForwardToConsole=yes\nMaxLevelConsole=warning\n",
     ),
     ("etc/hostname", 0o644, "lab\n"),
     (
@@ -74,13 +90,11 @@ const MASKED: &[&str] = &[
     "systemd-timesyncd.service",
 ];
 
-/// The root disk for the present lists and files: out of the cache, or made
-/// now, which takes minutes and root's rights.
-pub(crate) fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Entry> {
+/// The kind of the entry, and the name of the one for the present lists and files.
+fn name() -> (&'static str, String) {
     let size = SIZE_MIB.to_string();
     let mut parts = vec![
         RECIPE,
-        LAB,
         STABLE,
         LAB_KERNEL,
         &size,
@@ -93,36 +107,46 @@ pub(crate) fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Entry> {
     for (path, _, content) in FILES {
         parts.extend([path, content]);
     }
-    cache.entry("lab-root", &cache::key(parts), |entry| {
+    ("lab-root", cache::key(parts))
+}
+
+/// The root disk, if it has been made.
+pub(crate) fn find(cache: &Cache) -> Result<Option<Entry>> {
+    let (kind, key) = name();
+    cache.find(kind, &key)
+}
+
+/// The root disk for the present lists and files: out of the cache, or made
+/// now, which takes minutes and root's rights.
+pub(crate) fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Entry> {
+    let (kind, key) = name();
+    cache.entry(kind, &key, progress, |entry, work| {
         ensure!(
             rustix::process::geteuid().is_root(),
             "The lab host is made by debootstrap, which needs root: run this once as root"
         );
-        make(cache, entry, progress)
+        make(cache, entry, work, progress)
     })
 }
 
-fn make(cache: &Cache, entry: &Path, progress: &dyn Progress) -> Result<()> {
-    // Beside the entry: should this be interrupted, the next build removes it.
-    let work = tempfile::Builder::new()
-        .prefix("work-")
-        .tempdir_in(entry.parent().context("An entry lies in a folder")?)?;
-    let root = work.path().join("root");
+fn make(cache: &Cache, entry: &Path, work: &Path, progress: &dyn Progress) -> Result<()> {
+    let root = work.join("root");
     let mirror = Mirror::of_this_machine()?;
     progress.step("Installing the lab host's system (debootstrap)");
     debootstrap(
         &mirror,
-        LAB,
+        STABLE,
         LAB_HOST,
         &root,
         &cache.path().join("lab-root.log"),
     )?;
     progress.step("Installing the lab host's kernel");
-    let version = kernel(&mirror, work.path(), &root, entry)?;
+    let (package, version) = kernel(&mirror, work, &root, entry)?;
+    list_packages(&root, &package, &entry.join(PACKAGES))?;
     settle(&root)?;
-    initrd(&root, &version, work.path(), &entry.join(INITRD))?;
+    initrd(&root, &version, work, &entry.join(INITRD))?;
     progress.step("Packing the lab host's disk");
-    let raw = work.path().join("root.img");
+    let raw = work.join("root.img");
     output(
         clean("mke2fs")
             .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])
@@ -149,7 +173,7 @@ pub(crate) fn debootstrap(
 ) -> Result<()> {
     // An older debootstrap knows no newer suite by name; all are made alike.
     logged(
-        clean("debootstrap")
+        limited("debootstrap", DEBOOTSTRAP_DEADLINE)
             .args(["--variant=minbase", "--force-check-gpg"])
             .arg(format!("--keyring={}", keyring()?))
             .arg(format!("--include={}", packages.join(",")))
@@ -176,15 +200,32 @@ pub(crate) fn debootstrap(
     Ok(())
 }
 
-/// Installs the kernel's modules in `root`, and its image in `entry`: the version.
-fn kernel(mirror: &Mirror, work: &Path, root: &Path, entry: &Path) -> Result<String> {
+/// Lists the packages that are installed in `root`, and `more`, in the file `out`:
+/// a name and a version a line.
+pub(crate) fn list_packages(root: &Path, more: &str, out: &Path) -> Result<()> {
+    let mut list = output(
+        clean("dpkg-query")
+            .arg(format!(
+                "--admindir={}",
+                root.join("var/lib/dpkg").display()
+            ))
+            .args(["--show", "--showformat", "${Package} ${Version}\n"]),
+    )?;
+    list.push_str(more);
+    fs::write(out, list).with_context(|| format!("Cannot write {}", out.display()))
+}
+
+/// Installs the kernel's modules in `root`, and its image in `entry`: the package with its
+/// version, as a line, and the version that the kernel has itself.
+fn kernel(mirror: &Mirror, work: &Path, root: &Path, entry: &Path) -> Result<(String, String)> {
     let apt = Apt::new(&work.join("apt"), mirror, STABLE)?;
-    apt.candidate(LAB_KERNEL)?;
+    let line = format!("{LAB_KERNEL} {}\n", apt.candidate(LAB_KERNEL)?);
     let package = apt.download(&apt.stands_for(LAB_KERNEL)?)?;
     let unpacked = work.join("kernel");
     output(clean("dpkg-deb").arg("-x").arg(&package).arg(&unpacked))?;
-    let modules = unpacked.join("lib/modules");
-    let version = fs::read_dir(&modules)?
+    let modules = unpacked.join(MODULES_DIRECTORY);
+    let version = fs::read_dir(&modules)
+        .with_context(|| format!("The kernel package has no {MODULES_DIRECTORY}"))?
         .next()
         .context("The kernel package has no modules")??
         .file_name()
@@ -193,7 +234,8 @@ fn kernel(mirror: &Mirror, work: &Path, root: &Path, entry: &Path) -> Result<Str
     fs::copy(
         unpacked.join(format!("boot/vmlinuz-{version}")),
         entry.join(KERNEL),
-    )?;
+    )
+    .context("The kernel package has no kernel")?;
     output(
         clean("cp")
             .arg("-a")
@@ -201,7 +243,7 @@ fn kernel(mirror: &Mirror, work: &Path, root: &Path, entry: &Path) -> Result<Str
             .arg(root.join("usr/lib/")),
     )?;
     output(clean("chroot").arg(root).args(["depmod", &version]))?;
-    Ok(version)
+    Ok((line, version))
 }
 
 /// Writes our files and says which units run.
@@ -221,7 +263,9 @@ fn settle(root: &Path) -> Result<()> {
     fs::create_dir_all(root.join("lab"))?;
     let wants = root.join("etc/systemd/system/multi-user.target.wants");
     fs::create_dir_all(&wants)?;
-    symlink("../lab-wait.service", wants.join("lab-wait.service"))?;
+    for unit in ["containerd.service", "lab-wait.service"] {
+        symlink(format!("../{unit}"), wants.join(unit))?;
+    }
     for unit in MASKED {
         let path = root.join("etc/systemd/system").join(unit);
         if path.is_symlink() {
@@ -243,25 +287,40 @@ fn initrd(root: &Path, version: &str, work: &Path, out: &Path) -> Result<()> {
     for folder in ["bin", "dev", "modules", "root"] {
         fs::create_dir_all(tree.join(folder))?;
     }
-    fs::copy(root.join("usr/bin/busybox"), tree.join("bin/busybox"))?;
+    fs::copy(root.join(BUSYBOX), tree.join("bin/busybox"))
+        .with_context(|| format!("The lab host has no {BUSYBOX}"))?;
     let init = tree.join("init");
     fs::write(&init, include_str!("guest/init"))?;
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
 
-    let modules = root.join("usr/lib/modules").join(version);
+    let modules = root.join(MODULES_DIRECTORY).join(version);
     let dependencies = fs::read_to_string(modules.join("modules.dep"))?;
+    let built_in = fs::read_to_string(modules.join("modules.builtin"))?;
     let mut order: Vec<String> = Vec::new();
     for module in DISK_MODULES {
+        if built_in.lines().any(|path| is_module(path, module)) {
+            continue;
+        }
         for path in with_dependencies(&dependencies, module)? {
-            let name = path.replace('/', "-");
+            let plain = path.strip_suffix(".xz").unwrap_or(&path);
+            let name = plain.replace('/', "-");
             if !order.contains(&name) {
-                fs::copy(modules.join(&path), tree.join("modules").join(&name))?;
+                let to = tree.join("modules").join(&name);
+                fs::write(&to, module_at(&modules.join(&path))?)?;
                 order.push(name);
             }
         }
     }
     fs::write(tree.join("modules/order"), order.join("\n") + "\n")?;
     pack(&tree, out)
+}
+
+/// The module in the file `path`, which Debian may have compressed.
+fn module_at(path: &Path) -> Result<Vec<u8>> {
+    if path.extension().is_some_and(|extension| extension == "xz") {
+        return output_bytes(clean("xz").args(["--decompress", "--stdout"]).arg(path));
+    }
+    fs::read(path).with_context(|| format!("Cannot read {}", path.display()))
 }
 
 /// Packs the directory `tree` as a cpio archive.
@@ -279,29 +338,26 @@ fn pack(tree: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Whether the file `path` is `module`.
+fn is_module(path: &str, module: &str) -> bool {
+    Path::new(path)
+        .file_name()
+        .and_then(|name| name.to_str())
+        .and_then(|name| name.split_once(".ko"))
+        .is_some_and(|(name, _)| name.replace('-', "_") == module)
+}
+
 /// The files of `module` and of all it needs, in the order of loading.
 /// `dependencies` is depmod's list: `FILE: FILE…`, the nearest need first.
 fn with_dependencies(dependencies: &str, module: &str) -> Result<Vec<String>> {
-    let is_it = |path: &str| {
-        Path::new(path)
-            .file_name()
-            .and_then(|name| name.to_str())
-            .and_then(|name| name.split_once(".ko"))
-            .is_some_and(|(name, _)| name.replace('-', "_") == module)
-    };
     let (path, needs) = dependencies
         .lines()
         .filter_map(|line| line.split_once(':'))
-        .find(|(path, _)| is_it(path))
+        .find(|(path, _)| is_module(path, module))
         .with_context(|| format!("The kernel has no module {module}"))?;
     let mut order: Vec<String> = needs.split_whitespace().rev().map(str::to_owned).collect();
     order.push(path.to_owned());
     Ok(order)
-}
-
-/// Where the second disk's files for the preparation lie in the source.
-pub(crate) fn prepare_script() -> (&'static str, &'static str) {
-    ("prepare", include_str!("guest/prepare"))
 }
 
 /// Paths of kernel, initial file system and disk in an entry.
@@ -331,5 +387,13 @@ mod tests {
             ["kernel/kvm.ko.xz", "kernel/kvm-amd.ko.xz"]
         );
         assert!(with_dependencies(dependencies, "pci").is_err());
+        assert!(is_module(
+            "kernel/drivers/virtio/virtio_pci.ko",
+            "virtio_pci"
+        ));
+        assert!(!is_module(
+            "kernel/drivers/virtio/virtio_pci_modern_dev.ko",
+            "virtio_pci"
+        ));
     }
 }

@@ -3,15 +3,16 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use bulkhead_guest_kernel::Progress;
 
-use super::cache::{self, Cache, Entry};
 use super::disk::Contents;
 use super::emulator::Emulator;
 use super::image::Image;
 use super::machine::{self, Clock, Machine, Parts};
+use super::programs::Programs;
 use super::{root, store};
+use bulkhead_guest_kernel::cache::{self, Cache, Entry};
 
 /// Differences of the disk to the root disk.
 pub(crate) const DISK: &str = "disk.qcow2";
@@ -19,33 +20,40 @@ pub(crate) const DISK: &str = "disk.qcow2";
 pub(crate) const STATE: &str = "state";
 
 /// Longest time for the first boot.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
-/// Longest time for importing the images.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(600);
+/// Longest time for a step of the preparation, which has shorter deadlines itself.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(900);
 
-/// The saved lab host with `images` known to its containerd: out of the cache,
-/// or booted now.
+/// What is done in the lab host before it is saved.
+const PREPARE: &str = include_str!("guest/prepare");
+
+/// The saved lab host with `programs`, and `images` known to its containerd: out of
+/// the cache, or booted now. It is named by the content of all that.
 pub(crate) fn ensure(
     cache: &Cache,
     emulator: &Emulator,
     root: &Entry,
+    programs: &Programs,
     images: &[Image],
     progress: &dyn Progress,
 ) -> Result<Entry> {
     let fingerprint = machine::fingerprint(emulator);
-    let (name, script) = root::prepare_script();
-    let mut parts = vec![root.key(), &fingerprint, script];
-    parts.extend(images.iter().map(Image::key));
-    cache.entry("lab-state", &cache::key(parts), |entry| {
-        let work = tempfile::Builder::new()
-            .prefix("work-")
-            .tempdir_in(entry.parent().context("An entry lies in a folder")?)?;
+    let configuration = programs.configuration();
+    let mut parts = vec![root.content(), &fingerprint, PREPARE, configuration];
+    parts.extend(programs.contents());
+    parts.extend(images.iter().map(Image::content));
+    cache.entry("lab-state", &cache::key(parts), progress, |entry, work| {
         let [kernel, initrd, disk] = root::paths(root);
         let overlay = entry.join(DISK);
         machine::overlay(&disk, "qcow2", &overlay)?;
-        let store = store::disk(None, work.path())?;
-        let second = work.path().join("second.img");
-        let mut contents = Contents::default().with_script(name, script);
+        let store = store::disk(None, work)?;
+        let second = work.join("second.img");
+        let mut contents = Contents::default()
+            .with_file("prepare", PREPARE, 0o755)
+            .with_file("containerd.toml", configuration, 0o644);
+        for directory in programs.directories() {
+            contents = contents.with_content("programs", directory);
+        }
         for image in images {
             contents = contents.with(Path::new("images").join(image.name), image.layout());
         }
@@ -62,19 +70,18 @@ pub(crate) fn ensure(
                 store: &store,
                 state: None,
                 clock: Clock::Wall,
-                directory: work.path(),
+                directory: work,
             },
         )?;
-        machine.ready(BOOT_TIMEOUT)?;
-        progress.step("Importing images in the lab host");
-        machine.go(name)?;
-        machine.ready(PREPARE_TIMEOUT)?;
+        machine.ready(BOOT_TIMEOUT, progress)?;
+        machine.go("prepare")?;
+        machine.ready(PREPARE_TIMEOUT, progress)?;
         progress.step("Saving the lab host");
         let mut monitor = machine.monitor()?;
         monitor.save(STATE)?;
         monitor.quit()?;
         machine.wait()?;
-        std::fs::rename(work.path().join(STATE), entry.join(STATE))?;
+        std::fs::rename(work.join(STATE), entry.join(STATE))?;
         Ok(())
     })
 }

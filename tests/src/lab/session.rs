@@ -12,13 +12,14 @@ use anyhow::{Context, Result, bail};
 use bulkhead_guest_kernel::Progress;
 use nix::sys::signal::{SigSet, Signal};
 
-use super::cache::Cache;
 use super::disk::Contents;
 use super::image::Image;
 use super::machine::{self, Clock, Machine, Parts};
+use super::programs::Programs;
 use super::protocol::{Frame, Request};
 use super::store::{self, Store};
 use super::{emulator, root, saved, terminal};
+use bulkhead_guest_kernel::cache::Cache;
 
 /// Longest time for a restored lab host to answer; a busy machine is slow.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -104,7 +105,7 @@ impl Job {
 }
 
 impl Session {
-    /// Starts a lab host that has `images`, with `contents` on its second disk and
+    /// Starts a lab host that has `programs` and `images`, with `contents` on its second disk and
     /// what `store` has on the third:
     /// restored from its saved state, or booted for [`Clock::Instructions`].
     ///
@@ -113,6 +114,7 @@ impl Session {
     /// The lab host cannot be made, or does not come up.
     pub fn start(
         cache: &Cache,
+        programs: &Programs,
         images: &[Image],
         contents: &Contents,
         store: Option<&Store>,
@@ -121,7 +123,7 @@ impl Session {
     ) -> Result<Session> {
         let emulator = emulator::ensure(cache, progress)?;
         let root = root::ensure(cache, progress)?;
-        let state = saved::ensure(cache, &emulator, &root, images, progress)?;
+        let state = saved::ensure(cache, &emulator, &root, programs, images, progress)?;
         let directory = Directory::new(&cache.path().join("lab-sessions"))?;
         progress.step("Packing what the lab host gets");
         let second = directory.path.path().join("second.img");
@@ -148,7 +150,7 @@ impl Session {
             Clock::Wall => progress.step("Restoring the lab host"),
             Clock::Instructions => {
                 progress.step("Booting the lab host");
-                machine.ready(BOOT_TIMEOUT)?;
+                machine.ready(BOOT_TIMEOUT, progress)?;
             }
         }
         machine.go("labd")?;

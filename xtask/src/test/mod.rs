@@ -37,7 +37,7 @@ pub(crate) fn all(filter: Option<&str>) -> Result<ExitCode> {
         let clippy = ["clippy", "--workspace", "--all-targets", "--"];
         build::cargo(&[&clippy[..], &["-D", "warnings"]].concat(), &[])?;
         bar.step("Checking licences and sources of the dependencies");
-        tools::deny(tools::Advisories::Skipped)?;
+        tools::deny(tools::Advisories::Skipped, &bar)?;
     }
     bar.step("Building the tests");
     let programs = programs()?;
@@ -47,7 +47,8 @@ pub(crate) fn all(filter: Option<&str>) -> Result<ExitCode> {
         "The crate bulkhead-tests has no suites"
     );
     let prefix = lab::prefix(&bar)?;
-    let mut ready = lab::Ready::new(Some(&prefix), &bar)?.with("tools", tools::testers(&bar)?);
+    let testers = tools::testers(&bar)?;
+    let mut ready = lab::Ready::new(Some(&prefix), &bar)?.with("tools", testers.file("bin"));
     for program in programs.iter().filter(|program| program.runs_in_the_lab()) {
         ready = ready.with(&format!("suites/{}", program.name), &program.path);
     }
