@@ -6,7 +6,7 @@ use ttrpc::{Code, get_status};
 
 use crate::{
     container::state::{Op, State},
-    spec::SpecError,
+    spec,
 };
 
 /// Why a request failed.
@@ -83,7 +83,7 @@ pub enum Error {
     },
     /// The specification is refused.
     #[error(transparent)]
-    Spec(#[from] SpecError),
+    Spec(#[from] spec::Error),
     /// The program is missing or cannot be executed.
     #[error("{0}")]
     Executable(String),

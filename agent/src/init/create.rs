@@ -80,7 +80,6 @@ fn join_shared_namespaces(plan: &ContainerPlan) -> Result<i32> {
     for (namespace, flag) in namespaces {
         match namespace {
             Namespace::Own => own |= flag,
-            Namespace::Guest => {}
             Namespace::Join(path) => join(path, flag)?,
         }
     }

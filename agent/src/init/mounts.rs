@@ -41,7 +41,7 @@ pub(super) fn mount_all(root: &Root, mounts: &[Mount], own_user: bool) -> Result
                 set_attributes(&tree, mount.attributes, mount).doing(&doing)?;
                 move_to(&tree, &onto).doing(&doing)?;
             }
-            MountKind::Filesystem { fs, data } => {
+            MountKind::Filesystem { fs, data, .. } => {
                 let tree = filesystem(*fs, data, own_user).doing(&doing)?;
                 let onto = destination(root, mount, &tree)?;
                 let mut attributes = mount.attributes;

@@ -17,7 +17,7 @@ use crate::{
     io::{Stdio, Streams},
     names::{ContainerId, ExecId},
     process::{Exit, Process},
-    spec::{self, Field},
+    spec::{self, Terminal},
     state::{self, Op},
 };
 
@@ -28,13 +28,7 @@ const NOT_EXECUTABLE: u8 = 126;
 
 impl Pod {
     /// Registers a process. `process` is an OCI process object.
-    pub fn exec(
-        &self,
-        id: &ContainerId,
-        exec: ExecId,
-        mut process: Value,
-        stdio: Stdio,
-    ) -> Result<()> {
+    pub fn exec(&self, id: &ContainerId, exec: ExecId, process: Value, stdio: Stdio) -> Result<()> {
         let first = ProcessName {
             container: id.clone(),
             exec: None,
@@ -42,14 +36,9 @@ impl Pod {
         let (container, init) = self.find(&first)?;
         state::init(init.state(), Op::Exec).map_err(|refusal| refused(&init, Op::Exec, refusal))?;
         stdio.check()?;
-        let field = Field::named("process", &process);
-        spec::check_process(&field)?;
-        let size = spec::console_size(&field)?;
-        if let Some(object) = process.as_object_mut() {
-            for note in spec::without_labels(object) {
-                info!(container = %id, %exec, "{note}");
-            }
-            object.insert("terminal".to_owned(), stdio.terminal.into());
+        let prepared = spec::prepare_process(process, Terminal::from(stdio.terminal))?;
+        for note in &prepared.notes {
+            info!(container = %id, %exec, "{note}");
         }
         {
             let mut execs = lock(&container.execs);
@@ -63,7 +52,7 @@ impl Pod {
                 container: id.clone(),
                 exec: Some(exec.clone()),
             };
-            let process = Process::new(name, stdio, size, Some(process));
+            let process = Process::new(name, stdio, prepared.console, Some(prepared.guest));
             execs.insert(exec.clone(), Arc::new(process));
         }
         self.events.publish(Event::ExecAdded(TaskExecAdded {
