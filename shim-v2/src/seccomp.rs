@@ -2,7 +2,10 @@
 //!
 //! The host compiles, so that the guest holds no compiler; the agent only calls
 //! seccomp(2). Names of system calls that libseccomp does not know are skipped, as
-//! OCI runtimes do; everything else that is not understood is refused.
+//! OCI runtimes do; everything else that is not understood is refused. System calls
+//! that are newer than the profile do not exist (`newer.rs`).
+
+mod newer;
 
 use std::{
     collections::BTreeSet,
@@ -42,11 +45,14 @@ pub fn compile(profile: &oci::Seccomp) -> Result<Filter, Error> {
     let default_action = action(field, &profile.default_action, profile.default_errno_ret)?;
     let mut context = ScmpFilterContext::new(default_action)
         .map_err(|error| refused(field, &profile.default_action, &error))?;
+    let mut architectures = Vec::new();
     for (n, name) in profile.architectures.iter().enumerate() {
         let field = format!("linux.seccomp.architectures[{n}]");
+        let arch = architecture(&field, name)?;
         context
-            .add_arch(architecture(&field, name)?)
+            .add_arch(arch)
             .map_err(|error| refused(&field, name, &error))?;
+        architectures.push(arch);
     }
     let mut rules = 0_usize;
     for (n, rule) in profile.syscalls.iter().enumerate() {
@@ -77,10 +83,11 @@ pub fn compile(profile: &oci::Seccomp) -> Result<Filter, Error> {
         };
         flags |= flag;
     }
-    let program = export(&context).map_err(|error| {
+    let mut program = newer::prefix(profile, default_action, &architectures);
+    program.extend(export(&context).map_err(|error| {
         let reason = format!("it cannot be compiled: {error}");
         Error::new("linux.seccomp", "the profile", reason)
-    })?;
+    })?);
     Ok(Filter { program, flags })
 }
 
@@ -198,157 +205,4 @@ fn export(context: &ScmpFilterContext) -> io::Result<Vec<u8>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use bulkhead_spec::json;
-    use serde_json::{Value, json};
-
-    use super::*;
-
-    fn compile(profile: Value) -> Result<Filter, Error> {
-        super::compile(&json::from_value("linux.seccomp", profile)?)
-    }
-
-    fn last_errno() -> i32 {
-        io::Error::last_os_error().raw_os_error().unwrap_or(-1)
-    }
-
-    /// Runs system calls under a filter in a forked child; answers their errno,
-    /// 0 for success.
-    fn under(filter: &Filter, calls: &[(i64, [i64; 2])]) -> Vec<i32> {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let length = u16::try_from(filter.program.len() / 8).unwrap();
-        let program = libc::sock_fprog {
-            len: length,
-            filter: filter.program.as_ptr().cast_mut().cast(),
-        };
-        let mut results = vec![0_i32; calls.len()];
-        // SAFETY: the child makes system calls on memory prepared before the fork
-        // and ends by _exit; it allocates nothing.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
-            // SAFETY: a plain prctl of the child itself.
-            unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-            // SAFETY: `program` points to `filter.program`, alive until _exit.
-            let loaded =
-                unsafe { libc::syscall(libc::SYS_seccomp, 1, filter.flags, &raw const program) };
-            for (result, (number, args)) in results.iter_mut().zip(calls) {
-                // SAFETY: the tests pass calls that touch no memory of this process.
-                let value = unsafe { libc::syscall(*number, args[0], args[1], 0, 0) };
-                *result = if value < 0 { last_errno() } else { 0 };
-            }
-            if loaded != 0 {
-                results.fill(-1);
-            }
-            let bytes = results.len() * 4;
-            // SAFETY: `results` is that long, the pipe is open.
-            unsafe {
-                libc::write(
-                    std::os::fd::AsRawFd::as_raw_fd(&writer),
-                    results.as_ptr().cast(),
-                    bytes,
-                )
-            };
-            // SAFETY: ends the child without running destructors of the parent.
-            unsafe { libc::_exit(0) };
-        }
-        assert!(child > 0);
-        drop(writer);
-        let mut bytes = Vec::new();
-        reader.read_to_end(&mut bytes).unwrap();
-        // SAFETY: reaps the child made above.
-        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
-        bytes
-            .chunks_exact(4)
-            .map(|chunk| i32::from_ne_bytes(chunk.try_into().unwrap()))
-            .collect()
-    }
-
-    #[test]
-    fn rules_errno_and_arguments_act_as_the_profile_says() {
-        let profile = json!({
-            "defaultAction": "SCMP_ACT_ALLOW",
-            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
-            "syscalls": [
-                {"names": ["getpriority", "no_such_call"], "action": "SCMP_ACT_ERRNO"},
-                {"names": ["getpgid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
-                {"names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7,
-                 "args": [{"index": 1, "value": 10, "op": "SCMP_CMP_EQ"},
-                          {"index": 1, "value": 12, "op": "SCMP_CMP_EQ"}]},
-                {"names": ["setpgid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 9,
-                 "args": [{"index": 0, "value": 255, "valueTwo": 3, "op": "SCMP_CMP_MASKED_EQ"}]},
-            ],
-        });
-        let filter = compile(profile).unwrap();
-        assert_eq!(filter.flags, 0);
-        let results = under(
-            &filter,
-            &[
-                (libc::SYS_getpid, [0, 0]),
-                (libc::SYS_getpriority, [0, 0]),
-                (libc::SYS_getpgid, [0, 0]),
-                (libc::SYS_kill, [0, 0]),
-                (libc::SYS_kill, [0, 10]),
-                (libc::SYS_kill, [0, 12]),
-                (libc::SYS_setpgid, [0x103, 0]),
-            ],
-        );
-        assert_eq!(results, [0, libc::EPERM, 38, 0, 7, 7, 9]);
-    }
-
-    #[test]
-    fn an_allow_list_refuses_the_rest_with_its_errno() {
-        let profile = json!({
-            "defaultAction": "SCMP_ACT_ERRNO",
-            "defaultErrnoRet": 38,
-            "flags": ["SECCOMP_FILTER_FLAG_LOG"],
-            "syscalls": [
-                {"names": ["getpid", "write", "exit_group"], "action": "SCMP_ACT_ALLOW"},
-                {"names": ["getppid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
-            ],
-        });
-        let filter = compile(profile).unwrap();
-        assert_eq!(filter.flags, 2);
-        let results = under(
-            &filter,
-            &[(libc::SYS_getpid, [0, 0]), (libc::SYS_getuid, [0, 0])],
-        );
-        assert_eq!(results, [0, 38]);
-    }
-
-    #[test]
-    fn profiles_that_are_not_understood_are_refused_b9() {
-        let check = |profile: Value, field: &str| {
-            let text = compile(profile).unwrap_err().to_string();
-            assert!(text.contains(field), "{text}");
-        };
-        check(json!({}), "linux.seccomp.defaultAction");
-        check(json!({"defaultAction": "SCMP_ACT_X"}), "defaultAction");
-        check(json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "defaultAction");
-        let base = |key: &str, value: Value| json!({"defaultAction": "SCMP_ACT_ALLOW", key: value});
-        check(
-            base("architectures", json!(["SCMP_ARCH_PDP11"])),
-            "architectures[0]",
-        );
-        check(base("listenerPath", json!("/run/x.sock")), "listenerPath");
-        check(
-            base("flags", json!(["SECCOMP_FILTER_FLAG_NEW_LISTENER"])),
-            "flags[0]",
-        );
-        let names: Vec<&str> = vec!["read"; 100_000];
-        check(
-            base(
-                "syscalls",
-                json!([{"names": names, "action": "SCMP_ACT_LOG"}]),
-            ),
-            "syscalls",
-        );
-        let args = json!([{"index": 6, "value": 0, "op": "SCMP_CMP_EQ"}]);
-        check(
-            base(
-                "syscalls",
-                json!([{"names": ["read"], "action": "SCMP_ACT_LOG", "args": args}]),
-            ),
-            "index",
-        );
-    }
-}
+mod tests;
