@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use bulkhead_agent_api::agent::cause::Kind;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted};
 use serde_json::Value;
 use tracing::{info, warn};
@@ -133,8 +134,42 @@ impl Pod {
 
 fn failed_status(error: &Error) -> u8 {
     match error {
-        Error::Agent { text, .. } if text.contains("permission denied") => NOT_EXECUTABLE,
-        Error::Agent { .. } => NOT_FOUND,
+        Error::Agent {
+            cause: Kind::PROGRAM_NOT_FOUND,
+            ..
+        } => NOT_FOUND,
+        Error::Agent {
+            cause: Kind::PROGRAM_NOT_EXECUTABLE,
+            ..
+        } => NOT_EXECUTABLE,
         _ => 255,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_of_an_exec_that_never_ran_is_that_of_its_cause() {
+        for (cause, text, status) in [
+            (Kind::PROGRAM_NOT_FOUND, "permission denied", 127),
+            (Kind::PROGRAM_NOT_EXECUTABLE, "exec format error", 126),
+            (
+                Kind::STEP,
+                "Cannot set RLIMIT_NOFILE: permission denied",
+                255,
+            ),
+            (Kind::OUT_OF_MEMORY, "no such file or directory", 255),
+            (Kind::OTHER, "", 255),
+        ] {
+            let error = Error::Agent {
+                context: "OCI runtime exec failed",
+                code: ttrpc::Code::INVALID_ARGUMENT,
+                cause,
+                text: text.to_owned(),
+            };
+            assert_eq!(failed_status(&error), status, "{error}");
+        }
     }
 }
