@@ -21,6 +21,7 @@
 //! Whatever fails is reported once, with its cause, and ends the process; its
 //! namespaces, mounts and descriptors end with it. The agent owns the cgroup.
 
+mod copy;
 mod create;
 mod devices;
 mod exec;
