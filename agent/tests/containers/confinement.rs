@@ -420,3 +420,19 @@ fn scheduling_is_that_of_the_specification() {
         }
     });
 }
+
+#[test]
+fn the_personality_is_that_of_the_container_for_its_execs_too() {
+    block_on(async |host: &mut Host| {
+        let mut spec = busybox_spec(["sleep", "100"]);
+        spec["linux"]["personality"] = json!({"domain": "LINUX32"});
+        let id = host.create(spec, Stdio::default()).await.unwrap();
+        host.start_container(&id).await.unwrap();
+        let process = busybox_spec(["busybox", "uname", "-m"])["process"].clone();
+        let ran = host.run_exec(&id, &process).await;
+        assert_eq!((&*ran.stdout, &*ran.stderr), ("i686\n", ""));
+        host.kill(&id, "", 9).await.unwrap();
+        host.wait(&id, "").await.unwrap();
+        host.delete(&id, "").await.unwrap();
+    });
+}

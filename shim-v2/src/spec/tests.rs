@@ -40,10 +40,6 @@ fn with(pointer: &str, value: Value) -> Value {
     spec
 }
 
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "the tests make what they pass"
-)]
 fn run(spec: Value) -> Result<Prepared, Error> {
     prepare(&id(), spec, Terminal::No, |path| {
         (path == Path::new("/host/shm")).then_some(65_536)
