@@ -24,7 +24,7 @@ pub use self::{
     check::container,
     error::Error,
     mounts::allowed_in_proc,
-    process::{Inherited, SECCOMP_FLAGS, process, seccomp},
+    process::{CAPABILITIES, Inherited, SECCOMP_FLAGS, process, seccomp},
 };
 
 /// What was accepted.

@@ -289,7 +289,7 @@ fn scheduler(from: oci::Scheduler) -> Result<Scheduler, Error> {
 }
 
 /// Capability numbers are places in this list (`linux/capability.h`).
-const CAPABILITIES: [&str; 41] = [
+pub const CAPABILITIES: [&str; 41] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
     "CAP_DAC_READ_SEARCH",
