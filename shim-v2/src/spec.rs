@@ -123,6 +123,7 @@ pub fn prepare(
     let limits = limits(&spec);
     let guest = serde_json::to_vec(&spec)
         .map_err(|error| Error::new("config.json", "as the guest gets it", error.to_string()))?;
+    fits("config.json", guest.len(), filter.program.len())?;
     Ok(Prepared {
         guest,
         root,
@@ -154,11 +155,23 @@ pub fn prepare_process(process: Value, terminal: Terminal) -> Result<PreparedPro
     let checked = bulkhead_spec::process(process.clone(), &Inherited::default())?;
     let guest = serde_json::to_value(&process)
         .map_err(|error| Error::new("process", "as the guest gets it", error.to_string()))?;
+    fits("process", guest.to_string().len(), 0)?;
     Ok(PreparedProcess {
         guest,
         console: console(&checked.plan),
         notes: checked.notes,
     })
+}
+
+/// The guest takes messages up to a length, with some room for ids and streams.
+fn fits(field: &str, specification: usize, filter: usize) -> Result<(), Error> {
+    const ROOM: usize = 4_096;
+    const MOST: usize = ttrpc::proto::MESSAGE_LENGTH_MAX - ROOM;
+    if specification.saturating_add(filter) > MOST {
+        let reason = format!("the guest takes at most {MOST} bytes");
+        return Err(Error::new(field, format!("{specification} bytes"), reason));
+    }
+    Ok(())
 }
 
 fn console(process: &plan::ProcessPlan) -> (u32, u32) {

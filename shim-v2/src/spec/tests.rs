@@ -201,6 +201,18 @@ fn limits_decide_the_size_of_the_virtual_machine_b11() {
 }
 
 #[test]
+fn what_is_too_long_for_a_message_is_refused_b3() {
+    let args = |bytes: usize| json!(["a", "x".repeat(bytes)]);
+    run(with("process.args", args(4_000_000))).unwrap();
+    refused("process.args", args(4_300_000), "config.json");
+    let process = json!({"args": args(4_300_000)});
+    let text = prepare_process(process, Terminal::No)
+        .unwrap_err()
+        .to_string();
+    assert!(text.starts_with("process = "), "{text}");
+}
+
+#[test]
 fn an_exec_is_judged_as_a_first_process_is() {
     let process = json!({
         "args": ["sh"],
