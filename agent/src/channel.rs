@@ -74,12 +74,25 @@ pub(crate) enum Report {
 }
 
 /// Why a process could not be made.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Failure {
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
     /// One sentence with the cause.
     pub text: String,
-    /// Whether the fault is the program's file: missing or not executable.
-    pub executable: bool,
+    /// What failed.
+    pub kind: FailureKind,
+    /// The kernel's error number, if it had a part in it.
+    pub errno: Option<i32>,
+}
+
+/// What failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailureKind {
+    /// The program does not exist.
+    NotFound,
+    /// The program exists, but cannot be executed.
+    NotExecutable,
+    /// A step before it.
+    Step,
 }
 
 /// Makes a channel: the agent's end (not blocking) and the helper's.
@@ -161,15 +174,7 @@ impl Channel {
 
     /// Sends a report, with a descriptor if there is one.
     pub(crate) fn report(&self, report: &Report, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let mut bytes = serde_json::to_vec(report)?;
-        if bytes.len() > REPORT_BYTES_MAX {
-            let failure = Failure {
-                text: "The cause is too long to tell".into(),
-                executable: false,
-            };
-            bytes = serde_json::to_vec(&Report::Failed(failure))?;
-        }
-        send(&self.0, &bytes, fd.as_slice())
+        send(&self.0, &report_bytes(report)?, fd.as_slice())
     }
 
     /// Waits for the agent's word to start; false if the agent has gone away.
@@ -182,6 +187,25 @@ impl Channel {
             Ok(1)
         )
     }
+}
+
+/// A report as a message; of a cause that is too long the end is missing.
+fn report_bytes(report: &Report) -> io::Result<Vec<u8>> {
+    /// In JSON a character takes twelve bytes at most.
+    const TEXT_CHARS_MAX: usize = REPORT_BYTES_MAX / 16;
+    let bytes = serde_json::to_vec(report)?;
+    let failure = match report {
+        Report::Failed(failure) if bytes.len() > REPORT_BYTES_MAX => failure,
+        _ => return Ok(bytes),
+    };
+    let mut text: String = failure.text.chars().take(TEXT_CHARS_MAX).collect();
+    text.push('…');
+    let cut = Failure {
+        text,
+        kind: failure.kind,
+        errno: failure.errno,
+    };
+    Ok(serde_json::to_vec(&Report::Failed(cut))?)
 }
 
 fn send(channel: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -209,4 +233,33 @@ fn receive(channel: impl AsFd, bytes: &mut [u8]) -> io::Result<(usize, Vec<Owned
         }
     }
     Ok((message.bytes, fds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_cause_arrives_cut_and_keeps_its_kind() {
+        for text in [
+            "x".repeat(20_000),
+            "\u{1}\u{10ffff}".repeat(20_000),
+            "é".into(),
+        ] {
+            let failure = Failure {
+                text: text.clone(),
+                kind: FailureKind::NotExecutable,
+                errno: Some(libc::E2BIG),
+            };
+            let bytes = report_bytes(&Report::Failed(failure)).unwrap();
+            assert!(bytes.len() <= REPORT_BYTES_MAX, "{}", bytes.len());
+            let Report::Failed(seen) = serde_json::from_slice(&bytes).unwrap() else {
+                panic!("another report");
+            };
+            let seen_text = seen.text.trim_end_matches('…');
+            assert!(!seen_text.is_empty() && text.starts_with(seen_text));
+            assert_eq!(seen.kind, FailureKind::NotExecutable);
+            assert_eq!(seen.errno, Some(libc::E2BIG));
+        }
+    }
 }

@@ -31,8 +31,8 @@ use crate::{
     launch::{Launched, Waiting, launch},
     reaper::{Exit, ExitWatch, Reaper, ended},
     spec::{
-        self,
-        plan::{ContainerPlan, IdMap, ProcessPlan, Seccomp},
+        self, Inherited,
+        plan::{ContainerPlan, IdMap, Seccomp},
     },
     stdio::{Prepared, Pumps, prepare},
     streams::Streams,
@@ -84,7 +84,7 @@ struct Container {
     init: Arc<Process>,
     execs: Mutex<HashMap<String, Entry<Arc<Process>>>>,
     waiting: Mutex<Option<Waiting>>,
-    seccomp: Option<Seccomp>,
+    inherited: Inherited,
     /// Empty without a user namespace of its own.
     uid_maps: Vec<IdMap>,
 }
@@ -121,7 +121,8 @@ impl Containers {
         check_id(id)?;
         let making =
             Making::new(&self.all, id).ok_or_else(|| Error::ContainerExists(id.to_owned()))?;
-        let mut plan = spec::container(spec, seccomp)?;
+        let spec = spec::json::from_slice("", spec)?;
+        let mut plan = spec::container(spec, seccomp)?.plan;
         plan.process.terminal = terminal_size(stdio)?;
         let cgroup = Cgroup::create(&self.config.cgroups, id, &plan.resources)?;
         match self.create_in(id, plan, stdio, &cgroup).await {
@@ -153,7 +154,11 @@ impl Containers {
             container: None,
         };
         give_to_user(&fds.stdio, guest_id(&plan.uid_maps, plan.process.uid))?;
-        let (uid_maps, seccomp) = (plan.uid_maps.clone(), plan.process.seccomp.clone());
+        let uid_maps = plan.uid_maps.clone();
+        let inherited = Inherited {
+            seccomp: plan.process.seccomp.clone(),
+            personality: plan.process.personality,
+        };
         let job = Job::Create(Box::new(plan));
         let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
         let (init, waiting) = Process::new(launched, prepared)?;
@@ -163,7 +168,7 @@ impl Containers {
             init: Arc::new(init),
             execs: Mutex::default(),
             waiting: Mutex::new(Some(waiting)),
-            seccomp,
+            inherited,
             uid_maps,
         })
     }
@@ -192,7 +197,8 @@ impl Containers {
                 container_id: id.to_owned(),
                 exec_id: exec_id.to_owned(),
             })?;
-        let mut plan: ProcessPlan = spec::process(process, container.seccomp.clone())?;
+        let process = spec::json::from_slice("process", process)?;
+        let mut plan = spec::process(process, &container.inherited)?.plan;
         plan.terminal = terminal_size(stdio)?;
         let (stdio, prepared) = prepare(stdio, &self.streams)?;
         let init = container

@@ -2,11 +2,16 @@
 
 use std::io;
 
+use bulkhead_agent_api::{
+    agent::{Cause, cause::Kind},
+    cause,
+};
 use ttrpc::{Code, get_status};
 
 use crate::{
+    channel::{Failure, FailureKind},
     container::state::{Op, State},
-    spec::SpecError,
+    spec,
 };
 
 /// Why a request failed.
@@ -83,13 +88,10 @@ pub enum Error {
     },
     /// The specification is refused.
     #[error(transparent)]
-    Spec(#[from] SpecError),
-    /// The program is missing or cannot be executed.
-    #[error("{0}")]
-    Executable(String),
-    /// The new process reported that a step failed.
-    #[error("{0}")]
-    Init(String),
+    Spec(#[from] spec::Error),
+    /// The new process reported why it cannot become the program.
+    #[error("{}", .0.text)]
+    Init(Failure),
     /// The new process ended without a report.
     #[error("The process was killed before it was ready")]
     InitKilled,
@@ -128,16 +130,61 @@ impl Error {
             | Self::BadSize { .. }
             | Self::StreamTaken(_)
             | Self::Spec(_)
-            | Self::Executable(_)
             | Self::Limit { .. } => Code::INVALID_ARGUMENT,
-            Self::Init(_) | Self::InitKilled | Self::System { .. } => Code::INTERNAL,
+            Self::Init(failure) => match failure.kind {
+                FailureKind::NotFound | FailureKind::NotExecutable => Code::INVALID_ARGUMENT,
+                FailureKind::Step => Code::INTERNAL,
+            },
+            Self::InitKilled | Self::System { .. } => Code::INTERNAL,
+        }
+    }
+
+    /// What the caller can tell apart beside the code.
+    #[deny(clippy::wildcard_enum_match_arm)]
+    fn cause(&self) -> Cause {
+        let (kind, errno) = match self {
+            Self::Spec(_) => (Kind::SPECIFICATION, None),
+            Self::Init(failure) => {
+                let kind = match failure.kind {
+                    FailureKind::NotFound => Kind::PROGRAM_NOT_FOUND,
+                    FailureKind::NotExecutable => Kind::PROGRAM_NOT_EXECUTABLE,
+                    FailureKind::Step => Kind::STEP,
+                };
+                (kind, failure.errno)
+            }
+            Self::InitKilled => (Kind::KILLED, None),
+            Self::Limit { source, .. } => (Kind::LIMIT, source.raw_os_error()),
+            Self::System { source, .. } => (Kind::STEP, source.raw_os_error()),
+            Self::NoContainer(_)
+            | Self::NoProcess { .. }
+            | Self::Ended { .. }
+            | Self::ContainerExists(_)
+            | Self::ProcessExists { .. }
+            | Self::WrongState { .. }
+            | Self::Running { .. }
+            | Self::BadId(_)
+            | Self::BadSignal(_)
+            | Self::BadSize { .. }
+            | Self::StreamTaken(_)
+            | Self::NoTerminal { .. } => (Kind::OTHER, None),
+        };
+        let kind = match errno {
+            Some(libc::ENOMEM) => Kind::OUT_OF_MEMORY,
+            _ => kind,
+        };
+        Cause {
+            kind: kind.into(),
+            errno: errno.map_or(0, i32::unsigned_abs),
+            ..Cause::default()
         }
     }
 }
 
 impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> Self {
-        Self::RpcStatus(get_status(error.code(), error.to_string()))
+        let mut status = get_status(error.code(), error.to_string());
+        cause::add(&mut status, &error.cause());
+        Self::RpcStatus(status)
     }
 }
 
@@ -152,5 +199,57 @@ impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
             doing,
             source: e.into(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_says_its_cause_as_a_code() {
+        let check = |error: Error, kind: Kind, errno: u32| {
+            let ttrpc::Error::RpcStatus(status) = error.into() else {
+                panic!("no status");
+            };
+            let cause = cause::of(&status);
+            assert_eq!((cause.kind.enum_value(), cause.errno), (Ok(kind), errno));
+        };
+        let failed = |kind, errno| {
+            Error::Init(Failure {
+                text: String::new(),
+                kind,
+                errno,
+            })
+        };
+        let (enoent, enomem, eacces) = (Some(libc::ENOENT), Some(libc::ENOMEM), Some(libc::EACCES));
+        check(
+            failed(FailureKind::NotFound, enoent),
+            Kind::PROGRAM_NOT_FOUND,
+            2,
+        );
+        check(
+            failed(FailureKind::NotFound, None),
+            Kind::PROGRAM_NOT_FOUND,
+            0,
+        );
+        let not_executable = failed(FailureKind::NotExecutable, eacces);
+        check(not_executable, Kind::PROGRAM_NOT_EXECUTABLE, 13);
+        check(
+            failed(FailureKind::NotExecutable, enomem),
+            Kind::OUT_OF_MEMORY,
+            12,
+        );
+        check(failed(FailureKind::Step, enomem), Kind::OUT_OF_MEMORY, 12);
+        check(failed(FailureKind::Step, eacces), Kind::STEP, 13);
+        check(Error::InitKilled, Kind::KILLED, 0);
+        check(spec::Error::missing("root").into(), Kind::SPECIFICATION, 0);
+        let limit = Error::Limit {
+            file: "pids.max".into(),
+            value: "1".into(),
+            source: io::Error::from_raw_os_error(libc::EINVAL),
+        };
+        check(limit, Kind::LIMIT, 22);
+        check(Error::BadSignal(99), Kind::OTHER, 0);
     }
 }

@@ -21,6 +21,7 @@
 //! Whatever fails is reported once, with its cause, and ends the process; its
 //! namespaces, mounts and descriptors end with it. The agent owns the cgroup.
 
+mod copy;
 mod create;
 mod devices;
 mod exec;
@@ -42,7 +43,7 @@ use std::{
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::{
-    channel::{Channel, Failure, Fds, Job, Report},
+    channel::{Channel, Failure, FailureKind, Fds, Job, Report},
     sys::{self, Cloned},
 };
 
@@ -54,13 +55,34 @@ pub(crate) enum Error {
     Step { doing: String, source: io::Error },
     /// The program cannot be executed; the text is what callers look for.
     #[error("exec: {name:?}: {reason}")]
-    Executable { name: String, reason: String },
+    Executable {
+        name: String,
+        reason: String,
+        kind: FailureKind,
+        errno: Option<i32>,
+    },
     /// Something that is not allowed was found only now.
     #[error("{what}: {reason}")]
     Refused { what: String, reason: &'static str },
     /// The agent or the helper is gone: nobody is there to be told.
     #[error("The agent has gone away")]
     Gone,
+}
+
+impl Error {
+    /// What the agent is told.
+    fn failure(&self) -> Failure {
+        let (kind, errno) = match self {
+            Self::Step { source, .. } => (FailureKind::Step, source.raw_os_error()),
+            Self::Executable { kind, errno, .. } => (*kind, *errno),
+            Self::Refused { .. } | Self::Gone => (FailureKind::Step, None),
+        };
+        Failure {
+            text: self.to_string(),
+            kind,
+            errno,
+        }
+    }
 }
 
 type Result<T, E = Error> = std::result::Result<T, E>;
@@ -89,11 +111,7 @@ pub fn main() -> i32 {
         Ok(Helper::Done) => 0,
         Err(Error::Gone) => 1,
         Err(error) => {
-            let executable = matches!(error, Error::Executable { .. });
-            let failure = Failure {
-                text: error.to_string(),
-                executable,
-            };
+            let failure = error.failure();
             // If the agent cannot be told, it learns from the closed channel.
             let _ = channel.report(&Report::Failed(failure), None);
             1

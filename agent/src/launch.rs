@@ -120,8 +120,7 @@ async fn receive(channel: &AsyncFd<OwnedFd>) -> io::Result<Option<(Report, Optio
 
 fn unexpected(report: Report) -> Error {
     match report {
-        Report::Failed(failure) if failure.executable => Error::Executable(failure.text),
-        Report::Failed(failure) => Error::Init(failure.text),
+        Report::Failed(failure) => Error::Init(failure),
         Report::Cloned { .. } | Report::Ready => Error::System {
             doing: "understand the helper",
             source: io::ErrorKind::InvalidData.into(),

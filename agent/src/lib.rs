@@ -26,10 +26,11 @@ pub mod init;
 mod launch;
 pub mod reaper;
 pub mod rpc;
-pub mod spec;
 mod stdio;
 pub mod streams;
 mod sys;
+
+pub use bulkhead_spec as spec;
 
 /// Makes a write to a pipe without a reader an error, not the end of the
 /// process.

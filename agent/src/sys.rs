@@ -13,7 +13,7 @@ use std::{
 
 use tokio::io::{Interest, unix::AsyncFd};
 
-use crate::spec::plan::{Attributes, Seccomp};
+use crate::spec::plan::{Attributes, Scheduler, Seccomp};
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 {
@@ -158,6 +158,37 @@ pub(crate) fn set_io_priority(priority: i32) -> io::Result<()> {
     check(result).map(drop)
 }
 
+/// `sched_setattr(2)` for the calling thread.
+pub(crate) fn set_scheduler(scheduler: &Scheduler) -> io::Result<()> {
+    /// `struct sched_attr` (`linux/sched/types.h`) in its first version.
+    #[repr(C)]
+    struct Attributes {
+        size: u32,
+        policy: u32,
+        flags: u64,
+        nice: i32,
+        priority: u32,
+        runtime: u64,
+        deadline: u64,
+        period: u64,
+    }
+    const SIZE: u32 = 48;
+    const { assert!(size_of::<Attributes>() == SIZE as usize) };
+    let attributes = Attributes {
+        size: SIZE,
+        policy: scheduler.policy,
+        flags: scheduler.flags,
+        nice: scheduler.nice,
+        priority: scheduler.priority,
+        runtime: scheduler.runtime,
+        deadline: scheduler.deadline,
+        period: scheduler.period,
+    };
+    // SAFETY: `attributes` is as long as it says, and the kernel only reads it.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+    check(result).map(drop)
+}
+
 /// `prlimit(2)` on the calling process.
 pub(crate) fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let limit = libc::rlimit {
@@ -204,6 +235,12 @@ pub(crate) fn join_namespaces(of: impl AsFd, namespaces: i32) -> io::Result<()> 
 pub(crate) fn unshare_cgroup_namespace() -> io::Result<()> {
     // SAFETY: the flag concerns no memory and no descriptor.
     check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into()).map(drop)
+}
+
+/// `unshare(2)` of the time namespace of the children.
+pub(crate) fn unshare_time_namespace() -> io::Result<()> {
+    // SAFETY: the flag concerns no memory and no descriptor.
+    check(unsafe { libc::unshare(libc::CLONE_NEWTIME) }.into()).map(drop)
 }
 
 /// Makes a write to a pipe without a reader an error of that write.

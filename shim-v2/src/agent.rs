@@ -16,6 +16,7 @@ use bulkhead_agent_api::{
         ResizePtyRequest, Stdio,
     },
     agent_ttrpc::AgentClient,
+    cause,
 };
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{
@@ -272,6 +273,7 @@ fn refusal(context: &'static str, error: ttrpc::Error) -> Error {
             Error::Agent {
                 context,
                 code,
+                cause: cause::of(&status).kind.enum_value_or_default(),
                 text: escape(&status.message),
             }
         }

@@ -5,6 +5,7 @@
 
 use std::{error::Error as _, io, path::PathBuf};
 
+use bulkhead_agent_api::agent::cause::Kind;
 use thiserror::Error;
 use ttrpc::Code;
 
@@ -123,6 +124,8 @@ pub enum Error {
         context: &'static str,
         /// The class.
         code: Code,
+        /// What failed, as far as it can be told apart.
+        cause: Kind,
         /// The text.
         text: String,
     },

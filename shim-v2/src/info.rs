@@ -42,11 +42,13 @@ fn features() -> Value {
         "hooks": [],
         "mountOptions": [
             "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "noatime",
-            "nodev", "nodiratime", "noexec", "norelatime", "nostrictatime", "nosuid", "private",
-            "rbind", "relatime", "ro", "rprivate", "rw", "strictatime", "suid", "sync",
+            "nodev", "nodiratime", "noexec", "norelatime", "nostrictatime", "nosuid", "nosymfollow",
+            "private", "rbind", "relatime", "ro", "rprivate", "rslave", "rw", "slave", "strictatime",
+            "suid", "symfollow", "sync", "tmpcopyup",
         ],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "uts"],
+            "capabilities": bulkhead_spec::CAPABILITIES.as_slice(),
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
             "seccomp": {
                 "enabled": true,
@@ -92,5 +94,35 @@ mod tests {
                 .iter()
                 .any(|option| option == "rro")
         );
+    }
+
+    #[test]
+    fn what_is_told_is_what_a_specification_may_say() {
+        let told = features();
+        let namespaces: Vec<Value> = told["linux"]["namespaces"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|kind| json!({"type": kind}))
+            .collect();
+        let bounding = &told["linux"]["capabilities"];
+        let options = told["mountOptions"].as_array().unwrap().clone();
+        let (bind, rest): (Vec<_>, Vec<_>) = options
+            .into_iter()
+            .partition(|option| *option == "bind" || *option == "rbind");
+        let spec = json!({
+            "ociVersion": told["ociVersionMax"],
+            "process": {"args": ["a"], "capabilities": {"bounding": bounding}},
+            "root": {"path": "/rootfs"},
+            "mounts": [
+                {"destination": "/a", "type": "tmpfs", "options": rest},
+                {"destination": "/b", "source": "/b", "options": bind},
+            ],
+            "linux": {"namespaces": namespaces},
+        });
+        let spec = bulkhead_spec::json::from_value("", spec).unwrap();
+        let checked = bulkhead_spec::container(spec, None).unwrap();
+        let left_out = |note: &&String| !note.contains("slave");
+        assert_eq!(checked.notes.iter().find(left_out), None);
     }
 }

@@ -24,7 +24,6 @@ pub mod flags;
 pub mod info;
 mod inherit;
 pub mod io;
-pub mod json;
 pub mod log;
 pub mod mount;
 pub mod names;
@@ -39,3 +38,5 @@ pub mod state;
 pub mod statedir;
 pub mod task;
 pub mod vm;
+
+pub use bulkhead_spec::json;

@@ -2,7 +2,10 @@
 //!
 //! The host compiles, so that the guest holds no compiler; the agent only calls
 //! seccomp(2). Names of system calls that libseccomp does not know are skipped, as
-//! OCI runtimes do; everything else that is not understood is refused.
+//! OCI runtimes do; everything else that is not understood is refused. System calls
+//! that are newer than the profile do not exist (`newer.rs`).
+
+mod newer;
 
 use std::{
     collections::BTreeSet,
@@ -10,12 +13,10 @@ use std::{
     io::{self, Read, Seek},
 };
 
+use bulkhead_spec::{Error, SECCOMP_FLAGS, oci};
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
 };
-use serde_json::Value;
-
-use crate::spec::{Error, Field};
 
 /// Most rules of a profile, counting each name.
 const MAX_RULES: usize = 16_384;
@@ -29,62 +30,69 @@ pub struct Filter {
     pub flags: u32,
 }
 
-/// Compiles the value of `linux.seccomp`.
-pub fn compile(profile: &Value) -> Result<Filter, Error> {
-    let profile = Field::named("linux.seccomp", profile);
-    for name in ["listenerPath", "listenerMetadata"] {
-        if let Some(field) = profile.get(name)
-            && !field.text()?.is_empty()
-        {
-            return Err(field.refuse("a listener on the host cannot serve a virtual machine"));
+/// Compiles `linux.seccomp`.
+pub fn compile(profile: &oci::Seccomp) -> Result<Filter, Error> {
+    for (name, text) in [
+        ("listenerPath", &profile.listener_path),
+        ("listenerMetadata", &profile.listener_metadata),
+    ] {
+        if !text.is_empty() {
+            let reason = "a listener on the host cannot serve a virtual machine";
+            return Err(Error::new(format!("linux.seccomp.{name}"), text, reason));
         }
     }
-    let default = profile.required("defaultAction")?;
-    let default_action = action(&default, profile.get("defaultErrnoRet").as_ref())?;
-    let failed = |field: &Field<'_>, error: &dyn std::fmt::Display| {
-        field.refuse(&format!("libseccomp refuses it: {error}"))
-    };
-    let mut context =
-        ScmpFilterContext::new(default_action).map_err(|error| failed(&default, &error))?;
-    for field in profile.items_of("architectures")? {
-        let arch = architecture(&field)?;
+    let field = "linux.seccomp.defaultAction";
+    let default_action = action(field, &profile.default_action, profile.default_errno_ret)?;
+    let mut context = ScmpFilterContext::new(default_action)
+        .map_err(|error| refused(field, &profile.default_action, &error))?;
+    let mut architectures = Vec::new();
+    for (n, name) in profile.architectures.iter().enumerate() {
+        let field = format!("linux.seccomp.architectures[{n}]");
+        let arch = architecture(&field, name)?;
         context
             .add_arch(arch)
-            .map_err(|error| failed(&field, &error))?;
+            .map_err(|error| refused(&field, name, &error))?;
+        architectures.push(arch);
     }
     let mut rules = 0_usize;
-    for rule in profile.items_of("syscalls")? {
-        let what = rule.required("action")?;
-        let action = action(&what, rule.get("errnoRet").as_ref())?;
-        let conditions = conditions(&rule)?;
-        for field in rule.required("names")?.items()? {
+    for (n, rule) in profile.syscalls.iter().enumerate() {
+        let field = format!("linux.seccomp.syscalls[{n}]");
+        let action = action(&format!("{field}.action"), &rule.action, rule.errno_ret)?;
+        let conditions = conditions(&field, &rule.args)?;
+        for name in &rule.names {
             rules += 1;
             if rules > MAX_RULES {
-                return Err(profile.refuse_count("syscalls", rules, MAX_RULES));
+                let reason = format!("at most {MAX_RULES} are allowed");
+                return Err(Error::new("linux.seccomp.syscalls", "more names", reason));
             }
-            let Ok(syscall) = ScmpSyscall::from_name(field.string()?) else {
-                continue;
-            };
             // libseccomp takes a rule that repeats the default for a mistake.
             if action == default_action {
                 continue;
             }
-            add(&mut context, action, syscall, &conditions)
-                .map_err(|error| failed(&field, &error))?;
+            if let Ok(syscall) = ScmpSyscall::from_name(name) {
+                add(&mut context, action, syscall, &conditions)
+                    .map_err(|error| refused(&field, name, &error))?;
+            }
         }
     }
     let mut flags = 0;
-    for field in profile.items_of("flags")? {
-        flags |= match field.text()? {
-            "SECCOMP_FILTER_FLAG_TSYNC" => 1,
-            "SECCOMP_FILTER_FLAG_LOG" => 2,
-            "SECCOMP_FILTER_FLAG_SPEC_ALLOW" => 4,
-            _ => return Err(field.refuse("this flag is not supported")),
+    for (n, name) in profile.flags.iter().enumerate() {
+        let Some((_, flag)) = SECCOMP_FLAGS.iter().find(|(known, _)| known == name) else {
+            let field = format!("linux.seccomp.flags[{n}]");
+            return Err(Error::new(field, name, "this flag is not supported"));
         };
+        flags |= flag;
     }
-    let program = export(&context)
-        .map_err(|error| profile.refuse(&format!("it cannot be compiled: {error}")))?;
+    let mut program = newer::prefix(profile, default_action, &architectures);
+    program.extend(export(&context).map_err(|error| {
+        let reason = format!("it cannot be compiled: {error}");
+        Error::new("linux.seccomp", "the profile", reason)
+    })?);
     Ok(Filter { program, flags })
+}
+
+fn refused(field: &str, value: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::new(field, value, format!("libseccomp refuses it: {error}"))
 }
 
 /// Conditions on one argument are alternatives, on several they all must hold:
@@ -109,37 +117,46 @@ fn add(
     Ok(())
 }
 
-fn conditions(rule: &Field<'_>) -> Result<Vec<(u32, ScmpArgCompare)>, Error> {
+fn conditions(rule: &str, args: &[oci::SyscallArg]) -> Result<Vec<(u32, ScmpArgCompare)>, Error> {
+    /// A system call has six arguments.
+    const LAST_INDEX: u32 = 5;
     let mut conditions = Vec::new();
-    for field in rule.items_of("args")? {
-        let index = u32::try_from(field.required("index")?.in_range(0, 5)?).unwrap_or(0);
-        let value = field.required("value")?.unsigned()?;
-        let second = field
-            .get("valueTwo")
-            .map_or(Ok(0), |field| field.unsigned())?;
-        let op = field.required("op")?;
-        let (op, datum) = match op.text()? {
-            "SCMP_CMP_NE" => (ScmpCompareOp::NotEqual, value),
-            "SCMP_CMP_LT" => (ScmpCompareOp::Less, value),
-            "SCMP_CMP_LE" => (ScmpCompareOp::LessOrEqual, value),
-            "SCMP_CMP_EQ" => (ScmpCompareOp::Equal, value),
-            "SCMP_CMP_GE" => (ScmpCompareOp::GreaterEqual, value),
-            "SCMP_CMP_GT" => (ScmpCompareOp::Greater, value),
-            "SCMP_CMP_MASKED_EQ" => (ScmpCompareOp::MaskedEqual(value), second),
-            _ => return Err(op.refuse("no such comparison")),
+    for (n, arg) in args.iter().enumerate() {
+        let field = |name: &str| format!("{rule}.args[{n}].{name}");
+        if arg.index > LAST_INDEX {
+            let reason = "it must lie between 0 and 5";
+            return Err(Error::new(field("index"), arg.index, reason));
+        }
+        let (op, datum) = match arg.op.as_str() {
+            "SCMP_CMP_NE" => (ScmpCompareOp::NotEqual, arg.value),
+            "SCMP_CMP_LT" => (ScmpCompareOp::Less, arg.value),
+            "SCMP_CMP_LE" => (ScmpCompareOp::LessOrEqual, arg.value),
+            "SCMP_CMP_EQ" => (ScmpCompareOp::Equal, arg.value),
+            "SCMP_CMP_GE" => (ScmpCompareOp::GreaterEqual, arg.value),
+            "SCMP_CMP_GT" => (ScmpCompareOp::Greater, arg.value),
+            "SCMP_CMP_MASKED_EQ" => (ScmpCompareOp::MaskedEqual(arg.value), arg.value_two),
+            _ => return Err(Error::new(field("op"), &arg.op, "no such comparison")),
         };
-        conditions.push((index, ScmpArgCompare::new(index, op, datum)));
+        conditions.push((arg.index, ScmpArgCompare::new(arg.index, op, datum)));
     }
     Ok(conditions)
 }
 
-fn action(field: &Field<'_>, errno: Option<&Field<'_>>) -> Result<ScmpAction, Error> {
-    let number = match errno {
-        Some(field) => field.in_range(0, 4095)?,
-        None => i64::from(libc::EPERM),
+fn action(field: &str, name: &str, errno: Option<u32>) -> Result<ScmpAction, Error> {
+    /// Greatest error number of the kernel.
+    const MAX_ERRNO: u16 = 4_095;
+    let number = errno.unwrap_or(libc::EPERM.unsigned_abs());
+    let number = match u16::try_from(number) {
+        Ok(number @ ..=MAX_ERRNO) => number,
+        _ => {
+            return Err(Error::new(
+                field,
+                number,
+                "its errno must lie between 0 and 4095",
+            ));
+        }
     };
-    let number = u16::try_from(number).unwrap_or(0);
-    Ok(match field.text()? {
+    Ok(match name {
         "SCMP_ACT_ALLOW" => ScmpAction::Allow,
         "SCMP_ACT_ERRNO" => ScmpAction::Errno(i32::from(number)),
         "SCMP_ACT_KILL" | "SCMP_ACT_KILL_THREAD" => ScmpAction::KillThread,
@@ -147,20 +164,33 @@ fn action(field: &Field<'_>, errno: Option<&Field<'_>>) -> Result<ScmpAction, Er
         "SCMP_ACT_TRAP" => ScmpAction::Trap,
         "SCMP_ACT_LOG" => ScmpAction::Log,
         "SCMP_ACT_TRACE" => ScmpAction::Trace(number),
-        "SCMP_ACT_NOTIFY" => return Err(field.refuse("no listener can serve a virtual machine")),
-        _ => return Err(field.refuse("no such action")),
+        "SCMP_ACT_NOTIFY" => {
+            return Err(Error::new(
+                field,
+                name,
+                "no listener can serve a virtual machine",
+            ));
+        }
+        "" => return Err(Error::missing(field)),
+        _ => return Err(Error::new(field, name, "no such action")),
     })
 }
 
-fn architecture(field: &Field<'_>) -> Result<ScmpArch, Error> {
-    Ok(match field.text()? {
+fn architecture(field: &str, name: &str) -> Result<ScmpArch, Error> {
+    Ok(match name {
         "SCMP_ARCH_NATIVE" => ScmpArch::Native,
         "SCMP_ARCH_X86" => ScmpArch::X86,
         "SCMP_ARCH_X86_64" => ScmpArch::X8664,
         "SCMP_ARCH_X32" => ScmpArch::X32,
         "SCMP_ARCH_ARM" => ScmpArch::Arm,
         "SCMP_ARCH_AARCH64" => ScmpArch::Aarch64,
-        _ => return Err(field.refuse("the guest has no such architecture")),
+        _ => {
+            return Err(Error::new(
+                field,
+                name,
+                "the guest has no such architecture",
+            ));
+        }
     })
 }
 
@@ -175,152 +205,4 @@ fn export(context: &ScmpFilterContext) -> io::Result<Vec<u8>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn last_errno() -> i32 {
-        io::Error::last_os_error().raw_os_error().unwrap_or(-1)
-    }
-
-    /// Runs system calls under a filter in a forked child; answers their errno,
-    /// 0 for success.
-    fn under(filter: &Filter, calls: &[(i64, [i64; 2])]) -> Vec<i32> {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let length = u16::try_from(filter.program.len() / 8).unwrap();
-        let program = libc::sock_fprog {
-            len: length,
-            filter: filter.program.as_ptr().cast_mut().cast(),
-        };
-        let mut results = vec![0_i32; calls.len()];
-        // SAFETY: the child makes system calls on memory prepared before the fork
-        // and ends by _exit; it allocates nothing.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
-            // SAFETY: a plain prctl of the child itself.
-            unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-            // SAFETY: `program` points to `filter.program`, alive until _exit.
-            let loaded =
-                unsafe { libc::syscall(libc::SYS_seccomp, 1, filter.flags, &raw const program) };
-            for (result, (number, args)) in results.iter_mut().zip(calls) {
-                // SAFETY: the tests pass calls that touch no memory of this process.
-                let value = unsafe { libc::syscall(*number, args[0], args[1], 0, 0) };
-                *result = if value < 0 { last_errno() } else { 0 };
-            }
-            if loaded != 0 {
-                results.fill(-1);
-            }
-            let bytes = results.len() * 4;
-            // SAFETY: `results` is that long, the pipe is open.
-            unsafe {
-                libc::write(
-                    std::os::fd::AsRawFd::as_raw_fd(&writer),
-                    results.as_ptr().cast(),
-                    bytes,
-                )
-            };
-            // SAFETY: ends the child without running destructors of the parent.
-            unsafe { libc::_exit(0) };
-        }
-        assert!(child > 0);
-        drop(writer);
-        let mut bytes = Vec::new();
-        reader.read_to_end(&mut bytes).unwrap();
-        // SAFETY: reaps the child made above.
-        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
-        bytes
-            .chunks_exact(4)
-            .map(|chunk| i32::from_ne_bytes(chunk.try_into().unwrap()))
-            .collect()
-    }
-
-    #[test]
-    fn rules_errno_and_arguments_act_as_the_profile_says() {
-        let profile = json!({
-            "defaultAction": "SCMP_ACT_ALLOW",
-            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
-            "syscalls": [
-                {"names": ["getpriority", "no_such_call"], "action": "SCMP_ACT_ERRNO"},
-                {"names": ["getpgid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
-                {"names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7,
-                 "args": [{"index": 1, "value": 10, "op": "SCMP_CMP_EQ"},
-                          {"index": 1, "value": 12, "op": "SCMP_CMP_EQ"}]},
-                {"names": ["setpgid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 9,
-                 "args": [{"index": 0, "value": 255, "valueTwo": 3, "op": "SCMP_CMP_MASKED_EQ"}]},
-            ],
-        });
-        let filter = compile(&profile).unwrap();
-        assert_eq!(filter.flags, 0);
-        let results = under(
-            &filter,
-            &[
-                (libc::SYS_getpid, [0, 0]),
-                (libc::SYS_getpriority, [0, 0]),
-                (libc::SYS_getpgid, [0, 0]),
-                (libc::SYS_kill, [0, 0]),
-                (libc::SYS_kill, [0, 10]),
-                (libc::SYS_kill, [0, 12]),
-                (libc::SYS_setpgid, [0x103, 0]),
-            ],
-        );
-        assert_eq!(results, [0, libc::EPERM, 38, 0, 7, 7, 9]);
-    }
-
-    #[test]
-    fn an_allow_list_refuses_the_rest_with_its_errno() {
-        let profile = json!({
-            "defaultAction": "SCMP_ACT_ERRNO",
-            "defaultErrnoRet": 38,
-            "flags": ["SECCOMP_FILTER_FLAG_LOG"],
-            "syscalls": [
-                {"names": ["getpid", "write", "exit_group"], "action": "SCMP_ACT_ALLOW"},
-                {"names": ["getppid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
-            ],
-        });
-        let filter = compile(&profile).unwrap();
-        assert_eq!(filter.flags, 2);
-        let results = under(
-            &filter,
-            &[(libc::SYS_getpid, [0, 0]), (libc::SYS_getuid, [0, 0])],
-        );
-        assert_eq!(results, [0, 38]);
-    }
-
-    #[test]
-    fn profiles_that_are_not_understood_are_refused_b9() {
-        let check = |profile: Value, field: &str| {
-            let text = compile(&profile).unwrap_err().to_string();
-            assert!(text.contains(field), "{text}");
-        };
-        check(json!({}), "linux.seccomp.defaultAction");
-        check(json!({"defaultAction": "SCMP_ACT_X"}), "defaultAction");
-        check(json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "defaultAction");
-        let base = |key: &str, value: Value| json!({"defaultAction": "SCMP_ACT_ALLOW", key: value});
-        check(
-            base("architectures", json!(["SCMP_ARCH_PDP11"])),
-            "architectures[0]",
-        );
-        check(base("listenerPath", json!("/run/x.sock")), "listenerPath");
-        check(
-            base("flags", json!(["SECCOMP_FILTER_FLAG_NEW_LISTENER"])),
-            "flags[0]",
-        );
-        let names: Vec<&str> = vec!["read"; 100_000];
-        check(
-            base(
-                "syscalls",
-                json!([{"names": names, "action": "SCMP_ACT_LOG"}]),
-            ),
-            "syscalls",
-        );
-        let args = json!([{"index": 6, "value": 0, "op": "SCMP_CMP_EQ"}]);
-        check(
-            base(
-                "syscalls",
-                json!([{"names": ["read"], "action": "SCMP_ACT_LOG", "args": args}]),
-            ),
-            "index",
-        );
-    }
-}
+mod tests;

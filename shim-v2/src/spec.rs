@@ -1,35 +1,25 @@
 //! A container's specification: from the caller's `config.json` to the guest's.
 //!
-//! Pure. [`prepare`] refuses what a pod in a VM cannot do, names field and value
-//! in every refusal, and returns the same document with each path turned into one
-//! of the guest's. What is taken out without harm is said in
+//! Pure. [`prepare`] refuses what a pod in a VM cannot do, before there is a VM, and
+//! returns the same document with each path turned into one of the guest's. What a
+//! value means is judged by [`bulkhead_spec`], as the agent will judge it; here is
+//! only what concerns the host. What is left out without harm is said in
 //! [`Prepared::notes`], never dropped silently.
 //!
 //! The guest never sees a host path: sources of bind mounts, the root, the cgroup
 //! path, annotations and paths of namespaces are replaced or removed here.
 
-mod field;
-mod process;
-
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent_api::SHARE_DIR;
-use serde_json::{Map, Value, json};
+pub use bulkhead_spec::Error;
+use bulkhead_spec::{Inherited, json, oci, plan};
+use serde_json::Value;
 
-pub use self::{
-    field::{Error, Field},
-    process::{check_process, without_labels},
+use crate::{
+    names::ContainerId,
+    seccomp::{self, Filter},
 };
-use crate::names::ContainerId;
-
-/// Most mounts of a container.
-const MAX_MOUNTS: usize = 4096;
-/// Most masked or read-only paths.
-const MAX_PATHS: usize = 16_384;
-/// Most sysctl entries.
-const MAX_SYSCTLS: usize = 1024;
-/// Smallest memory limit that lets any program start, in bytes.
-const MIN_MEMORY: u64 = 1 << 20;
 
 /// A directory or file of the host that the container sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,13 +47,13 @@ pub struct Limits {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prepared {
     /// `config.json` for the guest.
-    pub guest: Value,
+    pub guest: Vec<u8>,
     /// `root.path` as given: relative to the bundle, or absolute.
     pub root: PathBuf,
     /// Bind mounts, in the order of their directories in the share.
     pub volumes: Vec<Volume>,
-    /// `linux.seccomp`, taken out.
-    pub seccomp: Option<Value>,
+    /// `linux.seccomp`, taken out and compiled.
+    pub filter: Filter,
     /// Limits of the container.
     pub limits: Limits,
     /// `process.oomScoreAdj`, 0 if absent.
@@ -72,81 +62,6 @@ pub struct Prepared {
     pub console: (u32, u32),
     /// What was changed or left out, one sentence each.
     pub notes: Vec<String>,
-}
-
-/// Checks a specification and turns it into the guest's.
-///
-/// `tmpfs_size` answers the size in bytes of the file system of a host path if
-/// that is a tmpfs.
-pub fn prepare(
-    id: &ContainerId,
-    spec: &Value,
-    terminal: Terminal,
-    tmpfs_size: impl Fn(&Path) -> Option<u64>,
-) -> Result<Prepared, Error> {
-    let mut notes = Vec::new();
-    let top = Field::top(spec);
-    check_version(&top)?;
-    check_hooks(&top)?;
-    let Some(process) = top.get("process") else {
-        return Err(top.missing("process"));
-    };
-    check_process(&process)?;
-    let console = console_size(&process)?;
-    let oom_score_adj = process
-        .get("oomScoreAdj")
-        .map(|field| field.in_range(-1000, 1000))
-        .transpose()?;
-    let Some(root) = top.get("root") else {
-        return Err(top.missing("root"));
-    };
-    let root = PathBuf::from(root.required("path")?.path_text()?);
-    check_hostname(&top)?;
-    let Some(linux) = top.get("linux") else {
-        return Err(top.missing("linux"));
-    };
-    check_linux(&linux)?;
-    let limits = limits(&linux)?;
-    let mut volumes = Vec::new();
-    let mounts = mounts(id, &top, &mut volumes, &mut notes, tmpfs_size)?;
-
-    let mut guest = spec.as_object().cloned().unwrap_or_default();
-    // Names of host files and of the caller's objects end here.
-    for key in [
-        "annotations",
-        "hooks",
-        "vm",
-        "windows",
-        "solaris",
-        "zos",
-        "freebsd",
-    ] {
-        if guest.remove(key).is_some() && key == "vm" {
-            notes.push("vm is ignored: kernel and image are the administrator's".to_owned());
-        }
-    }
-    guest.insert("mounts".to_owned(), Value::Array(mounts));
-    if let Some(root) = member(&mut guest, "root") {
-        root.insert("path".to_owned(), format!("{SHARE_DIR}/{id}/rootfs").into());
-    }
-    if let Some(process) = member(&mut guest, "process") {
-        notes.extend(without_labels(process));
-        process.insert("terminal".to_owned(), (terminal == Terminal::Yes).into());
-    }
-    let seccomp = match member(&mut guest, "linux") {
-        Some(linux) => linux_for_guest(id, linux, &mut notes),
-        None => None,
-    };
-    Ok(Prepared {
-        guest: Value::Object(guest),
-        root,
-        volumes,
-        seccomp,
-        limits,
-        oom_score_adj: i32::try_from(oom_score_adj.unwrap_or(0)).unwrap_or(0),
-        console,
-        notes,
-    })
 }
 
 /// Does the process have a pseudo-terminal? The request of the caller decides,
@@ -169,347 +84,204 @@ impl From<bool> for Terminal {
     }
 }
 
-/// First size of a process's terminal: columns and rows, 0 if unknown.
-pub fn console_size(process: &Field<'_>) -> Result<(u32, u32), Error> {
-    let Some(size) = process.get("consoleSize") else {
-        return Ok((0, 0));
-    };
-    let side = |name| -> Result<u32, Error> {
-        let cells = size
-            .get(name)
-            .map(|field| field.in_range(0, 65_535))
-            .transpose()?;
-        Ok(u32::try_from(cells.unwrap_or(0)).unwrap_or(0))
-    };
-    Ok((side("width")?, side("height")?))
-}
-
-fn member<'a>(
-    object: &'a mut Map<String, Value>,
-    name: &str,
-) -> Option<&'a mut Map<String, Value>> {
-    object.get_mut(name)?.as_object_mut()
-}
-
-fn check_version(top: &Field<'_>) -> Result<(), Error> {
-    let version = top.required("ociVersion")?;
-    let text = version.text()?;
-    if text.split('.').next() != Some("1") || text.split('.').count() < 2 {
-        return Err(version.refuse("only versions 1.x are understood"));
-    }
-    Ok(())
-}
-
-fn check_hooks(top: &Field<'_>) -> Result<(), Error> {
-    let Some(hooks) = top.get("hooks") else {
-        return Ok(());
-    };
-    for (name, list) in hooks.members()? {
-        if !list.items()?.is_empty() {
-            return Err(list.refuse(match name {
-                "startContainer" => "hooks in the guest are not supported",
-                _ => "hooks on the host are not supported",
-            }));
-        }
-    }
-    Ok(())
-}
-
-fn check_hostname(top: &Field<'_>) -> Result<(), Error> {
-    for name in ["hostname", "domainname"] {
-        let Some(field) = top.get(name) else { continue };
-        let text = field.text()?;
-        if text.len() > 64 {
-            return Err(field.refuse("it is longer than 64 bytes"));
-        }
-        if text.chars().any(char::is_control) {
-            return Err(field.refuse("it contains a control character"));
-        }
-    }
-    Ok(())
-}
-
-fn check_linux(linux: &Field<'_>) -> Result<(), Error> {
-    for namespace in linux.items_of("namespaces")? {
-        let kind = namespace.required("type")?;
-        let name = kind.text()?;
-        if ![
-            "pid", "network", "mount", "ipc", "uts", "user", "cgroup", "time",
-        ]
-        .contains(&name)
-        {
-            return Err(kind.refuse("no such namespace"));
-        }
-        if let Some(path) = namespace.get("path")
-            && !path.text()?.is_empty()
-            && name != "network"
-        {
-            return Err(
-                path.refuse("a namespace of the host cannot be joined from a virtual machine")
-            );
-        }
-    }
-    for device in linux.items_of("devices")? {
-        check_device(&device)?;
-    }
-    if let Some(sysctl) = linux.get("sysctl") {
-        let entries = sysctl.members()?;
-        if entries.len() > MAX_SYSCTLS {
-            return Err(linux.refuse_count("sysctl", entries.len(), MAX_SYSCTLS));
-        }
-        for (name, value) in entries {
-            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-            if name.is_empty() || !name.bytes().all(plain) || name.contains("..") {
-                return Err(value.refuse("a sysctl is named by letters, digits, '.', '_' and '-'"));
-            }
-            value.string()?;
-        }
-    }
-    for name in ["maskedPaths", "readonlyPaths"] {
-        let paths = linux.items_of(name)?;
-        if paths.len() > MAX_PATHS {
-            return Err(linux.refuse_count(name, paths.len(), MAX_PATHS));
-        }
-        for path in paths {
-            path.absolute()?;
-        }
-    }
-    if let Some(devices) = linux.get("netDevices")
-        && !devices.members()?.is_empty()
-    {
-        return Err(
-            devices.refuse("network devices of the host cannot be moved into a virtual machine")
-        );
-    }
-    Ok(())
-}
-
-/// Devices that every guest kernel has by itself, as the kernel numbers them.
-const GUEST_DEVICES: [(&str, i64, i64); 10] = [
-    ("c", 1, 3),    // null
-    ("c", 1, 5),    // zero
-    ("c", 1, 7),    // full
-    ("c", 1, 8),    // random
-    ("c", 1, 9),    // urandom
-    ("c", 5, 0),    // tty
-    ("c", 5, 1),    // console
-    ("c", 5, 2),    // ptmx
-    ("c", 10, 200), // net/tun
-    ("c", 10, 229), // fuse
-];
-
-fn check_device(device: &Field<'_>) -> Result<(), Error> {
-    let path = device.required("path")?;
-    path.absolute()?;
-    let kind = device.required("type")?.text()?;
-    if kind == "p" {
-        return Ok(());
-    }
-    let major = device.required("major")?.in_range(0, i64::from(u32::MAX))?;
-    let minor = device.required("minor")?.in_range(0, i64::from(u32::MAX))?;
-    // "u" is an unbuffered character device: the same node.
-    let kind = if kind == "u" { "c" } else { kind };
-    if GUEST_DEVICES.contains(&(kind, major, minor)) {
-        return Ok(());
-    }
-    Err(path.refuse("devices of the host are not passed to a virtual machine"))
-}
-
-fn limits(linux: &Field<'_>) -> Result<Limits, Error> {
-    let mut limits = Limits::default();
-    let Some(resources) = linux.get("resources") else {
-        return Ok(limits);
-    };
-    if let Some(memory) = resources.get("memory") {
-        for name in ["limit", "reservation", "swap"] {
-            let Some(field) = memory.get(name) else {
-                continue;
-            };
-            // -1: no limit; 0: not set.
-            let bytes = field.in_range(-1, i64::MAX)?;
-            if name == "limit"
-                && let Ok(bytes @ 1..) = u64::try_from(bytes)
-            {
-                if bytes < MIN_MEMORY {
-                    return Err(field.refuse("less than 1 MiB cannot hold a program"));
-                }
-                limits.memory = Some(bytes);
-            }
-        }
-    }
-    if let Some(cpu) = resources.get("cpu") {
-        let period = match cpu
-            .get("period")
-            .map(|field| field.in_range(0, 1_000_000))
-            .transpose()?
-        {
-            None | Some(0) => 100_000,
-            Some(period @ 1000..) => period,
-            Some(_) => return Err(cpu.required("period")?.refuse("it is shorter than 1000 µs")),
-        };
-        if let Some(field) = cpu.get("quota") {
-            match field.in_range(-1, i64::MAX)? {
-                -1 | 0 => {}
-                1..1000 => return Err(field.refuse("it is shorter than 1000 µs")),
-                quota => {
-                    let cpus = quota.unsigned_abs().div_ceil(period.unsigned_abs());
-                    limits.cpus = Some(cpus);
-                }
-            }
-        }
-    }
-    Ok(limits)
-}
-
-fn linux_for_guest(
+/// Checks a specification and turns it into the guest's.
+///
+/// `tmpfs_size` answers the size in bytes of the file system of a host path if
+/// that is a tmpfs.
+pub fn prepare(
     id: &ContainerId,
-    linux: &mut Map<String, Value>,
-    notes: &mut Vec<String>,
-) -> Option<Value> {
-    linux.insert("cgroupsPath".to_owned(), format!("/bulkhead/{id}").into());
-    // The container shares the network namespace of the guest, where the pod's
-    // interfaces are.
-    if let Some(Value::Array(namespaces)) = linux.get_mut("namespaces") {
-        namespaces.retain(|namespace| namespace.get("type").is_none_or(|kind| kind != "network"));
+    spec: Value,
+    terminal: Terminal,
+    tmpfs_size: impl Fn(&Path) -> Option<u64>,
+) -> Result<Prepared, Error> {
+    let mut notes = Vec::new();
+    let mut spec: oci::Spec = json::from_value("", spec)?;
+    let root = match &mut spec.root {
+        Some(root) => {
+            host_path("root.path", &root.path)?;
+            let in_guest = format!("{SHARE_DIR}/{id}/rootfs").into();
+            std::mem::replace(&mut root.path, in_guest)
+        }
+        None => return Err(Error::missing("root")),
+    };
+    if let Some(process) = &mut spec.process {
+        process.terminal = terminal == Terminal::Yes;
     }
-    linux.remove("netDevices");
-    linux.remove("mountLabel");
-    for name in ["intelRdt", "memoryPolicy"] {
-        if linux.remove(name).is_some() {
-            notes.push(format!("linux.{name} is ignored: it belongs to the host"));
-        }
-    }
-    if let Some(resources) = member(linux, "resources") {
-        for name in ["rdma", "network"] {
-            if resources
-                .remove(name)
-                .is_some_and(|value| value.as_object().is_none_or(|map| !map.is_empty()))
-            {
-                notes.push(format!(
-                    "linux.resources.{name} is ignored: it belongs to the host"
-                ));
-            }
-        }
-        if let Some(cpu) = member(resources, "cpu") {
-            for name in ["cpus", "mems"] {
-                if cpu.remove(name).is_some_and(|value| value != "") {
-                    notes.push(format!(
-                        "linux.resources.cpu.{name} is ignored: the guest numbers its own"
-                    ));
-                }
-            }
-        }
-        if let Some(block) = member(resources, "blockIO") {
-            for name in [
-                "weightDevice",
-                "throttleReadBpsDevice",
-                "throttleWriteBpsDevice",
-                "throttleReadIOPSDevice",
-                "throttleWriteIOPSDevice",
-            ] {
-                if block.remove(name).is_some_and(|value| value != json!([])) {
-                    notes.push(format!(
-                        "linux.resources.blockIO.{name} is ignored: the guest has other devices"
-                    ));
-                }
-            }
+    let mut filter = Filter::default();
+    if let Some(linux) = &mut spec.linux {
+        leave_host_namespaces(&mut linux.namespaces)?;
+        if let Some(profile) = linux.seccomp.take() {
+            filter = seccomp::compile(&profile)?;
         }
     }
-    linux.remove("seccomp").filter(|value| !value.is_null())
+    let sources = take_sources(id, &mut spec.mounts, &mut notes, tmpfs_size)?;
+
+    // From here on as the agent will do it.
+    let compiled = bulkhead_spec::seccomp(&filter.program, filter.flags)?;
+    let checked = bulkhead_spec::container(spec.clone(), compiled)?;
+    notes.extend(checked.notes);
+    let limits = limits(&spec);
+    let guest = serde_json::to_vec(&spec)
+        .map_err(|error| Error::new("config.json", "as the guest gets it", error.to_string()))?;
+    fits("config.json", guest.len(), filter.program.len())?;
+    Ok(Prepared {
+        guest,
+        root,
+        volumes: volumes(sources, &checked.plan.mounts),
+        filter,
+        limits,
+        oom_score_adj: checked.plan.process.oom_score_adj,
+        console: console(&checked.plan.process),
+        notes,
+    })
 }
 
-fn mounts(
+/// The process of an exec that was accepted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PreparedProcess {
+    /// The `process` object for the guest.
+    pub guest: Value,
+    /// First size of the terminal: columns and rows, 0 if unknown.
+    pub console: (u32, u32),
+    /// What was left out, one sentence each.
+    pub notes: Vec<String>,
+}
+
+/// Checks the process of an exec.
+pub fn prepare_process(process: Value, terminal: Terminal) -> Result<PreparedProcess, Error> {
+    let mut process: oci::Process = json::from_value("process", process)?;
+    process.terminal = terminal == Terminal::Yes;
+    // What it has from its container is no matter for a refusal.
+    let checked = bulkhead_spec::process(process.clone(), &Inherited::default())?;
+    let guest = serde_json::to_value(&process)
+        .map_err(|error| Error::new("process", "as the guest gets it", error.to_string()))?;
+    fits("process", guest.to_string().len(), 0)?;
+    Ok(PreparedProcess {
+        guest,
+        console: console(&checked.plan),
+        notes: checked.notes,
+    })
+}
+
+/// The guest takes messages up to a length, with some room for ids and streams.
+fn fits(field: &str, specification: usize, filter: usize) -> Result<(), Error> {
+    const ROOM: usize = 4_096;
+    const MOST: usize = ttrpc::proto::MESSAGE_LENGTH_MAX - ROOM;
+    if specification.saturating_add(filter) > MOST {
+        let reason = format!("the guest takes at most {MOST} bytes");
+        return Err(Error::new(field, format!("{specification} bytes"), reason));
+    }
+    Ok(())
+}
+
+fn console(process: &plan::ProcessPlan) -> (u32, u32) {
+    let (columns, rows) = process.terminal.unwrap_or_default();
+    (columns.into(), rows.into())
+}
+
+/// A path of the host, which a system call must be able to take.
+fn host_path(field: &str, path: &Path) -> Result<(), Error> {
+    /// Longest path, with the NUL at its end.
+    const PATH_MAX: usize = 4_096;
+    let bytes = path.as_os_str().as_encoded_bytes();
+    if bytes.is_empty() {
+        return Err(Error::missing(field));
+    }
+    if bytes.contains(&0) {
+        return Err(Error::new(field, path, "it must not contain NUL"));
+    }
+    if bytes.len() >= PATH_MAX {
+        return Err(Error::new(field, path, "it is longer than 4095 bytes"));
+    }
+    Ok(())
+}
+
+/// The container shares the network namespace of the guest, where the pod's
+/// interfaces are. Any other namespace with a path is one of the host's.
+fn leave_host_namespaces(namespaces: &mut [oci::Namespace]) -> Result<(), Error> {
+    for (n, namespace) in namespaces.iter_mut().enumerate() {
+        if namespace.kind == "network" {
+            namespace.path = PathBuf::new();
+        } else if !namespace.path.as_os_str().is_empty() {
+            let reason = "a namespace of the host cannot be joined from a virtual machine";
+            let field = format!("linux.namespaces[{n}].path");
+            return Err(Error::new(field, &namespace.path, reason));
+        }
+    }
+    Ok(())
+}
+
+/// Takes the sources of bind mounts out, each with the place of its mount, and puts
+/// their directories in the share in.
+fn take_sources(
     id: &ContainerId,
-    top: &Field<'_>,
-    volumes: &mut Vec<Volume>,
+    mounts: &mut [oci::Mount],
     notes: &mut Vec<String>,
     tmpfs_size: impl Fn(&Path) -> Option<u64>,
-) -> Result<Vec<Value>, Error> {
-    const GUEST_TYPES: [&str; 8] = [
-        "proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue", "tmpfs", "ramfs",
-    ];
-    let list = top.items_of("mounts")?;
-    if list.len() > MAX_MOUNTS {
-        return Err(top.refuse_count("mounts", list.len(), MAX_MOUNTS));
-    }
-    let mut guest = Vec::new();
-    for mount in list {
-        let destination = mount.required("destination")?;
-        destination.absolute()?;
-        let options: Vec<&str> = mount
-            .items_of("options")?
-            .iter()
-            .map(Field::string)
-            .collect::<Result<_, _>>()?;
-        let kind = mount.get("type").map_or(Ok(""), |field| field.text())?;
-        let bind = kind == "bind"
-            || options
-                .iter()
-                .any(|option| ["bind", "rbind"].contains(option));
-        let mut entry = mount.value().as_object().cloned().unwrap_or_default();
-        if !bind {
-            if !GUEST_TYPES.contains(&kind) {
-                return Err(mount
-                    .required("type")?
-                    .refuse("this type of mount is not supported"));
-            }
-            guest.push(Value::Object(entry));
+) -> Result<Vec<(usize, PathBuf)>, Error> {
+    let mut sources = Vec::new();
+    for (n, mount) in mounts.iter_mut().enumerate() {
+        if !mount.is_bind() {
             continue;
         }
-        for key in ["uidMappings", "gidMappings"] {
-            if let Some(mapping) = mount.get(key)
-                && !mapping.items()?.is_empty()
-            {
-                return Err(mapping.refuse("id-mapped mounts are not supported"));
-            }
-        }
-        for option in &options {
-            match *option {
-                "shared" | "rshared" | "slave" | "rslave" => {
-                    return Err(mount.required("options")?.refuse(&format!(
-                        "mounts do not pass between host and virtual machine ({option})"
-                    )));
-                }
-                "idmap" | "ridmap" => {
-                    return Err(mount
-                        .required("options")?
-                        .refuse("id-mapped mounts are not supported"));
-                }
-                _ => {}
-            }
-        }
-        let source = mount.required("source")?;
-        let path = PathBuf::from(source.path_text()?);
-        if path.as_os_str().is_empty() {
-            return Err(source.refuse("it is empty"));
-        }
-        if destination.text()? == "/dev/shm"
-            && let Some(size) = tmpfs_size(&path)
+        host_path(&format!("mounts[{n}].source"), &mount.source)?;
+        if mount.place() == Path::new("/dev/shm")
+            && let Some(size) = tmpfs_size(&mount.source)
         {
             // Memory shared through a file server would not be coherent.
             notes.push(format!("/dev/shm is a tmpfs of {size} bytes in the guest"));
-            guest.push(json!({
-                "destination": "/dev/shm",
-                "type": "tmpfs",
-                "source": "shm",
-                "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={size}")],
-            }));
+            let size = format!("size={size}");
+            let options = ["nosuid", "noexec", "nodev", "mode=1777", size.as_str()];
+            *mount = oci::Mount {
+                destination: "/dev/shm".into(),
+                kind: "tmpfs".to_owned(),
+                source: "shm".into(),
+                options: options.map(str::to_owned).to_vec(),
+                ..oci::Mount::default()
+            };
             continue;
         }
-        entry.insert("type".to_owned(), "bind".into());
-        entry.insert(
-            "source".to_owned(),
-            format!("{SHARE_DIR}/{id}/volumes/{}", volumes.len()).into(),
-        );
-        guest.push(Value::Object(entry));
-        volumes.push(Volume {
-            source: path,
-            destination: destination.text()?.to_owned(),
-            recursive: options.contains(&"rbind"),
-            read_only: options.iter().any(|option| ["ro", "rro"].contains(option)),
-        });
+        let in_guest = format!("{SHARE_DIR}/{id}/volumes/{}", sources.len()).into();
+        sources.push((n, std::mem::replace(&mut mount.source, in_guest)));
     }
-    Ok(guest)
+    Ok(sources)
+}
+
+fn volumes(sources: Vec<(usize, PathBuf)>, mounts: &[plan::Mount]) -> Vec<Volume> {
+    sources
+        .into_iter()
+        .filter_map(|(n, source)| {
+            let mount = mounts.get(n)?;
+            Some(Volume {
+                source,
+                destination: mount.destination.display().to_string(),
+                recursive: matches!(
+                    mount.kind,
+                    plan::MountKind::Bind {
+                        recursive: true,
+                        ..
+                    }
+                ),
+                read_only: mount.is_read_only(),
+            })
+        })
+        .collect()
+}
+
+/// The limits of a specification that was accepted.
+fn limits(spec: &oci::Spec) -> Limits {
+    /// In microseconds, unless one is given.
+    const PERIOD: u64 = 100_000;
+    let Some(linux) = &spec.linux else {
+        return Limits::default();
+    };
+    let given = |value: i64| u64::try_from(value).ok().filter(|value| *value != 0);
+    let (memory, cpu) = (&linux.resources.memory, &linux.resources.cpu);
+    let period = if cpu.period == 0 { PERIOD } else { cpu.period };
+    Limits {
+        cpus: given(cpu.quota).map(|quota| quota.div_ceil(period)),
+        memory: given(memory.limit),
+    }
 }
 
 #[cfg(test)]

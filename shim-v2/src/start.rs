@@ -166,13 +166,7 @@ fn spec() -> Result<Option<Value>, Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed("open config.json")(error)),
     };
-    let mut text = Vec::new();
-    let limit = u64::try_from(json::MAX_BYTES)
-        .unwrap_or(u64::MAX)
-        .saturating_add(1);
-    file.take(limit)
-        .read_to_end(&mut text)
-        .map_err(failed("read config.json"))?;
+    let text = json::read(file).map_err(failed("read config.json"))?;
     Ok(Some(json::parse(&text)?))
 }
 

@@ -155,3 +155,16 @@ fn an_exec_finds_its_way_though_the_container_uses_its_cgroup() {
     Command::bulkhead(["kill", name, "KILL"]).run().success();
     assert_eq!(run.wait().code, 137);
 }
+
+#[test]
+fn what_others_write_means_here_what_it_means_there_b12_b17() {
+    let script = "uname -m; cat /proc/sys/net/core/somaxconn; ls -d /made/here";
+    let out = run(script, |config| {
+        config["process"]["apparmorProfile"] = json!("docker-default");
+        config["linux"]["personality"] = json!({"domain": "LINUX32"});
+        config["linux"]["sysctl"] = json!({"net/core/somaxconn": "77"});
+        let relative = json!({"destination": "made/here", "type": "tmpfs", "options": ["rslave"]});
+        config["mounts"].as_array_mut().unwrap().push(relative);
+    });
+    assert_eq!(out.success(), "i686\n77\n/made/here\n");
+}

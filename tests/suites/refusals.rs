@@ -175,8 +175,8 @@ fn a_malformed_bundle_is_refused_by_the_field() {
         ("/process/rlimits", limit, "process.rlimits[0].soft"),
         (
             "/process/capabilities",
-            json!({"bounding": ["CAP_NONE"]}),
-            "CAP_NONE",
+            json!({"effective": ["CAP_KILL"], "permitted": []}),
+            "CAP_KILL",
         ),
         ("/root/path", json!("nowhere"), "nowhere"),
         ("/hostname", json!("line\nline"), "hostname"),
@@ -188,6 +188,16 @@ fn a_malformed_bundle_is_refused_by_the_field() {
         ("/linux/namespaces", outside, "linux.namespaces[0]"),
         ("/linux/devices", device, "linux.devices[0]"),
         ("/linux/sysctl", json!({"../x": "1"}), "linux.sysctl"),
+        (
+            "/linux/sysctl",
+            json!({"kernel.panic": "1"}),
+            "linux.sysctl",
+        ),
+        (
+            "/process/scheduler",
+            json!({"policy": "SCHED_NONE"}),
+            "process.scheduler.policy",
+        ),
         (
             "/linux/resources",
             json!({"memory": {"limit": 1}}),

@@ -1,8 +1,8 @@
 //! The protocol between the shim and the agent: everything both must agree on.
 //!
 //! Owns `agent.proto`, the vsock ports, the greeting and the paths in the
-//! guest. Promises that nothing else is shared between host and guest. Holds no
-//! behaviour.
+//! guest. Promises that, but for the specification, nothing else is shared between
+//! host and guest. Holds no behaviour but the place of a [`cause`] in a status.
 //!
 //! # Connections
 //! All over vsock; the host is context id 2, the guest [`GUEST_CID`].
@@ -26,6 +26,8 @@
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
+
+pub mod cause;
 
 pub use generated::{agent, agent_ttrpc};
 

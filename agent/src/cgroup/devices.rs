@@ -5,42 +5,11 @@
 //! denied.
 
 use crate::{
-    spec::plan::{DeviceKind, DeviceRule},
+    spec::{devices::default_rules, plan::DeviceRule},
     sys::BpfInstruction,
 };
 
-/// What every container may do, whatever its rules say: make any node, and use
-/// the default devices and its terminals.
-const ALWAYS: [DeviceRule; 11] = [
-    allow(DeviceKind::Char, None, None, DeviceRule::MKNOD),
-    allow(DeviceKind::Block, None, None, DeviceRule::MKNOD),
-    allow(DeviceKind::Char, Some(1), Some(3), ALL),
-    allow(DeviceKind::Char, Some(1), Some(5), ALL),
-    allow(DeviceKind::Char, Some(1), Some(7), ALL),
-    allow(DeviceKind::Char, Some(1), Some(8), ALL),
-    allow(DeviceKind::Char, Some(1), Some(9), ALL),
-    allow(DeviceKind::Char, Some(5), Some(0), ALL),
-    allow(DeviceKind::Char, Some(5), Some(1), ALL),
-    allow(DeviceKind::Char, Some(5), Some(2), ALL),
-    allow(DeviceKind::Char, Some(136), None, ALL),
-];
-
 const ALL: u32 = DeviceRule::MKNOD | DeviceRule::READ | DeviceRule::WRITE;
-
-const fn allow(
-    kind: DeviceKind,
-    major: Option<u32>,
-    minor: Option<u32>,
-    access: u32,
-) -> DeviceRule {
-    DeviceRule {
-        allow: true,
-        kind: Some(kind),
-        major,
-        minor,
-        access,
-    }
-}
 
 /// Registers: r1 holds `struct bpf_cgroup_dev_ctx` at the start.
 const R0: u8 = 0;
@@ -79,7 +48,8 @@ pub(super) fn program(rules: &[DeviceRule]) -> Vec<BpfInstruction> {
         load(MAJOR, 4),
         load(MINOR, 8),
     ];
-    for rule in rules.iter().chain(&ALWAYS).rev() {
+    let always: Vec<_> = default_rules().collect();
+    for rule in rules.iter().chain(&always).rev() {
         program.extend(block(rule));
     }
     program.extend(answer(false));
@@ -156,6 +126,7 @@ const fn constant(code: u8, register: u8, value: u32) -> BpfInstruction {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::plan::DeviceKind;
 
     /// An access as the kernel puts the question.
     #[derive(Clone, Copy)]

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     channel::{Channel, Fds},
-    spec::plan::{ContainerPlan, IdMap, Namespace},
+    spec::plan::{ContainerPlan, IdMap, Namespace, TimeOffset},
     sys,
 };
 
@@ -23,6 +23,9 @@ use crate::{
 pub(super) fn run(channel: &Channel, plan: &ContainerPlan, fds: &Fds) -> Result<Helper> {
     let proc = GuestProc::open()?;
     let own = join_shared_namespaces(plan)?;
+    if let Some(offsets) = &plan.namespaces.time {
+        own_time_namespace(&proc, offsets)?;
+    }
     clone_and_run(
         channel,
         fds,
@@ -80,7 +83,6 @@ fn join_shared_namespaces(plan: &ContainerPlan) -> Result<i32> {
     for (namespace, flag) in namespaces {
         match namespace {
             Namespace::Own => own |= flag,
-            Namespace::Guest => {}
             Namespace::Join(path) => join(path, flag)?,
         }
     }
@@ -92,6 +94,19 @@ fn join(path: &Path, flag: i32) -> Result<()> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let namespace = rustix::fs::open(path, flags, Mode::empty()).doing(&doing)?;
     sys::join_namespaces(namespace, flag).doing(&doing)
+}
+
+/// Its offsets can be set until a process is in it: that is the helper's child.
+fn own_time_namespace(proc: &GuestProc, offsets: &[TimeOffset]) -> Result<()> {
+    sys::unshare_time_namespace().doing("make a time namespace")?;
+    if offsets.is_empty() {
+        return Ok(());
+    }
+    let line =
+        |offset: &TimeOffset| format!("{} {} {}\n", offset.clock, offset.secs, offset.nanosecs);
+    let text: String = offsets.iter().map(line).collect();
+    proc.write("self/timens_offsets", &text)
+        .doing("set the offsets of the clocks")
 }
 
 fn write_id_maps(proc: &GuestProc, pid: u32, plan: &ContainerPlan) -> Result<()> {

@@ -4,11 +4,7 @@
 //! a user namespace they cannot be made: there the guest's own node is mounted
 //! on a file instead.
 
-use std::{
-    io,
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
-};
+use std::{io, os::fd::OwnedFd, path::Path};
 
 use rustix::{
     fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid},
@@ -20,18 +16,10 @@ use super::{
     paths::Root,
     rootfs::{clone_tree, move_to, refuse_procfs},
 };
-use crate::spec::plan::{DeviceNode, NodeKind};
-
-/// What every container gets (OCI runtime specification, config-linux.md,
-/// "Default Devices"), except for the terminals.
-const DEFAULT: [(&str, u32, u32); 6] = [
-    ("/dev/null", 1, 3),
-    ("/dev/zero", 1, 5),
-    ("/dev/full", 1, 7),
-    ("/dev/random", 1, 8),
-    ("/dev/urandom", 1, 9),
-    ("/dev/tty", 5, 0),
-];
+use crate::spec::{
+    devices::{DEVICES, default_nodes},
+    plan::{DeviceNode, NodeKind},
+};
 
 const LINKS: [(&str, &str); 5] = [
     ("/dev/fd", "/proc/self/fd"),
@@ -43,14 +31,7 @@ const LINKS: [(&str, &str); 5] = [
 
 /// Makes the default devices, those of the specification, and the links.
 pub(super) fn make_all(root: &Root, devices: &[DeviceNode]) -> Result<()> {
-    let default = DEFAULT.iter().map(|(path, major, minor)| DeviceNode {
-        path: PathBuf::from(path),
-        kind: NodeKind::Char(*major, *minor),
-        mode: 0o666,
-        uid: 0,
-        gid: 0,
-    });
-    for device in default {
+    for device in default_nodes() {
         // What the specification says about one of them counts.
         if !devices.iter().any(|other| other.path == device.path) {
             make(root, &device)?;
@@ -110,19 +91,14 @@ fn give_to(parent: &OwnedFd, name: &std::ffi::OsStr, device: &DeviceNode) -> io:
 
 /// The guest's node with the same numbers.
 fn guest_node(numbers: (u32, u32)) -> Result<OwnedFd> {
-    let path = match numbers {
-        (5, 1) => "/dev/console",
-        (10, 200) => "/dev/net/tun",
-        (10, 229) => "/dev/fuse",
-        _ => DEFAULT
-            .iter()
-            .find(|known| (known.1, known.2) == numbers)
-            .map(|known| known.0)
-            .ok_or_else(|| Error::Refused {
-                what: format!("device {}:{}", numbers.0, numbers.1),
-                reason: "the guest has no such device",
-            })?,
-    };
+    let path = DEVICES
+        .iter()
+        .find(|known| (known.major, known.minor) == numbers)
+        .map(|known| known.path)
+        .ok_or_else(|| Error::Refused {
+            what: format!("device {}:{}", numbers.0, numbers.1),
+            reason: "the guest has no such device",
+        })?;
     let doing = format!("open {path} of the guest");
     rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).doing(doing)
 }

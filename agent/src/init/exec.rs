@@ -20,7 +20,8 @@ const NAMESPACES: i32 = libc::CLONE_NEWNS
     | libc::CLONE_NEWIPC
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWNET
-    | libc::CLONE_NEWCGROUP;
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWTIME;
 
 /// In the helper: clones the process into the container's cgroup and pid
 /// namespace.

@@ -15,6 +15,7 @@ use std::{
 use rustix::fs::{Access, AtFlags, CWD, FileType, OFlags};
 
 use super::{Error, Result, paths::Root};
+use crate::channel::FailureKind;
 
 /// The path to execute for `name`, found by the `PATH` of `env`.
 pub(super) fn executable(name: &str, env: &[String]) -> Result<CString> {
@@ -26,6 +27,8 @@ pub(super) fn executable(name: &str, env: &[String]) -> Result<CString> {
         search(name, env).ok_or_else(|| Error::Executable {
             name: name.to_owned(),
             reason: "executable file not found in $PATH".into(),
+            kind: FailureKind::NotFound,
+            errno: None,
         })?
     };
     CString::new(found.as_os_str().as_bytes()).map_err(|e| error(name, &e.into()))
@@ -39,9 +42,15 @@ pub(super) fn error(name: &str, source: &io::Error) -> Error {
         Some(libc::ENOEXEC) => "exec format error".into(),
         _ => source.to_string(),
     };
+    let errno = source.raw_os_error();
     Error::Executable {
         name: name.to_owned(),
         reason,
+        kind: match errno {
+            Some(libc::ENOENT) => FailureKind::NotFound,
+            _ => FailureKind::NotExecutable,
+        },
+        errno,
     }
 }
 
@@ -118,8 +127,13 @@ mod tests {
     fn a_missing_program_is_told_from_one_that_may_not_be_executed() {
         let check = |name: &str, path: &str, expected: &str| {
             let env = [format!("PATH={path}")];
-            let error = executable(name, &env).unwrap_err().to_string();
-            assert_eq!(error, expected);
+            let error = executable(name, &env).unwrap_err();
+            assert_eq!(error.to_string(), expected);
+            let kind = match expected.contains("permission denied") {
+                true => FailureKind::NotExecutable,
+                false => FailureKind::NotFound,
+            };
+            assert_eq!(error.failure().kind, kind, "{name}");
         };
         check(
             "nope",

@@ -19,7 +19,7 @@ use rustix::{
 };
 
 use super::{
-    Doing, Error, Result,
+    Doing, Error, Result, copy,
     paths::Root,
     rootfs::{READONLY, clone_tree, file_type, move_to, refuse_procfs},
 };
@@ -41,9 +41,13 @@ pub(super) fn mount_all(root: &Root, mounts: &[Mount], own_user: bool) -> Result
                 set_attributes(&tree, mount.attributes, mount).doing(&doing)?;
                 move_to(&tree, &onto).doing(&doing)?;
             }
-            MountKind::Filesystem { fs, data } => {
+            MountKind::Filesystem { fs, data, copy_up } => {
                 let tree = filesystem(*fs, data, own_user).doing(&doing)?;
                 let onto = destination(root, mount, &tree)?;
+                if *copy_up {
+                    let place = mount.destination.display();
+                    copy::content(&onto, &tree).doing(format!("copy {place} into its tmpfs"))?;
+                }
                 let mut attributes = mount.attributes;
                 if *fs == Filesystem::Tmpfs && attributes.set & libc::MOUNT_ATTR_RDONLY != 0 {
                     attributes.set &= !libc::MOUNT_ATTR_RDONLY;

@@ -17,7 +17,7 @@ use rustix::{
 use super::{Doing, Error, Result, lookup, paths::Root, privileges, terminal::Terminal};
 use crate::{
     channel::{Channel, Report},
-    spec::plan::ProcessPlan,
+    spec::plan::{ProcessPlan, Scheduler},
     sys,
 };
 
@@ -137,6 +137,9 @@ fn set_attributes(plan: &ProcessPlan) -> Result<()> {
     if let Some(priority) = plan.io_priority {
         sys::set_io_priority(priority).doing("set the I/O priority")?;
     }
+    if let Some(scheduler) = &plan.scheduler {
+        set_scheduler(scheduler)?;
+    }
     let (soft, hard_max) = OPEN_FILES;
     let agents = getrlimit(Resource::Nofile).maximum;
     let hard = agents.map_or(hard_max, |agents| agents.min(hard_max));
@@ -146,6 +149,15 @@ fn set_attributes(plan: &ProcessPlan) -> Result<()> {
             .doing(format!("set resource limit {}", limit.resource))?;
     }
     Ok(())
+}
+
+/// Deadlines are a promise that the processors may not be able to keep: without one
+/// the program runs all the same.
+fn set_scheduler(scheduler: &Scheduler) -> Result<()> {
+    match sys::set_scheduler(scheduler) {
+        Err(_) if scheduler.policy == Scheduler::DEADLINE => Ok(()),
+        result => result.doing("set the scheduling policy"),
+    }
 }
 
 fn enter_cwd(root: &Root, cwd: &Path) -> Result<()> {

@@ -246,13 +246,17 @@ fn a_user_namespace_maps_ids_and_an_exec_joins_it() {
             ran.stderr
         );
         assert!(!ran.stdout.contains(ours.to_str().unwrap()));
+        // All of it before the end, which would cut it.
+        const EXPECTED: &str = "0\n 0 100000\n0\nnull\n";
+        let mut out = [0; EXPECTED.len()];
+        stdout.read_exact(&mut out).await.unwrap();
+        assert_eq!(str::from_utf8(&out), Ok(EXPECTED));
         host.kill(&id, "", 9).await.unwrap();
         host.wait(&id, "").await.unwrap();
         host.delete(&id, "").await.unwrap();
-        let (mut out, mut err) = (String::new(), String::new());
-        stdout.read_to_string(&mut out).await.unwrap();
+        let mut err = String::new();
         stderr.read_to_string(&mut err).await.unwrap();
-        assert_eq!((&*out, &*err), ("0\n 0 100000\n0\nnull\n", ""));
+        assert_eq!(err, "");
     });
 }
 
@@ -343,5 +347,92 @@ fn limits_are_in_force_inside_and_bad_ones_are_refused_b11() {
             let text = refusal(host, spec).await;
             assert!(text.contains(file), "{text}");
         }
+    });
+}
+
+#[test]
+fn a_tmpfs_may_begin_with_what_it_covers() {
+    block_on(async |host: &mut Host| {
+        let etc = host.rootfs.join("etc");
+        std::fs::write(etc.join("motd"), "from the image\n").unwrap();
+        std::os::unix::fs::symlink("/nowhere", etc.join("link")).unwrap();
+        std::fs::set_permissions(&etc, std::fs::Permissions::from_mode(0o751)).unwrap();
+        let script = "cat /etc/motd; stat -c %a /etc; readlink /etc/link
+            echo changed >/etc/motd; cat /etc/motd; grep -c ' /etc tmpfs ' /proc/mounts";
+        let seen = output(host, script, |spec| {
+            add_mount(
+                spec,
+                json!({"destination": "etc", "type": "tmpfs", "options": ["tmpcopyup"]}),
+            );
+        })
+        .await;
+        assert_eq!(seen, "from the image\n751\n/nowhere\nchanged\n1\n");
+        let image = std::fs::read_to_string(etc.join("motd")).unwrap();
+        assert_eq!(image, "from the image\n");
+    });
+}
+
+#[test]
+fn a_time_namespace_is_the_containers_and_its_execs() {
+    block_on(async |host: &mut Host| {
+        let script = "read -r up rest </proc/uptime; test ${up%.*} -ge 1000000000";
+        let process = |script: &str| {
+            let mut process = busybox_spec(["sh", "-c", script])["process"].clone();
+            process["cwd"] = "/".into();
+            process
+        };
+        let mut spec = busybox_spec(["sh", "-c", &format!("{script} && exec sleep 100")]);
+        spec["linux"]["namespaces"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"type": "time"}));
+        spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1_000_000_000}});
+        let id = host.create(spec, Stdio::default()).await.unwrap();
+        host.start_container(&id).await.unwrap();
+        for (exec_id, script, status) in [("far", script, 0), ("near", "exit 9", 9)] {
+            host.exec(&id, exec_id, &process(script), Stdio::default())
+                .await
+                .unwrap();
+            let seen = host.wait(&id, exec_id).await.unwrap().exit_status;
+            assert_eq!(seen, status, "{script}");
+        }
+        // Its own shell has found the same, or it would have ended.
+        host.kill(&id, "", 9).await.unwrap();
+        assert_eq!(host.wait(&id, "").await.unwrap().exit_status, 137);
+        host.delete(&id, "").await.unwrap();
+        let seen = output(host, &format!("{script} || echo near"), |_| {}).await;
+        assert_eq!(seen, "near\n");
+    });
+}
+
+#[test]
+fn scheduling_is_that_of_the_specification() {
+    block_on(async |host: &mut Host| {
+        // Fields 19 and 41 (proc(5)), counted from the third.
+        let script = "read -r line </proc/self/stat; set -- ${line##*) }; echo ${17} ${39}";
+        for (scheduler, expected) in [
+            (json!({"policy": "SCHED_OTHER", "nice": 7}), "7 0\n"),
+            (json!({"policy": "SCHED_BATCH", "nice": -3}), "-3 3\n"),
+            (json!({"policy": "SCHED_FIFO", "priority": 5}), "0 1\n"),
+        ] {
+            let seen = output(host, script, |s| s["process"]["scheduler"] = scheduler).await;
+            assert_eq!(seen, expected);
+        }
+    });
+}
+
+#[test]
+fn the_personality_is_that_of_the_container_for_its_execs_too() {
+    block_on(async |host: &mut Host| {
+        let mut spec = busybox_spec(["sleep", "100"]);
+        spec["linux"]["personality"] = json!({"domain": "LINUX32"});
+        let id = host.create(spec, Stdio::default()).await.unwrap();
+        host.start_container(&id).await.unwrap();
+        let process = busybox_spec(["busybox", "uname", "-m"])["process"].clone();
+        let ran = host.run_exec(&id, &process).await;
+        assert_eq!((&*ran.stdout, &*ran.stderr), ("i686\n", ""));
+        host.kill(&id, "", 9).await.unwrap();
+        host.wait(&id, "").await.unwrap();
+        host.delete(&id, "").await.unwrap();
     });
 }

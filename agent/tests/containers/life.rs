@@ -86,6 +86,14 @@ fn a_creation_that_fails_at_any_step_leaves_nothing_and_says_why() {
             );
         })
         .await;
+        // The kernel's own words.
+        check("Bad value for 'size'", &|s| {
+            add_mount(
+                s,
+                json!({"destination": "/x", "type": "tmpfs", "options": ["size=nonsense"]}),
+            );
+        })
+        .await;
         check("nothing can be mounted inside /proc", &|s| {
             add_mount(s, json!({"destination": "/proc/self/x", "type": "tmpfs"}));
         })
@@ -94,9 +102,13 @@ fn a_creation_that_fails_at_any_step_leaves_nothing_and_says_why() {
             s["linux"]["sysctl"] = json!({"kernel.nope": "1"});
         })
         .await;
+        check("set the sysctl net/nope", &|s| {
+            s["linux"]["sysctl"] = json!({"net.nope": "1"});
+        })
+        .await;
         check("cwd", &|s| s["process"]["cwd"] = "/etc/passwd".into()).await;
-        check("CAP_NOPE", &|s| {
-            s["process"]["capabilities"]["bounding"] = json!(["CAP_NOPE"]);
+        check("process.capabilities.effective", &|s| {
+            s["process"]["capabilities"]["effective"] = json!(["CAP_SYS_BOOT"]);
         })
         .await;
         check("memory.nope", &|s| {

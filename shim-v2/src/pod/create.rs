@@ -7,7 +7,6 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::Read,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
@@ -31,7 +30,6 @@ use crate::{
     names::ContainerId,
     process::Process,
     rootfs::Source,
-    seccomp::{self, Filter},
     spec::{self, Prepared, Terminal},
     vm::Size,
 };
@@ -126,7 +124,7 @@ impl Pod {
         request.stdio.check()?;
         let (id, bundle) = (request.id.clone(), request.bundle.clone());
         let terminal = Terminal::from(request.stdio.terminal);
-        let (prepared, filter) = blocking("read the bundle", move || {
+        let prepared = blocking("read the bundle", move || {
             read_bundle(&id, &bundle, terminal)
         })
         .await?;
@@ -146,13 +144,12 @@ impl Pod {
         let (vm, files) = tokio::try_join!(self.boot(size, prepared.oom_score_adj), files)?;
         let (streams, mut stdio) = Streams::open(&request.stdio, vm.dialer()).await?;
         (stdio.columns, stdio.rows) = prepared.console;
-        let spec = prepared.guest.to_string().into_bytes();
         let message = CreateRequest {
             container_id: request.id.to_string(),
-            spec,
+            spec: prepared.guest,
             stdio: Some(stdio).into(),
-            seccomp_filter: filter.program,
-            seccomp_flags: filter.flags,
+            seccomp_filter: prepared.filter.program,
+            seccomp_flags: prepared.filter.flags,
             ..CreateRequest::default()
         };
         vm.agent().create(&message).await?;
@@ -185,7 +182,7 @@ async fn blocking<T: Send + 'static>(
     })?
 }
 
-fn read_bundle(id: &ContainerId, bundle: &Path, terminal: Terminal) -> Result<(Prepared, Filter)> {
+fn read_bundle(id: &ContainerId, bundle: &Path, terminal: Terminal) -> Result<Prepared> {
     check_bundle(bundle)?;
     let path = bundle.join("config.json");
     let failed = |source| Error::Path {
@@ -193,25 +190,12 @@ fn read_bundle(id: &ContainerId, bundle: &Path, terminal: Terminal) -> Result<(P
         path: path.clone(),
         source,
     };
-    let mut text = Vec::new();
-    let limit = u64::try_from(json::MAX_BYTES)
-        .unwrap_or(u64::MAX)
-        .saturating_add(1);
-    File::open(&path)
-        .and_then(|file| file.take(limit).read_to_end(&mut text))
-        .map_err(failed)?;
+    let text = File::open(&path).and_then(json::read).map_err(failed)?;
     let spec = json::parse(&text).map_err(|source| Error::Json {
         what: path.display().to_string(),
         source,
     })?;
-    let prepared = spec::prepare(id, &spec, terminal, mount::tmpfs_size)?;
-    let filter = prepared
-        .seccomp
-        .as_ref()
-        .map(seccomp::compile)
-        .transpose()?
-        .unwrap_or_default();
-    Ok((prepared, filter))
+    Ok(spec::prepare(id, spec, terminal, mount::tmpfs_size)?)
 }
 
 /// A bundle that somebody else can change is no bundle.

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use bulkhead_agent_api::agent::cause::Kind;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted};
 use serde_json::Value;
 use tracing::{info, warn};
@@ -17,7 +18,7 @@ use crate::{
     io::{Stdio, Streams},
     names::{ContainerId, ExecId},
     process::{Exit, Process},
-    spec::{self, Field},
+    spec::{self, Terminal},
     state::{self, Op},
 };
 
@@ -28,13 +29,7 @@ const NOT_EXECUTABLE: u8 = 126;
 
 impl Pod {
     /// Registers a process. `process` is an OCI process object.
-    pub fn exec(
-        &self,
-        id: &ContainerId,
-        exec: ExecId,
-        mut process: Value,
-        stdio: Stdio,
-    ) -> Result<()> {
+    pub fn exec(&self, id: &ContainerId, exec: ExecId, process: Value, stdio: Stdio) -> Result<()> {
         let first = ProcessName {
             container: id.clone(),
             exec: None,
@@ -42,14 +37,9 @@ impl Pod {
         let (container, init) = self.find(&first)?;
         state::init(init.state(), Op::Exec).map_err(|refusal| refused(&init, Op::Exec, refusal))?;
         stdio.check()?;
-        let field = Field::named("process", &process);
-        spec::check_process(&field)?;
-        let size = spec::console_size(&field)?;
-        if let Some(object) = process.as_object_mut() {
-            for note in spec::without_labels(object) {
-                info!(container = %id, %exec, "{note}");
-            }
-            object.insert("terminal".to_owned(), stdio.terminal.into());
+        let prepared = spec::prepare_process(process, Terminal::from(stdio.terminal))?;
+        for note in &prepared.notes {
+            info!(container = %id, %exec, "{note}");
         }
         {
             let mut execs = lock(&container.execs);
@@ -63,7 +53,7 @@ impl Pod {
                 container: id.clone(),
                 exec: Some(exec.clone()),
             };
-            let process = Process::new(name, stdio, size, Some(process));
+            let process = Process::new(name, stdio, prepared.console, Some(prepared.guest));
             execs.insert(exec.clone(), Arc::new(process));
         }
         self.events.publish(Event::ExecAdded(TaskExecAdded {
@@ -144,8 +134,42 @@ impl Pod {
 
 fn failed_status(error: &Error) -> u8 {
     match error {
-        Error::Agent { text, .. } if text.contains("permission denied") => NOT_EXECUTABLE,
-        Error::Agent { .. } => NOT_FOUND,
+        Error::Agent {
+            cause: Kind::PROGRAM_NOT_FOUND,
+            ..
+        } => NOT_FOUND,
+        Error::Agent {
+            cause: Kind::PROGRAM_NOT_EXECUTABLE,
+            ..
+        } => NOT_EXECUTABLE,
         _ => 255,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_of_an_exec_that_never_ran_is_that_of_its_cause() {
+        for (cause, text, status) in [
+            (Kind::PROGRAM_NOT_FOUND, "permission denied", 127),
+            (Kind::PROGRAM_NOT_EXECUTABLE, "exec format error", 126),
+            (
+                Kind::STEP,
+                "Cannot set RLIMIT_NOFILE: permission denied",
+                255,
+            ),
+            (Kind::OUT_OF_MEMORY, "no such file or directory", 255),
+            (Kind::OTHER, "", 255),
+        ] {
+            let error = Error::Agent {
+                context: "OCI runtime exec failed",
+                code: ttrpc::Code::INVALID_ARGUMENT,
+                cause,
+                text: text.to_owned(),
+            };
+            assert_eq!(failed_status(&error), status, "{error}");
+        }
     }
 }

@@ -19,7 +19,9 @@ fn base() -> Value {
             "user": {"uid": 0, "gid": 0},
         },
         "root": {"path": "rootfs"},
-        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}]},
+        "linux": {"namespaces": [
+            {"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "network"},
+        ]},
     })
 }
 
@@ -38,26 +40,32 @@ fn with(pointer: &str, value: Value) -> Value {
     spec
 }
 
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "the tests make what they pass"
-)]
 fn run(spec: Value) -> Result<Prepared, Error> {
-    prepare(&id(), &spec, Terminal::No, |path| {
+    prepare(&id(), spec, Terminal::No, |path| {
         (path == Path::new("/host/shm")).then_some(65_536)
     })
+}
+
+/// What the guest gets.
+fn guest(prepared: &Prepared) -> Value {
+    serde_json::from_slice(&prepared.guest).unwrap()
+}
+
+/// The agent's side of it.
+fn agent(prepared: &Prepared) -> Result<plan::ContainerPlan, Error> {
+    let filter = bulkhead_spec::seccomp(&prepared.filter.program, prepared.filter.flags)?;
+    let spec = json::from_slice("", &prepared.guest)?;
+    Ok(bulkhead_spec::container(spec, filter)?.plan)
 }
 
 /// The refusal names the field.
 fn refused(pointer: &str, value: Value, field: &str) {
     let shown = value.to_string();
     let text = run(with(pointer, value))
+        .map(drop)
         .expect_err(&format!("{pointer} = {shown:.60}"))
         .to_string();
-    assert!(
-        text.starts_with(&format!("config.json: {field} = ")),
-        "{text}"
-    );
+    assert!(text.starts_with(&format!("{field} = ")), "{text}");
     assert!(text.len() < 400, "{text}");
 }
 
@@ -65,262 +73,171 @@ fn refused(pointer: &str, value: Value, field: &str) {
 fn a_plain_specification_passes() {
     let prepared = run(base()).unwrap();
     assert_eq!(prepared.root, Path::new("rootfs"));
-    assert_eq!(
-        prepared.guest["root"]["path"],
-        "/run/bulkhead/share/c1/rootfs"
-    );
-    assert_eq!(prepared.guest["linux"]["cgroupsPath"], "/bulkhead/c1");
-    assert_eq!(prepared.guest["process"]["terminal"], false);
+    let guest = guest(&prepared);
+    assert_eq!(guest["root"]["path"], "/run/bulkhead/share/c1/rootfs");
+    assert_eq!(guest["process"]["terminal"], false);
     assert_eq!(prepared.notes, Vec::<String>::new());
+    assert_eq!(agent(&prepared).unwrap().process.args, ["/bin/sh"]);
 }
 
 #[test]
-fn versions_other_than_1_are_refused_b2() {
-    for bad in [
-        json!("99.0.0"),
-        json!("1"),
-        json!(1),
-        json!(""),
-        json!("0.9.0"),
-        json!(null),
+fn what_the_agent_would_refuse_is_refused_before_there_is_a_virtual_machine() {
+    let mount = |value: Value| json!([value]);
+    for (pointer, value, field) in [
+        ("ociVersion", json!("99.0.0"), "ociVersion"),
+        ("process.args", json!([]), "process.args"),
+        ("process.cwd", json!("tmp"), "process.cwd"),
+        ("process.user.uid", json!(u32::MAX), "process.user.uid"),
+        ("process.user.umask", json!(0o7777), "process.user.umask"),
+        (
+            "process.scheduler",
+            json!({"policy": "X"}),
+            "process.scheduler.policy",
+        ),
+        ("hostname", json!("a b"), "hostname"),
+        (
+            "hooks",
+            json!({"prestart": [{"path": "/bin/true"}]}),
+            "hooks.prestart",
+        ),
+        (
+            "linux.sysctl",
+            json!({"vm.swappiness": "1"}),
+            "linux.sysctl.vm.swappiness",
+        ),
+        (
+            "linux.personality",
+            json!({"domain": "BSD"}),
+            "linux.personality.domain",
+        ),
+        (
+            "linux.timeOffsets",
+            json!({"monotonic": {}}),
+            "linux.timeOffsets",
+        ),
+        (
+            "linux.resources",
+            json!({"memory": {"limit": 1}}),
+            "linux.resources.memory.limit",
+        ),
+        (
+            "linux.resources",
+            json!({"unified": {"x.y": "1"}}),
+            "linux.resources.unified.x.y",
+        ),
+        (
+            "mounts",
+            mount(json!({"destination": "/x", "type": "nfs"})),
+            "mounts[0].type",
+        ),
+        (
+            "mounts",
+            mount(json!({"destination": "/x", "type": "tmpfs", "options": ["nope"]})),
+            "mounts[0].options",
+        ),
+        (
+            "mounts",
+            mount(json!({"destination": "/proc/x", "type": "bind", "source": "/y"})),
+            "mounts[0].destination",
+        ),
+        (
+            "mounts",
+            mount(
+                json!({"destination": "/x", "type": "bind", "source": "/y", "options": ["rshared"]}),
+            ),
+            "mounts[0].options[0]",
+        ),
     ] {
-        refused("ociVersion", bad, "ociVersion");
-    }
-    for good in ["1.0.0", "1.0.2-dev", "1.3.0"] {
-        run(with("ociVersion", json!(good))).unwrap();
-    }
-}
-
-#[test]
-fn a_process_needs_a_program_b3() {
-    refused("process.args", json!([]), "process.args");
-    refused("process.args", json!(null), "process.args");
-    refused("process.args", json!("sh"), "process.args");
-    refused("process.args", json!(["a\0b"]), "process.args[0]");
-    refused("process.args", json!([1]), "process.args[0]");
-    refused("process.env", json!(["A=\0"]), "process.env[0]");
-    run(with("process.args", json!(["x".repeat(1 << 20)]))).unwrap();
-}
-
-#[test]
-fn user_and_group_ids_are_kept_or_refused_never_changed_b4() {
-    for good in [0_u32, 2_147_483_648, 4_294_967_294] {
-        let prepared = run(with("process.user.uid", json!(good))).unwrap();
-        assert_eq!(prepared.guest["process"]["user"]["uid"], good);
-    }
-    for bad in [
-        json!(4_294_967_295_u32),
-        json!(-1),
-        json!(1_u64 << 40),
-        json!(0.5),
-        json!("0"),
-    ] {
-        refused("process.user.uid", bad.clone(), "process.user.uid");
-        refused("process.user.gid", bad, "process.user.gid");
-    }
-    refused(
-        "process.user.additionalGids",
-        json!(vec![1; 65_537]),
-        "process.user.additionalGids",
-    );
-    refused(
-        "process.user.additionalGids",
-        json!([-1]),
-        "process.user.additionalGids[0]",
-    );
-}
-
-#[test]
-fn the_working_directory_is_absolute_b5() {
-    refused("process.cwd", json!("tmp"), "process.cwd");
-    refused("process.cwd", json!("/a\0"), "process.cwd");
-    for left_to_the_guest in ["", "/..", "/proc/self/fd/7"] {
-        run(with("process.cwd", json!(left_to_the_guest))).unwrap();
+        refused(pointer, value, field);
     }
 }
 
 #[test]
 fn namespaces_of_the_host_are_refused_except_the_network_b6() {
     for kind in ["pid", "ipc", "uts", "user", "cgroup", "mount", "time"] {
-        let spec = json!([{"type": kind, "path": "/proc/1/ns/x"}]);
+        let spec = json!([{"type": kind, "path": "/proc/7/ns/pid"}]);
         refused("linux.namespaces", spec, "linux.namespaces[0].path");
     }
-    refused(
-        "linux.namespaces",
-        json!([{"type": "net"}]),
-        "linux.namespaces[0].type",
-    );
     let spec = json!([{"type": "network", "path": "/run/netns/a"}, {"type": "ipc"}]);
     let prepared = run(with("linux.namespaces", spec)).unwrap();
-    assert_eq!(
-        prepared.guest["linux"]["namespaces"],
-        json!([{"type": "ipc"}])
-    );
+    assert!(!prepared.guest.windows(5).any(|part| part == b"netns"));
 }
 
 #[test]
-fn resource_limits_are_checked_by_name_b7() {
-    let limit =
-        |kind: &str, soft: Value, hard: Value| json!([{"type": kind, "soft": soft, "hard": hard}]);
-    refused(
-        "process.rlimits",
-        limit("RLIMIT_X", json!(1), json!(1)),
-        "process.rlimits[0].type",
-    );
-    refused(
-        "process.rlimits",
-        limit("RLIMIT_NOFILE", json!(2), json!(1)),
-        "process.rlimits[0].soft",
-    );
-    refused(
-        "process.rlimits",
-        limit("RLIMIT_NOFILE", json!(-1), json!(1)),
-        "process.rlimits[0].soft",
-    );
-    run(with(
-        "process.rlimits",
-        limit("RLIMIT_NOFILE", json!(u64::MAX), json!(u64::MAX)),
-    ))
-    .unwrap();
+fn the_filter_is_compiled_and_its_profile_stays_here_b9() {
+    let profile = json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [
+        {"names": ["read"], "action": "SCMP_ACT_ALLOW"},
+    ]});
+    let prepared = run(with("linux.seccomp", profile)).unwrap();
+    assert!(!prepared.filter.program.is_empty());
+    assert_eq!(guest(&prepared)["linux"]["seccomp"], Value::Null);
+    assert!(agent(&prepared).unwrap().process.seccomp.is_some());
+    // More instructions than the kernel takes, found out here.
+    let rules: Vec<Value> = (0..6_000_u32)
+        .map(|n| {
+            json!({"names": ["ioctl"], "action": "SCMP_ACT_ALLOW",
+            "args": [{"index": 1, "value": n, "op": "SCMP_CMP_EQ"}]})
+        })
+        .collect();
+    let profile = json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules});
+    refused("linux.seccomp", profile, "linux.seccomp");
 }
 
 #[test]
-fn unknown_capabilities_are_refused_b8() {
-    for bad in ["CAP_NONE", "cap_chown", "CHOWN", ""] {
-        refused(
-            "process.capabilities",
-            json!({"bounding": [bad]}),
-            "process.capabilities.bounding[0]",
-        );
-    }
-    let flood = json!({"bounding": vec!["CAP_CHOWN"; 100_000]});
-    refused(
-        "process.capabilities",
-        flood,
-        "process.capabilities.bounding",
-    );
-    run(with(
-        "process.capabilities",
-        json!({"bounding": ["CAP_CHOWN"], "ambient": []}),
-    ))
-    .unwrap();
-}
-
-#[test]
-fn seccomp_is_taken_out_b9() {
-    let profile = json!({"defaultAction": "SCMP_ACT_ALLOW"});
-    let prepared = run(with("linux.seccomp", profile.clone())).unwrap();
-    assert_eq!(prepared.seccomp, Some(profile));
-    assert!(prepared.guest["linux"].get("seccomp").is_none());
-}
-
-#[test]
-fn hooks_are_refused_unless_empty_b10() {
-    for name in [
-        "prestart",
-        "createRuntime",
-        "createContainer",
-        "startContainer",
-        "poststart",
-        "poststop",
-    ] {
-        refused(
-            "hooks",
-            json!({name: [{"path": "/bin/true"}]}),
-            &format!("hooks.{name}"),
-        );
-        run(with("hooks", json!({name: []}))).unwrap();
-    }
-}
-
-#[test]
-fn limits_that_no_program_survives_are_refused_b11() {
-    refused(
-        "linux.resources",
-        json!({"memory": {"limit": 1}}),
-        "linux.resources.memory.limit",
-    );
-    refused(
-        "linux.resources",
-        json!({"memory": {"limit": -2}}),
-        "linux.resources.memory.limit",
-    );
-    refused(
-        "linux.resources",
-        json!({"cpu": {"quota": 1}}),
-        "linux.resources.cpu.quota",
-    );
-    refused(
-        "linux.resources",
-        json!({"cpu": {"period": 10}}),
-        "linux.resources.cpu.period",
-    );
-    let prepared = run(with(
-        "linux.resources",
-        json!({"memory": {"limit": 67_108_864}, "cpu": {"quota": 150_000, "period": 100_000, "cpus": "0-99999"}}),
-    ))
-    .unwrap();
-    assert_eq!(
-        prepared.limits,
-        Limits {
-            cpus: Some(2),
-            memory: Some(67_108_864)
-        }
-    );
-    assert!(
-        prepared.guest["linux"]["resources"]["cpu"]
-            .get("cpus")
-            .is_none()
-    );
-    assert_eq!(prepared.notes.len(), 1, "{:?}", prepared.notes);
+fn limits_decide_the_size_of_the_virtual_machine_b11() {
+    let limits = |resources: Value| run(with("linux.resources", resources)).unwrap().limits;
+    let given =
+        json!({"memory": {"limit": 67_108_864}, "cpu": {"quota": 150_000, "period": 100_000}});
+    let (cpus, memory) = (Some(2), Some(67_108_864));
+    assert_eq!(limits(given), Limits { cpus, memory });
     for none in [
         json!({"memory": {"limit": -1}}),
         json!({"cpu": {"quota": -1}}),
-        json!({"cpu": {"quota": 0}}),
+        json!({"cpu": {"quota": 0, "period": 5_000}}),
+        json!({}),
     ] {
-        assert_eq!(
-            run(with("linux.resources", none)).unwrap().limits,
-            Limits::default()
-        );
+        assert_eq!(limits(none), Limits::default());
     }
 }
 
 #[test]
-fn sysctl_names_cannot_be_paths_b12() {
-    for bad in ["../x", "net/ipv4/x", "", "a b", "net..x"] {
-        refused(
-            "linux.sysctl",
-            json!({bad: "1"}),
-            &format!("linux.sysctl.{bad}"),
-        );
-    }
-    run(with("linux.sysctl", json!({"net.ipv4.ip_forward": "1"}))).unwrap();
-    let flood: Map<String, Value> = (0..10_000)
-        .map(|n| (format!("net.x{n}"), json!("1")))
-        .collect();
-    refused("linux.sysctl", Value::Object(flood), "linux.sysctl");
+fn what_is_too_long_for_a_message_is_refused_b3() {
+    let args = |bytes: usize| json!(["a", "x".repeat(bytes)]);
+    run(with("process.args", args(4_000_000))).unwrap();
+    refused("process.args", args(4_300_000), "config.json");
+    let process = json!({"args": args(4_300_000)});
+    let text = prepare_process(process, Terminal::No)
+        .unwrap_err()
+        .to_string();
+    assert!(text.starts_with("process = "), "{text}");
 }
 
 #[test]
-fn devices_of_the_host_are_refused_b13() {
-    let device = |path: &str, kind: &str, major: i64, minor: i64| json!([{"path": path, "type": kind, "major": major, "minor": minor}]);
-    refused(
-        "linux.devices",
-        device("/dev/mem", "c", 1, 1),
-        "linux.devices[0].path",
-    );
-    refused(
-        "linux.devices",
-        device("/dev/sda", "b", 8, 0),
-        "linux.devices[0].path",
-    );
-    refused(
-        "linux.devices",
-        device("/dev/x", "c", -1, 0),
-        "linux.devices[0].major",
-    );
-    run(with("linux.devices", device("/dev/null", "c", 1, 3))).unwrap();
-    run(with("linux.devices", device("/dev/fuse", "c", 10, 229))).unwrap();
+fn an_exec_is_judged_as_a_first_process_is() {
+    let process = json!({
+        "args": ["sh"],
+        "terminal": false,
+        "consoleSize": {"width": 80, "height": 24},
+        "apparmorProfile": "x",
+    });
+    let prepared = prepare_process(process, Terminal::Yes).unwrap();
+    assert_eq!(prepared.console, (80, 24));
+    assert_eq!(prepared.guest["terminal"], true);
+    assert!(prepared.guest.get("apparmorProfile").is_none());
+    assert!(prepared.notes[0].contains("process.apparmorProfile"));
+    let bytes = serde_json::to_vec(&prepared.guest).unwrap();
+    let again: oci::Process = json::from_slice("process", &bytes).unwrap();
+    bulkhead_spec::process(again, &Inherited::default()).unwrap();
+    for (process, field) in [
+        (json!({"args": []}), "process.args = "),
+        (json!({"args": ["a"], "cwd": "b"}), "process.cwd = "),
+        (json!(7), "process = 7: "),
+    ] {
+        let text = prepare_process(process, Terminal::No)
+            .unwrap_err()
+            .to_string();
+        assert!(text.starts_with(field), "{text}");
+    }
 }
 
 #[test]
@@ -328,38 +245,8 @@ fn the_root_needs_a_path_b14() {
     refused("root", json!(null), "root");
     refused("root", json!({}), "root.path");
     refused("root.path", json!("a\0"), "root.path");
-}
-
-#[test]
-fn masked_paths_are_absolute_and_bounded_b15() {
-    refused(
-        "linux.maskedPaths",
-        json!(["proc/kcore"]),
-        "linux.maskedPaths[0]",
-    );
-    refused(
-        "linux.readonlyPaths",
-        json!(vec!["/x"; 20_000]),
-        "linux.readonlyPaths",
-    );
-    run(with("linux.maskedPaths", json!(vec!["/x"; 10_000]))).unwrap();
-}
-
-#[test]
-fn host_names_are_short_and_printable_b16() {
-    for bad in ["x".repeat(1_000_000), "a\0b".into(), "a\nb".into()] {
-        refused("hostname", json!(bad), "hostname");
-    }
-    run(with("hostname", json!("web-1"))).unwrap();
-}
-
-#[test]
-fn security_labels_of_the_host_are_never_dropped_silently_b17() {
-    for label in ["apparmorProfile", "selinuxLabel"] {
-        let prepared = run(with(&format!("process.{label}"), json!("profile"))).unwrap();
-        assert!(prepared.notes[0].contains(label), "{:?}", prepared.notes);
-        assert!(prepared.guest["process"].get(label).is_none());
-    }
+    let source = json!([{"destination": "/x", "type": "bind"}]);
+    refused("mounts", source, "mounts[0].source");
 }
 
 #[test]
@@ -384,41 +271,12 @@ fn bind_mounts_become_volumes_of_the_share_fs_17() {
             volume("/var/lib/x/hosts", "/etc/hosts", false, false)
         ]
     );
-    let guest = &prepared.guest["mounts"];
+    let guest = &guest(&prepared)["mounts"];
     assert_eq!(guest[0]["type"], "proc");
     assert_eq!(guest[1]["source"], "/run/bulkhead/share/c1/volumes/0");
     assert_eq!(guest[2]["source"], "/run/bulkhead/share/c1/volumes/1");
-    assert_eq!(guest[2]["type"], "bind");
     assert_eq!(guest[3]["type"], "tmpfs");
     assert_eq!(guest[3]["options"][4], "size=65536");
-}
-
-#[test]
-fn mounts_that_cannot_work_are_refused_b34() {
-    let mount = |kind: &str, options: Value| json!([{"destination": "/x", "type": kind, "source": "/y", "options": options}]);
-    for option in ["shared", "rshared", "slave", "rslave"] {
-        refused(
-            "mounts",
-            mount("bind", json!(["rbind", option])),
-            "mounts[0].options",
-        );
-    }
-    refused(
-        "mounts",
-        mount("bind", json!(["ridmap"])),
-        "mounts[0].options",
-    );
-    refused("mounts", mount("nfs", json!([])), "mounts[0].type");
-    refused(
-        "mounts",
-        json!([{"destination": "x", "type": "proc"}]),
-        "mounts[0].destination",
-    );
-    refused(
-        "mounts",
-        json!([{"destination": "/x", "type": "bind"}]),
-        "mounts[0].source",
-    );
 }
 
 #[test]
@@ -431,7 +289,7 @@ fn the_guest_sees_no_path_of_the_host_b38() {
     spec["linux"]["namespaces"] = json!([{"type": "network", "path": "/host-secret/c"}]);
     spec["mounts"] = json!([{"destination": "/d", "type": "bind", "source": "/host-secret/d"}]);
     spec["root"]["path"] = json!("/host-secret/e");
-    let guest = run(spec).unwrap().guest.to_string();
+    let guest = String::from_utf8(run(spec).unwrap().guest).unwrap();
     assert!(!guest.contains("host-secret"), "{guest}");
 }
 
@@ -453,7 +311,7 @@ fn arbitrary_json() -> impl Strategy<Value = Value> {
 
 proptest! {
     #[test]
-    fn no_value_in_any_known_place_panics(value in arbitrary_json(), place in 0_usize..26) {
+    fn no_value_in_any_known_place_panics_and_the_agent_takes_what_passes(value in arbitrary_json(), place in 0_usize..26) {
         let places = [
             "ociVersion", "process", "process.args", "process.env", "process.cwd", "process.user",
             "process.user.additionalGids", "process.rlimits", "process.capabilities", "process.consoleSize",
@@ -468,6 +326,8 @@ proptest! {
             at = &mut at[part];
         }
         *at = value;
-        let _ = run(spec);
+        if let Ok(prepared) = run(spec) {
+            agent(&prepared).unwrap();
+        }
     }
 }

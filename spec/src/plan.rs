@@ -1,4 +1,4 @@
-//! What the agent will do for a container or a process: checked values only.
+//! What will be done for a container or a process: checked values only.
 //!
 //! Owns the types that cross from the agent to the container's init (as JSON
 //! in a memfd). Every number here is one that the kernel takes as it stands.
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 /// A container to create.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ContainerPlan {
     /// The first process.
     pub process: ProcessPlan,
@@ -42,11 +42,11 @@ pub struct ContainerPlan {
 }
 
 /// A process to run in a container.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ProcessPlan {
     /// Program and arguments; never empty, without NUL.
     pub args: Vec<String>,
-    /// Environment, `NAME=value`; without NUL.
+    /// Environment, `NAME=value`, no name twice; without NUL.
     pub env: Vec<String>,
     /// Working directory, absolute in the container.
     pub cwd: PathBuf,
@@ -70,6 +70,8 @@ pub struct ProcessPlan {
     pub personality: Option<u32>,
     /// Value for `ioprio_set(2)`, if asked for.
     pub io_priority: Option<i32>,
+    /// Scheduling, if asked for.
+    pub scheduler: Option<Scheduler>,
     /// System call filter.
     pub seccomp: Option<Seccomp>,
     /// Whether a pseudo-terminal is made, and its first size (columns, rows).
@@ -102,6 +104,30 @@ pub struct Rlimit {
     pub hard: u64,
 }
 
+/// Scheduling, as `struct sched_attr` has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scheduler {
+    /// `SCHED_*` number.
+    pub policy: u32,
+    /// `SCHED_FLAG_*` bits.
+    pub flags: u64,
+    /// Nice value, −20 to 19.
+    pub nice: i32,
+    /// Real-time priority, 0 to 99.
+    pub priority: u32,
+    /// Nanoseconds, for deadlines.
+    pub runtime: u64,
+    /// Nanoseconds, for deadlines.
+    pub deadline: u64,
+    /// Nanoseconds, for deadlines.
+    pub period: u64,
+}
+
+impl Scheduler {
+    /// `SCHED_DEADLINE`.
+    pub const DEADLINE: u32 = 6;
+}
+
 /// A compiled filter for `seccomp(2)`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seccomp {
@@ -116,9 +142,9 @@ pub struct Seccomp {
 /// Absent here: mount and cgroup namespaces, which are always the container's
 /// own, and the network namespace, which is always the guest's: the network of
 /// the pod is the network of its virtual machine.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Namespaces {
-    /// Process ids; never [`Namespace::Guest`].
+    /// Process ids.
     pub pid: Namespace,
     /// System V IPC and POSIX message queues.
     pub ipc: Namespace,
@@ -126,17 +152,28 @@ pub struct Namespaces {
     pub uts: Namespace,
     /// Whether the container has a user namespace of its own.
     pub own_user: bool,
+    /// Offsets of the clocks in a time namespace of its own; `None` without one.
+    pub time: Option<Vec<TimeOffset>>,
 }
 
 /// Where a namespace comes from.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Namespace {
     /// Made for this container.
     Own,
-    /// The one that the agent runs in.
-    Guest,
     /// Another container's, as `/proc/PID/ns/KIND` of the guest.
     Join(PathBuf),
+}
+
+/// One line of `/proc/PID/timens_offsets`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimeOffset {
+    /// `monotonic` or `boottime`.
+    pub clock: String,
+    /// Seconds.
+    pub secs: i64,
+    /// And nanoseconds, less than a second.
+    pub nanosecs: u32,
 }
 
 /// One line of `/proc/PID/uid_map` or `gid_map`.
@@ -151,7 +188,7 @@ pub struct IdMap {
 }
 
 /// One mount.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
     /// Where, absolute in the container.
     pub destination: PathBuf,
@@ -163,8 +200,16 @@ pub struct Mount {
     pub recursive_attributes: Attributes,
 }
 
+impl Mount {
+    /// Whether the mount itself refuses writes.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        (self.attributes.set | self.recursive_attributes.set) & Attributes::RDONLY != 0
+    }
+}
+
 /// What is mounted.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MountKind {
     /// A file or directory of the guest.
     Bind {
@@ -179,6 +224,8 @@ pub enum MountKind {
         fs: Filesystem,
         /// Its own options: name and, if any, value.
         data: Vec<(String, Option<String>)>,
+        /// Begins with a copy of what the directory holds that it covers.
+        copy_up: bool,
     },
     /// Only attributes: of the mount that is at the destination already.
     Remount,
@@ -228,6 +275,9 @@ pub struct Attributes {
 }
 
 impl Attributes {
+    /// `MOUNT_ATTR_RDONLY`.
+    pub const RDONLY: u64 = 0x1;
+
     /// Whether there is nothing to do.
     pub fn is_empty(self) -> bool {
         self == Self::default()
@@ -235,7 +285,7 @@ impl Attributes {
 }
 
 /// A special file.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceNode {
     /// Where, absolute in the container.
     pub path: PathBuf,
@@ -259,7 +309,7 @@ pub enum NodeKind {
 }
 
 /// Limits of a container's cgroup.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resources {
     /// Files to write in order.
     pub settings: Vec<Setting>,
@@ -268,7 +318,7 @@ pub struct Resources {
 }
 
 /// One file of a cgroup and its content.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Setting {
     /// File name, as `memory.max`.
     pub file: String,

@@ -1,0 +1,40 @@
+//! From the bytes of `config.json` to what will be done for a container.
+//!
+//! Owns the JSON form ([`oci`]), the reading with limits ([`json`]), the tables of
+//! what is known (capabilities, limits, devices, namespaces, sysctls, mount
+//! options) and the [`plan`]. Shim and agent use the same functions: the shim
+//! before a virtual machine exists, the agent to act. So whatever is refused is
+//! refused early, with the field and its value, and whatever the shim lets pass
+//! the agent takes. What is left out without harm is said in [`Checked::notes`].
+//!
+//! Pure: touches no file and makes no system call.
+
+mod check;
+pub mod devices;
+mod error;
+pub mod json;
+mod mounts;
+pub mod oci;
+pub mod plan;
+mod process;
+mod resources;
+mod sysctl;
+
+pub use self::{
+    check::container,
+    error::Error,
+    mounts::allowed_in_proc,
+    process::{CAPABILITIES, Inherited, SECCOMP_FLAGS, process, seccomp},
+};
+
+/// What was accepted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checked<T> {
+    /// What will be done.
+    pub plan: T,
+    /// What was left out of it, one sentence each.
+    pub notes: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests;
