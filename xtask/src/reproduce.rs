@@ -39,7 +39,8 @@ pub(crate) fn run(with_kernel: bool, progress: &dyn Progress) -> Result<()> {
 
     if with_kernel {
         let known = bulkhead_guest_kernel::ensure(&Cache::of_this_user()?, progress)?;
-        let fresh = bulkhead_guest_kernel::ensure(&Cache::at(&elsewhere.path().join("cache"))?, progress)?;
+        let fresh =
+            bulkhead_guest_kernel::ensure(&Cache::at(&elsewhere.path().join("cache"))?, progress)?;
         same.push((
             "kernel configuration",
             known.config_sha256 == fresh.config_sha256,
