@@ -1,17 +1,21 @@
 //! One thread that waits for descriptors on behalf of several devices.
 //!
 //! A [`Handler`] is added with the descriptors that it watches and runs on the
-//! loop's thread when one of them is ready. Dropping its [`Registration`] takes
-//! it out: when the drop returns, the handler has run for the last time and all
-//! that it owned is closed.
+//! loop's thread when one of them is ready. Each of these is held by a guard,
+//! [`Watched`], without which it is not watched: closing a descriptor would not be
+//! enough, since the kernel watches what is open, and copies may be. Dropping the
+//! handler's [`Registration`] takes it out: when the drop returns, the handler has
+//! run for the last time and all that it owned is closed.
 //!
 //! All handlers of a loop share one lock, which the thread holds while one of
 //! them runs. So a handler never blocks, and never adds to, or drops a
 //! registration of, its own loop.
 
 use std::{
+    any::Any,
     collections::HashMap,
     fmt, io,
+    marker::PhantomData,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
@@ -35,7 +39,7 @@ pub fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
 }
 
 /// Who is told of ready descriptors.
-pub trait Handler: Send {
+pub trait Handler: Any + Send {
     /// The descriptor that was added under `token` is ready for `events`.
     ///
     /// # Errors
@@ -46,24 +50,19 @@ pub trait Handler: Send {
 /// The descriptors of one handler.
 #[derive(Debug)]
 pub struct Watch<'a> {
-    epoll: &'a OwnedFd,
+    epoll: &'a Arc<OwnedFd>,
     id: u32,
 }
 
 impl Watch<'_> {
-    /// Watches `fd`, level-triggered. Error and hang-up are always reported.
-    pub fn add(&self, fd: impl AsFd, token: u32, events: EventFlags) -> io::Result<()> {
-        Ok(epoll::add(self.epoll, fd, self.data(token), events)?)
-    }
-
-    /// Changes what a watched descriptor is watched for.
-    pub fn modify(&self, fd: impl AsFd, token: u32, events: EventFlags) -> io::Result<()> {
-        Ok(epoll::modify(self.epoll, fd, self.data(token), events)?)
-    }
-
-    /// Watches `fd` no longer. Closing its last copy has the same effect.
-    pub fn remove(&self, fd: impl AsFd) -> io::Result<()> {
-        Ok(epoll::delete(self.epoll, fd)?)
+    /// Watches `fd`, level-triggered, as long as the guard lives. Error and hang-up
+    /// are always reported.
+    pub fn add<F: AsFd>(&self, fd: F, token: u32, events: EventFlags) -> io::Result<Watched<F>> {
+        epoll::add(&**self.epoll, &fd, self.data(token), events)?;
+        Ok(Watched {
+            epoll: Arc::clone(self.epoll),
+            fd,
+        })
     }
 
     fn data(&self, token: u32) -> EventData {
@@ -71,10 +70,31 @@ impl Watch<'_> {
     }
 }
 
+/// A descriptor that is watched until this is dropped.
+#[must_use = "dropping it ends the watch"]
+#[derive(Debug)]
+pub struct Watched<F: AsFd> {
+    epoll: Arc<OwnedFd>,
+    fd: F,
+}
+
+impl<F: AsFd> AsFd for Watched<F> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl<F: AsFd> Drop for Watched<F> {
+    fn drop(&mut self) {
+        // It was added under this number, which is still open.
+        let _ = epoll::delete(&*self.epoll, &self.fd);
+    }
+}
+
 /// The loop; its thread runs after [`EventLoop::spawn`].
 pub struct EventLoop {
     name: &'static str,
-    epoll: OwnedFd,
+    epoll: Arc<OwnedFd>,
     served: Mutex<Served>,
 }
 
@@ -97,7 +117,7 @@ impl EventLoop {
     pub fn new(name: &'static str) -> io::Result<Arc<EventLoop>> {
         Ok(Arc::new(EventLoop {
             name,
-            epoll: epoll::create(CreateFlags::CLOEXEC)?,
+            epoll: Arc::new(epoll::create(CreateFlags::CLOEXEC)?),
             served: Mutex::default(),
         }))
     }
@@ -123,7 +143,7 @@ impl EventLoop {
     pub fn add<H: Handler + 'static>(
         self: &Arc<Self>,
         build: impl FnOnce(&Watch<'_>) -> io::Result<H>,
-    ) -> io::Result<Registration> {
+    ) -> io::Result<Registration<H>> {
         let mut served = self.served();
         let mut id = served.last_id.wrapping_add(1);
         while served.handlers.contains_key(&id) {
@@ -138,6 +158,7 @@ impl EventLoop {
         Ok(Registration {
             events: Arc::clone(self),
             id,
+            handler: PhantomData,
         })
     }
 
@@ -171,6 +192,14 @@ impl EventLoop {
         Ok(())
     }
 
+    /// Whether a watched descriptor is ready.
+    #[cfg(test)]
+    pub(crate) fn is_ready(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut ready = [PollFd::new(&self.epoll, PollFlags::IN)];
+        poll(&mut ready, Some(&Timespec::default())).unwrap() == 1
+    }
+
     fn served(&self) -> MutexGuard<'_, Served> {
         // A panic ends the process; what it left behind is not looked at.
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
@@ -184,17 +213,42 @@ fn split(data: u64) -> (u32, u32) {
 
 /// A handler's place in its loop. Dropping it stops and drops the handler.
 #[must_use = "dropping it takes the handler out of the loop"]
-#[derive(Debug)]
-pub struct Registration {
+pub struct Registration<H> {
     events: Arc<EventLoop>,
     id: u32,
+    handler: PhantomData<fn() -> H>,
 }
 
-impl Drop for Registration {
+impl<H> fmt::Debug for Registration<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registration")
+            .field("events", &self.events)
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<H: Handler> Registration<H> {
+    /// Takes the handler out, after it has run for the last time. It still watches
+    /// its descriptors, but is not told.
+    #[must_use]
+    pub fn stop(self) -> Option<H> {
+        let handler: Box<dyn Any> = self.take()?;
+        // It was added as an `H`.
+        handler.downcast().ok().map(|handler| *handler)
+    }
+}
+
+impl<H> Registration<H> {
+    fn take(&self) -> Option<Box<dyn Handler>> {
+        self.events.served().handlers.remove(&self.id)
+    }
+}
+
+impl<H> Drop for Registration<H> {
     fn drop(&mut self) {
-        let handler = self.events.served().handlers.remove(&self.id);
-        // Dropped without the lock; its descriptors leave the epoll set as they
-        // are closed.
+        let handler = self.take();
+        // Dropped without the lock.
         drop(handler);
     }
 }
@@ -205,14 +259,18 @@ mod tests {
 
     use super::*;
 
+    fn copy(event: &EventFd) -> OwnedFd {
+        event_fd(event).try_clone_to_owned().unwrap()
+    }
+
     struct Tell {
-        event: Arc<EventFd>,
+        event: Watched<OwnedFd>,
         sender: mpsc::Sender<u32>,
     }
 
     impl Handler for Tell {
         fn ready(&mut self, token: u32, _: EventFlags, _: &Watch<'_>) -> io::Result<()> {
-            self.event.read()?;
+            rustix::io::read(&self.event, &mut [0; 8])?;
             self.sender.send(token).map_err(io::Error::other)
         }
     }
@@ -220,15 +278,12 @@ mod tests {
     #[test]
     fn a_ready_descriptor_reaches_its_handler_until_the_registration_is_dropped() {
         let events = EventLoop::new("test").unwrap();
-        let event = Arc::new(EventFd::new(0).unwrap());
+        let event = EventFd::new(0).unwrap();
         let (sender, receiver) = mpsc::channel();
         let registration = events
             .add(|watch| {
-                watch.add(event_fd(&event), 7, EventFlags::IN)?;
-                Ok(Tell {
-                    event: Arc::clone(&event),
-                    sender,
-                })
+                let event = watch.add(copy(&event), 7, EventFlags::IN)?;
+                Ok(Tell { event, sender })
             })
             .unwrap();
         event.write(1).unwrap();
@@ -236,13 +291,33 @@ mod tests {
         assert_eq!(receiver.recv(), Ok(7));
         drop(registration);
         assert!(receiver.recv().is_err(), "the handler is dropped");
-        assert_eq!(Arc::strong_count(&event), 1);
+    }
+
+    #[test]
+    fn a_watch_ends_with_its_guard_although_a_copy_of_the_descriptor_stays_open_b48() {
+        let events = EventLoop::new("test").unwrap();
+        let event = EventFd::new(0).unwrap();
+        event.write(1).unwrap();
+        for _ in 0..2 {
+            let (sender, _receiver) = mpsc::channel();
+            let registration = events
+                .add(|watch| {
+                    let event = watch.add(copy(&event), 7, EventFlags::IN)?;
+                    Ok(Tell { event, sender })
+                })
+                .unwrap();
+            assert!(events.is_ready());
+            let handler = registration.stop().unwrap();
+            assert!(events.is_ready(), "still watched");
+            drop(handler);
+            assert!(!events.is_ready());
+        }
     }
 
     #[test]
     fn a_handlers_error_ends_the_machine() {
         struct Fail {
-            _event: EventFd,
+            _event: Watched<OwnedFd>,
         }
         impl Handler for Fail {
             fn ready(&mut self, _: u32, _: EventFlags, _: &Watch<'_>) -> io::Result<()> {
@@ -255,7 +330,7 @@ mod tests {
         event.write(1).unwrap();
         let _registration = events
             .add(|watch| {
-                watch.add(event_fd(&event), 0, EventFlags::IN)?;
+                let event = watch.add(copy(&event), 0, EventFlags::IN)?;
                 Ok(Fail { _event: event })
             })
             .unwrap();

@@ -2,6 +2,7 @@
 
 use std::{io, sync::atomic::AtomicUsize};
 
+use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
@@ -16,8 +17,9 @@ struct Fake {
 struct Running(Arc<AtomicUsize>);
 
 impl Worker for Running {
-    fn stop(self: Box<Self>) {
+    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
         self.0.fetch_sub(1, Ordering::Relaxed);
+        Vec::new()
     }
 }
 

@@ -18,11 +18,13 @@ use std::{
     sync::Arc,
 };
 
+use virtio_queue::QueueState;
+
 use super::{
     Device, Io, Worker,
     queue::{Chain, Reader, Ring, Served, Writer},
 };
-use crate::event_loop::{EventFlags, EventLoop, Handler, Watch};
+use crate::event_loop::{EventFlags, EventLoop, Handler, Registration, Watch};
 
 const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
@@ -123,15 +125,22 @@ impl Device for Block {
     }
 
     fn activate(&mut self, mut io: Io) -> io::Result<Box<dyn Worker>> {
-        let ring = io.take(0);
+        let mut ring = io.take(0);
         let disk = Arc::clone(&self.disk);
         let registration = self.events.add(|watch| {
-            if let Some(ring) = &ring {
-                watch.add(ring.event(), 0, EventFlags::IN)?;
+            if let Some(ring) = &mut ring {
+                ring.watch(watch, 0)?;
             }
             Ok(Server { ring, disk })
         })?;
         Ok(Box::new(registration))
+    }
+}
+
+impl Worker for Registration<Server> {
+    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
+        let server = Registration::stop(*self);
+        vec![server.and_then(|server| server.ring.map(Ring::into_state))]
     }
 }
 

@@ -16,7 +16,7 @@
 
 use std::{
     collections::VecDeque,
-    io::{self, Read},
+    io,
     os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -26,13 +26,14 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
+use virtio_queue::QueueState;
 
 use super::{
     Device, Io, Worker,
     queue::{Chain, Ring, Served},
 };
 use crate::{
-    event_loop::{EventFlags, EventLoop, Handler, Watch},
+    event_loop::{EventFlags, EventLoop, Handler, Registration, Watch, Watched},
     exit::printable,
 };
 
@@ -145,7 +146,7 @@ impl Written {
 pub struct Console {
     events: Arc<EventLoop>,
     output: Output,
-    input: Option<OwnedFd>,
+    input: Option<Arc<OwnedFd>>,
 }
 
 impl Console {
@@ -156,7 +157,7 @@ impl Console {
         Console {
             events,
             output,
-            input,
+            input: input.map(Arc::new),
         }
     }
 }
@@ -171,20 +172,22 @@ impl Device for Console {
     }
 
     fn activate(&mut self, mut io: Io) -> io::Result<Box<dyn Worker>> {
-        let input = self.input.as_ref().map(OwnedFd::try_clone).transpose()?;
         let registration = self.events.add(|watch| {
             let mut server = Server {
                 receive: io.take(0),
                 transmit: io.take(1),
                 output: self.output.clone(),
                 output_watched: None,
-                input: input.map(std::fs::File::from),
-                input_watched: false,
+                input: self.input.clone(),
+                input_watched: None,
                 unread: VecDeque::new(),
             };
-            for (ring, token) in [(&server.receive, RECEIVE), (&server.transmit, TRANSMIT)] {
+            for (ring, token) in [
+                (&mut server.receive, RECEIVE),
+                (&mut server.transmit, TRANSMIT),
+            ] {
                 if let Some(ring) = ring {
-                    watch.add(ring.event(), token, EventFlags::IN)?;
+                    ring.watch(watch, token)?;
                 }
             }
             server.watch_input(watch)?;
@@ -194,14 +197,23 @@ impl Device for Console {
     }
 }
 
+impl Worker for Registration<Server> {
+    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
+        let rings = Registration::stop(*self).map(|server| [server.receive, server.transmit]);
+        let rings = rings.into_iter().flatten();
+        rings.map(|ring| ring.map(Ring::into_state)).collect()
+    }
+}
+
 struct Server {
     receive: Option<Ring>,
     transmit: Option<Ring>,
     output: Output,
     /// A copy of the reader's descriptor, while output waits for it.
-    output_watched: Option<OwnedFd>,
-    input: Option<std::fs::File>,
-    input_watched: bool,
+    output_watched: Option<Watched<OwnedFd>>,
+    input: Option<Arc<OwnedFd>>,
+    /// It is read only when no input waits for buffers.
+    input_watched: Option<Watched<Arc<OwnedFd>>>,
     /// Input that waits for buffers.
     unread: VecDeque<u8>,
 }
@@ -254,28 +266,21 @@ impl Server {
         match (&self.output_watched, &output.reader) {
             (None, Some(reader)) if waits => {
                 let copy = reader.try_clone()?;
-                watch.add(&copy, OUTPUT, EventFlags::OUT)?;
-                self.output_watched = Some(copy);
+                self.output_watched = Some(watch.add(copy, OUTPUT, EventFlags::OUT)?);
             }
-            (Some(copy), _) if !waits => {
-                watch.remove(copy)?;
-                self.output_watched = None;
-            }
+            (Some(_), _) if !waits => self.output_watched = None,
             _ => {}
         }
         Ok(())
     }
 
     fn read_input(&mut self) {
-        let Some(input) = &mut self.input else { return };
+        let Some(input) = &self.input else { return };
         let mut part = [0; PART];
-        match input.read(&mut part) {
-            Ok(0) => self.input = None,
-            Ok(count) => self.unread.extend(part.iter().take(count)),
-            Err(error) => match error.kind() {
-                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {}
-                _ => self.input = None,
-            },
+        match rustix::io::read(input, &mut part) {
+            Ok(count @ 1..) => self.unread.extend(part.iter().take(count)),
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Ok(0) | Err(_) => self.input = None,
         }
     }
 
@@ -298,25 +303,18 @@ impl Server {
         });
     }
 
-    /// Input is read only when none waits for buffers.
+    /// Has the input watched if it is to be read now.
     fn watch_input(&mut self, watch: &Watch<'_>) -> io::Result<()> {
-        let wanted = self.unread.is_empty();
-        let Some(input) = &self.input else {
-            // Closed with its last copy here: the device keeps one.
+        let Some(input) = self.input.as_ref().filter(|_| self.unread.is_empty()) else {
+            self.input_watched = None;
             return Ok(());
         };
-        if wanted && !self.input_watched {
-            match watch.add(input, INPUT, EventFlags::IN) {
+        if self.input_watched.is_none() {
+            match watch.add(Arc::clone(input), INPUT, EventFlags::IN) {
                 // A file is always ready and cannot be watched: it gives nothing.
                 Err(error) if error.raw_os_error() == Some(libc::EPERM) => self.input = None,
-                other => {
-                    other?;
-                    self.input_watched = true;
-                }
+                other => self.input_watched = Some(other?),
             }
-        } else if !wanted && self.input_watched {
-            watch.remove(input)?;
-            self.input_watched = false;
         }
         Ok(())
     }
@@ -334,6 +332,8 @@ fn take(chain: &Chain, output: &mut Written) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use super::super::testing::{Guest, READ, WRITE};
     use super::*;
 
@@ -344,7 +344,7 @@ mod tests {
             output: Output::new(output),
             output_watched: None,
             input: None,
-            input_watched: false,
+            input_watched: None,
             unread: VecDeque::new(),
         }
     }
@@ -417,6 +417,38 @@ mod tests {
         assert_eq!(text(0x1_0000, 4), b"abc\0");
         assert_eq!(text(0x1_0100, 1), b"\0", "not writable: returned empty");
         assert_eq!(text(0x1_0200, 4), b"def\0");
+    }
+
+    #[test]
+    fn the_end_of_the_input_and_a_reset_leave_nothing_to_watch_b48() {
+        let events = EventLoop::new("test").unwrap();
+        let (input, writer) = io::pipe().unwrap();
+        let mut writer = Some(writer);
+        let (_reader, output) = io::pipe().unwrap();
+        let mut console = Console::new(
+            Arc::clone(&events),
+            Output::new(Some(output.into())),
+            Some(input.into()),
+        );
+        for round in 0..3 {
+            let guest = Guest::new();
+            let io = Io {
+                queues: vec![Some(guest.ring), None],
+                features: 0,
+            };
+            let worker = console.activate(io).unwrap();
+            events.turn().unwrap();
+            assert!(!events.is_ready());
+            if round == 2 {
+                drop(writer.take());
+                events.turn().unwrap();
+                assert!(!events.is_ready(), "the end was seen and is seen again");
+            }
+            let states = worker.stop();
+            assert!(matches!(states[..], [Some(_), None]));
+            guest.driver.notify();
+            assert!(!events.is_ready(), "nobody is there to be told");
+        }
     }
 
     #[test]

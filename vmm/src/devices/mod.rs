@@ -17,10 +17,10 @@ pub mod vsock;
 
 use std::{io, sync::Arc};
 
+use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::queue::Ring;
-use crate::event_loop::Registration;
 
 /// What the driver sees before it sets DRIVER_OK.
 pub trait Device: Send {
@@ -50,8 +50,9 @@ pub trait Device: Send {
 /// What a running device works with. Dropping the worker stops it.
 pub trait Worker: Send {
     /// Ends all work on the queues: when this returns, none of the worker's
-    /// threads touches guest memory any more.
-    fn stop(self: Box<Self>);
+    /// threads touches guest memory any more. How far it came with each queue, in
+    /// the order of their numbers: rings made of this go on from there.
+    fn stop(self: Box<Self>) -> Vec<Option<QueueState>>;
 }
 
 /// What the driver gives to a device that it activates.
@@ -93,9 +94,4 @@ impl Interrupt {
 
     /// Tells the driver that the device cannot go on until it is reset.
     pub fn needs_reset(&self) {}
-}
-
-/// A worker that is a handler in an event loop.
-impl Worker for Registration {
-    fn stop(self: Box<Self>) {}
 }

@@ -13,11 +13,13 @@ use std::{io, sync::Arc};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use virtio_queue::QueueState;
+
 use super::{
     Device, Io, Worker,
     queue::{Chain, Ring, Served},
 };
-use crate::event_loop::{EventFlags, EventLoop, Handler, Watch};
+use crate::event_loop::{EventFlags, EventLoop, Handler, Registration, Watch};
 
 /// Most bytes given for one buffer, however long it is.
 const LARGEST: usize = 64 << 10;
@@ -49,14 +51,21 @@ impl Device for Rng {
     }
 
     fn activate(&mut self, mut io: Io) -> io::Result<Box<dyn Worker>> {
-        let ring = io.take(0);
+        let mut ring = io.take(0);
         let registration = self.events.add(|watch| {
-            if let Some(ring) = &ring {
-                watch.add(ring.event(), 0, EventFlags::IN)?;
+            if let Some(ring) = &mut ring {
+                ring.watch(watch, 0)?;
             }
             Ok(Server { ring })
         })?;
         Ok(Box::new(registration))
+    }
+}
+
+impl Worker for Registration<Server> {
+    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
+        let server = Registration::stop(*self);
+        vec![server.and_then(|server| server.ring.map(Ring::into_state))]
     }
 }
 

@@ -36,6 +36,8 @@ use rustix::{
     process::{Resource, getrlimit},
 };
 
+use virtio_queue::QueueState;
+
 use self::{queue::QueueThread, share::Shared};
 use crate::{
     config::Share,
@@ -151,7 +153,9 @@ impl Device for Fs {
 struct Running(Arc<[QueueThread]>);
 
 impl Worker for Running {
-    fn stop(self: Box<Self>) {}
+    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
+        self.0.iter().map(QueueThread::stop).collect()
+    }
 }
 
 impl Drop for Running {

@@ -18,7 +18,7 @@ use fuse_backend_rs::{
     transport::{Reader, VirtioFsWriter, Writer},
 };
 use rustix::event::{PollFd, PollFlags, poll};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -56,6 +56,8 @@ struct Slot {
 enum State {
     #[default]
     Idle,
+    /// Idle, and how far it came.
+    Left(QueueState),
     Given(Box<Work>),
     /// The event wakes the thread up, the flag tells it to leave.
     Serving(EventFd, Arc<AtomicBool>),
@@ -124,7 +126,7 @@ impl QueueThread {
     pub(super) fn start(&self, ring: Ring) -> io::Result<()> {
         let (queue, event, mem, interrupt) = ring.into_parts();
         let mut state = self.slot.state();
-        if !matches!(*state, State::Idle) {
+        if !matches!(*state, State::Idle | State::Left(_)) {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         // What the driver did before this moment made no event for the thread.
@@ -140,18 +142,24 @@ impl QueueThread {
         Ok(())
     }
 
-    /// Takes the queue away, after the request that the thread is working on.
-    pub(super) fn stop(&self) {
+    /// Takes the queue away, after the request that the thread is working on. How
+    /// far it came with it.
+    pub(super) fn stop(&self) -> Option<QueueState> {
         let mut state = self.slot.state();
-        if let State::Given(_) = *state {
-            *state = State::Idle;
+        if let State::Given(work) = &*state {
+            *state = State::Left(work.queue.state());
         }
         if let State::Serving(event, leave) = &*state {
             leave.store(true, Ordering::Release);
             // The counter cannot overflow: the thread reads it.
             let _ = event.write(1);
         }
-        while !matches!(*state, State::Idle) {
+        loop {
+            match std::mem::take(&mut *state) {
+                State::Idle => return None,
+                State::Left(queue) => return Some(queue),
+                other => *state = other,
+            }
             state = self.slot.wait(state);
         }
     }
@@ -185,10 +193,10 @@ impl Requests {
                 *state = State::Serving(event, Arc::clone(&work.leave));
                 drop(state);
                 self.serve(&mut work);
-                drop(work);
                 state = slot.state();
             }
-            *state = State::Idle;
+            *state = State::Left(work.queue.state());
+            drop(work);
             slot.changed.notify_all();
         }
     }

@@ -23,7 +23,11 @@ mod chain;
 #[cfg(test)]
 mod tests;
 
-use std::{os::fd::BorrowedFd, sync::Arc};
+use std::{
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::Arc,
+};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -32,7 +36,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::chain::Part;
 pub use self::chain::{Chain, Malformed, Reader, Writer};
 use super::Interrupt;
-use crate::event_loop::event_fd;
+use crate::event_loop::{EventFlags, Watch, Watched, event_fd};
 
 /// What became of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +53,8 @@ pub struct Ring {
     queue: Queue,
     mem: Arc<GuestMemoryMmap>,
     notify: EventFd,
+    /// A copy of it, if an event loop watches it.
+    watched: Option<Watched<OwnedFd>>,
     interrupt: Interrupt,
     /// The driver broke the ring.
     broken: bool,
@@ -72,6 +78,7 @@ impl Ring {
             queue,
             mem,
             notify,
+            watched: None,
             interrupt,
             broken: false,
             used: false,
@@ -83,6 +90,15 @@ impl Ring {
     #[must_use]
     pub fn event(&self) -> BorrowedFd<'_> {
         event_fd(&self.notify)
+    }
+
+    /// Has an event loop watch the event, as long as the queue is served. The
+    /// first event comes in any case: what the driver did before made none here.
+    pub fn watch(&mut self, watch: &Watch<'_>, token: u32) -> io::Result<()> {
+        let event = self.event().try_clone_to_owned()?;
+        self.watched = Some(watch.add(event, token, EventFlags::IN)?);
+        self.again();
+        Ok(())
     }
 
     /// Takes the notification, so that the event is not readable any more.

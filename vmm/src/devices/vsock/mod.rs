@@ -38,6 +38,8 @@ mod tests;
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
+use virtio_queue::QueueState;
+
 use crate::{
     devices::{Device, Io, Worker},
     event_loop::{EventLoop, Registration},
@@ -47,7 +49,7 @@ use crate::{
 #[derive(Debug)]
 struct Host {
     guest_cid: u64,
-    listener: Option<OwnedFd>,
+    listener: Option<Arc<OwnedFd>>,
     acceptor: Option<OwnedFd>,
     ports: Vec<u32>,
 }
@@ -82,7 +84,7 @@ impl Vsock {
             config: guest_cid.to_le_bytes(),
             host: Arc::new(Host {
                 guest_cid,
-                listener,
+                listener: listener.map(Arc::new),
                 acceptor,
                 ports,
             }),
@@ -109,16 +111,12 @@ impl Device for Vsock {
     fn activate(&mut self, io: Io) -> io::Result<Box<dyn Worker>> {
         let host = Arc::clone(&self.host);
         let registration = self.events.add(|watch| mux::Mux::new(host, io, watch))?;
-        Ok(Box::new(Running(registration)))
+        Ok(Box::new(registration))
     }
 }
 
-/// The activated device: its multiplexer lives in the event loop.
-#[derive(Debug)]
-struct Running(Registration);
-
-impl Worker for Running {
-    fn stop(self: Box<Self>) {
-        drop(self.0);
+impl Worker for Registration<mux::Mux> {
+    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
+        Registration::stop(*self).map_or_else(Vec::new, |mux| mux.into_states().into())
     }
 }

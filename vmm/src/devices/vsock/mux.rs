@@ -14,17 +14,19 @@ use std::{
     sync::Arc,
 };
 
+use virtio_queue::QueueState;
+
 use super::{
     Host, limits,
     packet::{HEADER_LEN, Header, TYPE_STREAM, op},
-    stream::{After, Broken, Draining, HOST_CID, Ports, Stream},
+    stream::{After, Broken, Draining, HOST_CID, Next, Opener, Ports, Stream},
 };
 use crate::{
     devices::{
         Io,
         queue::{Reader, Ring, Writer},
     },
-    event_loop::{EventFlags, Handler, Watch},
+    event_loop::{EventFlags, Handler, Watch, Watched},
 };
 use rustix::net::{
     self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -53,20 +55,24 @@ pub(super) struct Mux {
     host: Arc<Host>,
     rx: Ring,
     tx: Ring,
-    sockets: HashMap<u32, Peer>,
-    by_ports: HashMap<Ports, u32>,
+    /// Nothing is ever put into it.
+    event: Option<Ring>,
+    pub(super) sockets: HashMap<u32, Peer>,
+    pub(super) by_ports: HashMap<Ports, u32>,
     last_token: u32,
     last_port: u32,
     /// Streams with something for the guest, each once.
-    ready: VecDeque<u32>,
-    resets: VecDeque<Header>,
+    pub(super) ready: VecDeque<u32>,
+    pub(super) resets: VecDeque<Header>,
+    /// Watched as long as the device runs.
+    _listener: Option<Watched<Arc<OwnedFd>>>,
 }
 
 /// Who is at the other end of a socket, by the step that it has reached.
 #[derive(Debug)]
-enum Peer {
+pub(super) enum Peer {
     /// A program that has not said yet to which port it wants.
-    Greeting(OwnedFd),
+    Greeting(Watched<OwnedFd>),
     Stream(Stream),
     Draining(Draining),
 }
@@ -78,26 +84,35 @@ impl Mux {
             io.take(index)
                 .ok_or_else(|| io::Error::other("The driver left a queue of vsock out"))
         };
-        let mux = Mux {
+        let (mut rx, mut tx) = (take(0)?, take(1)?);
+        rx.watch(watch, RX)?;
+        tx.watch(watch, TX)?;
+        let listener = host.listener.as_ref().map(|listener| {
+            let events = EventFlags::IN | EventFlags::ET;
+            watch.add(Arc::clone(listener), LISTENER, events)
+        });
+        Ok(Mux {
+            _listener: listener.transpose()?,
             host,
-            rx: take(0)?,
-            tx: take(1)?,
+            rx,
+            tx,
+            event: io.take(2),
             sockets: HashMap::new(),
             by_ports: HashMap::new(),
             last_token: FIRST_SOCKET - 1,
             last_port: FIRST_PORT - 1,
             ready: VecDeque::new(),
             resets: VecDeque::new(),
-        };
-        watch.add(mux.rx.event(), RX, EventFlags::IN)?;
-        watch.add(mux.tx.event(), TX, EventFlags::IN)?;
-        if let Some(listener) = &mux.host.listener {
-            watch.add(listener, LISTENER, EventFlags::IN | EventFlags::ET)?;
-        }
-        // What the driver did before this moment made no event for us.
-        mux.rx.again();
-        mux.tx.again();
-        Ok(mux)
+        })
+    }
+
+    /// How far it came with receive, transmit and event queue.
+    pub(super) fn into_states(self) -> [Option<QueueState>; 3] {
+        [
+            Some(self.rx.into_state()),
+            Some(self.tx.into_state()),
+            self.event.map(Ring::into_state),
+        ]
     }
 
     /// Takes packets from the guest, as many as the queue can hold at most.
@@ -163,12 +178,14 @@ impl Mux {
 
     /// The guest asks for a connection.
     fn accept(&mut self, ports: Ports, header: &Header, watch: &Watch<'_>) {
-        let token = if self.sockets.len() < limits::STREAMS && self.host.ports.contains(&ports.host)
-        {
+        let token = if self.has_room(Opener::Guest) && self.host.ports.contains(&ports.host) {
             self.offer(ports.host).and_then(|socket| {
+                let token = self.next_token();
+                let socket = watch.add(socket, token, SOCKET_EVENTS)?;
                 let mut stream = Stream::to_host(ports, self.host.guest_cid, socket);
                 stream.hear(header);
-                self.add(Peer::Stream(stream), watch)
+                self.sockets.insert(token, Peer::Stream(stream));
+                Ok(token)
             })
         } else {
             Err(io::ErrorKind::ConnectionRefused.into())
@@ -180,6 +197,17 @@ impl Mux {
             }
             Err(_) => self.refuse(header),
         }
+    }
+
+    /// Whether one stream more can begin.
+    fn has_room(&self, opener: Opener) -> bool {
+        let limit = match opener {
+            Opener::Guest => limits::GUEST_STREAMS,
+            Opener::Host => limits::HOST_STREAMS,
+        };
+        let peers = self.sockets.values();
+        self.resets.len() < limits::RESETS
+            && peers.filter(|peer| peer.opener() == opener).count() < limit
     }
 
     /// Makes a pair of sockets and sends one end to whoever serves `port`.
@@ -219,10 +247,12 @@ impl Mux {
             net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
         {
             // Too many: closing it is the answer.
-            if self.sockets.len() < limits::STREAMS
-                && let Ok(token) = self.add(Peer::Greeting(socket), watch)
-            {
-                self.greeting(token);
+            if self.has_room(Opener::Host) {
+                let token = self.next_token();
+                if let Ok(socket) = watch.add(socket, token, SOCKET_EVENTS) {
+                    self.sockets.insert(token, Peer::Greeting(socket));
+                    self.greeting(token);
+                }
             }
         }
     }
@@ -259,20 +289,14 @@ impl Mux {
         }
     }
 
-    fn add(&mut self, peer: Peer, watch: &Watch<'_>) -> io::Result<u32> {
+    /// A token that no socket has.
+    fn next_token(&mut self) -> u32 {
         let mut token = self.last_token.wrapping_add(1).max(FIRST_SOCKET);
         while self.sockets.contains_key(&token) {
             token = token.wrapping_add(1).max(FIRST_SOCKET);
         }
-        let fd = match &peer {
-            Peer::Greeting(socket) => socket.as_fd(),
-            Peer::Stream(stream) => stream.fd(),
-            Peer::Draining(draining) => draining.fd(),
-        };
-        watch.add(fd, token, SOCKET_EVENTS)?;
         self.last_token = token;
-        self.sockets.insert(token, peer);
-        Ok(token)
+        token
     }
 
     /// A socket is ready for something.
@@ -312,6 +336,9 @@ impl Mux {
         };
         let ports = stream.ports;
         self.by_ports.remove(&ports);
+        if stream.queued {
+            self.ready.retain(|other| *other != token);
+        }
         if let Some(draining) = stream.close() {
             self.sockets.insert(token, Peer::Draining(draining));
         }
@@ -365,17 +392,19 @@ impl Mux {
             };
             let mut room = chain.writer();
             let mut header = room.split(HEADER_LEN);
-            // No buffer at all: back with it.
-            let len = if header.len() < HEADER_LEN {
-                0
+            let next = if header.len() < HEADER_LEN {
+                Next::NoRoom
             } else {
-                match self.next_packet(&mut room) {
-                    Some(next) => {
-                        let payload = next.len as usize;
-                        header.write(&next.bytes()).saturating_add(payload)
-                    }
-                    None => return self.rx.keep(chain),
+                self.next_packet(&mut room)
+            };
+            let len = match next {
+                Next::Packet(next) => {
+                    let payload = next.len as usize;
+                    header.write(&next.bytes()).saturating_add(payload)
                 }
+                // Back with it: the next one may be of use.
+                Next::NoRoom => 0,
+                Next::Nothing => return self.rx.keep(chain),
             };
             self.rx.give_back(chain, len);
         }
@@ -383,22 +412,36 @@ impl Mux {
     }
 
     /// The next packet, its payload already in `room`.
-    fn next_packet(&mut self, room: &mut Writer<'_>) -> Option<Header> {
+    fn next_packet(&mut self, room: &mut Writer<'_>) -> Next {
         if let Some(header) = self.resets.pop_front() {
-            return Some(header);
+            return Next::Packet(header);
         }
-        while let Some(token) = self.ready.pop_front() {
+        // Those that come again meanwhile have nothing now either.
+        for _ in 0..self.ready.len() {
+            let Some(token) = self.ready.pop_front() else {
+                break;
+            };
             let Some(Peer::Stream(stream)) = self.sockets.get_mut(&token) else {
                 continue;
             };
             stream.queued = false;
-            let header = stream.next(room);
+            let next = stream.next(room);
             self.note(token);
-            if header.is_some() {
-                return header;
+            if !matches!(next, Next::Nothing) {
+                return next;
             }
         }
-        None
+        Next::Nothing
+    }
+}
+
+impl Peer {
+    fn opener(&self) -> Opener {
+        match self {
+            Peer::Greeting(_) => Opener::Host,
+            Peer::Stream(stream) => stream.opener,
+            Peer::Draining(draining) => draining.opener,
+        }
     }
 }
 
@@ -422,9 +465,9 @@ impl Handler for Mux {
 
 /// The port in `CONNECT <port>\n`, which is taken from the socket and nothing
 /// more. `None`: the line has not come to its end yet.
-fn read_line(socket: &OwnedFd) -> io::Result<Option<u32>> {
+fn read_line(socket: impl AsFd) -> io::Result<Option<u32>> {
     let mut bytes = [0; limits::LINE];
-    let (_, seen) = match net::recv(socket, &mut bytes[..], RecvFlags::PEEK) {
+    let (_, seen) = match net::recv(&socket, &mut bytes[..], RecvFlags::PEEK) {
         Err(rustix::io::Errno::AGAIN) => return Ok(None),
         other => other?,
     };

@@ -5,11 +5,7 @@
 //! drains, also after the guest has closed or reset the stream. Bytes of the host
 //! stay in its socket until the guest has both a buffer and credit for them.
 
-use std::{
-    collections::VecDeque,
-    io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-};
+use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
 use rustix::net::{self, RecvFlags, SendFlags, Shutdown};
 
@@ -19,7 +15,10 @@ use super::{
     packet::{Header, TYPE_STREAM, op},
     state::{Ended, Event, State, Step},
 };
-use crate::devices::queue::{Reader, Writer};
+use crate::{
+    devices::queue::{Reader, Writer},
+    event_loop::Watched,
+};
 
 /// Context id of the host (virtio 1.2, 5.10.4).
 pub(super) const HOST_CID: u64 = 2;
@@ -31,10 +30,18 @@ pub(super) struct Ports {
     pub(super) guest: u32,
 }
 
+/// Who opened a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Opener {
+    Guest,
+    Host,
+}
+
 /// A stream of the multiplexer.
 #[derive(Debug)]
 pub(super) struct Stream {
     pub(super) ports: Ports,
+    pub(super) opener: Opener,
     guest_cid: u64,
     socket: Socket,
     state: State,
@@ -76,24 +83,39 @@ pub(super) enum After {
     Closed,
 }
 
+/// What a stream has for the guest.
+#[derive(Debug)]
+pub(super) enum Next {
+    Packet(Header),
+    /// Bytes, but the buffers have room for a header only.
+    NoRoom,
+    /// Nothing after all.
+    Nothing,
+}
+
 impl Stream {
     /// The host's program asks for a connection to the guest.
-    pub(super) fn to_guest(ports: Ports, guest_cid: u64, socket: OwnedFd) -> Stream {
-        let mut stream = Stream::new(ports, guest_cid, socket, State::Asked);
+    pub(super) fn to_guest(ports: Ports, guest_cid: u64, socket: Watched<OwnedFd>) -> Stream {
+        let mut stream = Stream::new(ports, Opener::Host, guest_cid, socket);
         stream.owed.request = true;
         stream
     }
 
     /// The guest asked for a connection, and the host's end is delivered.
-    pub(super) fn to_host(ports: Ports, guest_cid: u64, socket: OwnedFd) -> Stream {
-        let mut stream = Stream::new(ports, guest_cid, socket, State::OPEN);
+    pub(super) fn to_host(ports: Ports, guest_cid: u64, socket: Watched<OwnedFd>) -> Stream {
+        let mut stream = Stream::new(ports, Opener::Guest, guest_cid, socket);
         stream.owed.response = true;
         stream
     }
 
-    fn new(ports: Ports, guest_cid: u64, socket: OwnedFd, state: State) -> Stream {
+    fn new(ports: Ports, opener: Opener, guest_cid: u64, socket: Watched<OwnedFd>) -> Stream {
+        let state = match opener {
+            Opener::Guest => State::OPEN,
+            Opener::Host => State::Asked,
+        };
         Stream {
             ports,
+            opener,
             guest_cid,
             socket: Socket::new(socket),
             state,
@@ -102,10 +124,6 @@ impl Stream {
             queued: false,
             readable: true,
         }
-    }
-
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.fd.as_fd()
     }
 
     /// The state of the guest's buffer, as a packet tells it.
@@ -241,18 +259,19 @@ impl Stream {
     }
 
     /// The next packet for the guest, its payload already in `room`, the part of
-    /// the buffers after the header. `None`: there was nothing after all.
-    pub(super) fn next(&mut self, room: &mut Writer<'_>) -> Option<Header> {
+    /// the buffers after the header.
+    pub(super) fn next(&mut self, room: &mut Writer<'_>) -> Next {
         if std::mem::take(&mut self.owed.request) {
-            return Some(self.header(op::REQUEST));
+            return Next::Packet(self.header(op::REQUEST));
         }
         if std::mem::take(&mut self.owed.response) {
-            return Some(self.header(op::RESPONSE));
+            return Next::Packet(self.header(op::RESPONSE));
         }
-        if self.may_read()
-            && let Some(header) = self.next_data(room)
-        {
-            return Some(header);
+        if self.may_read() {
+            match self.next_data(room) {
+                Next::Nothing => {}
+                next => return next,
+            }
         }
         // After the data: what the host wrote before it closed arrives first.
         if !self.may_read()
@@ -261,29 +280,42 @@ impl Stream {
         {
             let mut header = self.header(op::SHUTDOWN);
             header.flags = host.flags();
-            return Some(header);
+            return Next::Packet(header);
         }
         if std::mem::take(&mut self.owed.credit_update) {
-            return Some(self.header(op::CREDIT_UPDATE));
+            return Next::Packet(self.header(op::CREDIT_UPDATE));
         }
-        None
+        Next::Nothing
     }
 
-    fn next_data(&mut self, room: &mut Writer<'_>) -> Option<Header> {
+    fn next_data(&mut self, room: &mut Writer<'_>) -> Next {
         let credit = self.credit.to_guest();
         if credit == 0 {
-            let asked = std::mem::replace(&mut self.owed.asked_for_credit, true);
-            return (!asked).then(|| self.header(op::CREDIT_REQUEST));
+            return if std::mem::replace(&mut self.owed.asked_for_credit, true) {
+                Next::Nothing
+            } else {
+                Next::Packet(self.header(op::CREDIT_REQUEST))
+            };
         }
         let mut room = room.split(PACKET.min(credit as usize));
-        match room.receive_from(&self.socket.fd) {
-            Ok(0) if room.len() > 0 => self.host_ends(Ended::SEND),
+        let received = if room.is_empty() {
+            // What is there stays there.
+            let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+            net::recv(&self.socket.fd, &mut [0][..], peek)
+                .map(|(_, seen)| seen)
+                .map_err(io::Error::from)
+        } else {
+            room.receive_from(&self.socket.fd)
+        };
+        match received {
+            Ok(0) => self.host_ends(Ended::SEND),
+            Ok(_) if room.written() == 0 => return Next::NoRoom,
             Ok(len) => {
                 let len = length(len);
                 self.credit.sent(len);
                 let mut header = self.header(op::RW);
                 header.len = len;
-                return (len > 0).then_some(header);
+                return Next::Packet(header);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -293,7 +325,7 @@ impl Stream {
                 self.host_stopped_reading();
             }
         }
-        None
+        Next::Nothing
     }
 
     fn header(&mut self, op: u16) -> Header {
@@ -315,14 +347,17 @@ impl Stream {
     /// The guest's part is over. What is left of its bytes for the host, if any.
     pub(super) fn close(self) -> Option<Draining> {
         let Stream {
-            mut socket, state, ..
+            mut socket,
+            state,
+            opener,
+            ..
         } = self;
         if state.flows_to_host() {
             socket.end_after_pending();
         } else {
             socket.drop_pending();
         }
-        let mut draining = Draining(socket);
+        let mut draining = Draining { opener, socket };
         (!draining.flush()).then_some(draining)
     }
 }
@@ -330,16 +365,15 @@ impl Stream {
 /// The host's end of a stream that the guest has left, with bytes that the host's
 /// program has not taken yet. The program decides how long it lives.
 #[derive(Debug)]
-pub(super) struct Draining(Socket);
+pub(super) struct Draining {
+    pub(super) opener: Opener,
+    socket: Socket,
+}
 
 impl Draining {
     /// Passes on what the socket takes; whether everything is done.
     pub(super) fn flush(&mut self) -> bool {
-        self.0.flush().is_err() || self.0.pending.is_empty()
-    }
-
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        self.0.fd.as_fd()
+        self.socket.flush().is_err() || self.socket.pending.is_empty()
     }
 }
 
@@ -347,14 +381,14 @@ impl Drop for Draining {
     fn drop(&mut self) {
         // A socket closed with unread input gives its peer ECONNRESET where it
         // should see the end of file.
-        self.0.discard_input();
+        self.socket.discard_input();
     }
 }
 
 /// A socket of the host and the guest's bytes that it has not taken.
 #[derive(Debug)]
 struct Socket {
-    fd: OwnedFd,
+    fd: Watched<OwnedFd>,
     pending: VecDeque<u8>,
     /// After the pending bytes comes the end.
     ends: bool,
@@ -364,7 +398,7 @@ struct Socket {
 struct Gone;
 
 impl Socket {
-    fn new(fd: OwnedFd) -> Socket {
+    fn new(fd: Watched<OwnedFd>) -> Socket {
         Socket {
             fd,
             pending: VecDeque::new(),

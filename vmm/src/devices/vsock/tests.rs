@@ -28,7 +28,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     Vsock,
-    limits::{PACKET, STREAM_BUFFER, STREAMS},
+    limits::{GUEST_STREAMS, PACKET, RESETS, STREAM_BUFFER},
+    mux::Mux,
     packet::{HEADER_LEN, Header, TYPE_STREAM, op},
 };
 use crate::{
@@ -53,6 +54,7 @@ struct Guest {
     tx: Driver,
     free: VecDeque<u16>,
     irq: Arc<EventFd>,
+    device: Vsock,
     worker: Option<Box<dyn Worker>>,
     acceptor: OwnedFd,
     path: std::path::PathBuf,
@@ -90,7 +92,7 @@ impl Guest {
         .unwrap();
         let events = EventLoop::new("test").unwrap();
         events.spawn(Ending::new().unwrap()).unwrap();
-        let mut device = Vsock::new(
+        let device = Vsock::new(
             u32::try_from(CID).unwrap(),
             Some(listener.into()),
             Some(theirs),
@@ -99,32 +101,47 @@ impl Guest {
         )
         .unwrap();
         let mem = memory(0x100_0000);
-        let mut rx = Driver::new(&mem, 0x1000, 4096);
-        let tx = Driver::new(&mem, 0x10_0000, 0x1_1000);
-        for index in 0..buffers {
-            rx.describe(index, rx.buffer_len, WRITE);
-            rx.make_available(index);
+        let mut guest = Guest {
+            rx: Driver::new(&mem, 0x1000, 4096),
+            tx: Driver::new(&mem, 0x10_0000, 0x1_1000),
+            mem,
+            free: VecDeque::new(),
+            irq: Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),
+            device,
+            worker: None,
+            acceptor,
+            path,
+        };
+        guest.activate(buffers);
+        guest
+    }
+
+    /// Starts the device with fresh queues and this many receive buffers.
+    fn activate(&mut self, buffers: u16) {
+        let io = self.io(buffers);
+        self.worker = Some(self.device.activate(io).unwrap());
+    }
+
+    fn io(&mut self, buffers: u16) -> Io {
+        let (rx, tx) = (self.rx.base, self.tx.base);
+        for base in [rx, tx] {
+            self.rx.write(base, &[0; 0x3000]);
         }
-        let irq = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-        let interrupt = Interrupt::new(Arc::clone(&irq));
-        let io = Io {
+        self.rx = Driver::new(&self.mem, rx, 4096);
+        self.tx = Driver::new(&self.mem, tx, 0x1_1000);
+        self.free = (0..SIZE).collect();
+        for index in 0..buffers {
+            self.rx.describe(index, self.rx.buffer_len, WRITE);
+            self.rx.make_available(index);
+        }
+        let interrupt = Interrupt::new(Arc::clone(&self.irq));
+        Io {
             queues: vec![
-                Some(rx.ring(interrupt.clone())),
-                Some(tx.ring(interrupt)),
+                Some(self.rx.ring(interrupt.clone())),
+                Some(self.tx.ring(interrupt)),
                 None,
             ],
             features: 0,
-        };
-        let worker = device.activate(io).unwrap();
-        Guest {
-            mem,
-            rx,
-            tx,
-            free: (0..SIZE).collect(),
-            irq,
-            worker: Some(worker),
-            acceptor,
-            path,
         }
     }
 
@@ -136,6 +153,16 @@ impl Guest {
         .unwrap();
         assert_eq!(ready, 1, "no interrupt in time");
         let _ = self.irq.read();
+    }
+
+    /// The next receive buffer that comes back.
+    fn used(&mut self) -> (u16, u32) {
+        loop {
+            if let Some(used) = self.rx.used() {
+                return used;
+            }
+            self.wait();
+        }
     }
 
     fn send_raw(&mut self, bytes: &[u8]) {
@@ -516,7 +543,7 @@ fn a_program_that_is_gone_is_told_to_the_guest_and_harms_nobody() {
 fn connections_beyond_the_cap_are_reset_and_closing_one_makes_room_b54() {
     let mut guest = Guest::new();
     let mut held = Vec::new();
-    for port in 0..u32::try_from(STREAMS).unwrap() {
+    for port in 0..u32::try_from(GUEST_STREAMS).unwrap() {
         held.push(guest.connect(port));
     }
     for port in 100_000..103_000 {
@@ -544,6 +571,65 @@ fn requests_are_answered_or_dropped_while_the_guest_offers_no_buffer_b54() {
     guest.rx.make_available(0);
     guest.rx.notify();
     assert_eq!(guest.expect(op::RST).dst_port, 0);
+}
+
+#[test]
+fn nothing_grows_while_the_guest_offers_no_buffer_b54() {
+    let mut guest = Guest::new();
+    drop(guest.worker.take());
+    let io = guest.io(0);
+    let (host, events) = (Arc::clone(&guest.device.host), &guest.device.events);
+    let running = events.add(|watch| Mux::new(host, io, watch)).unwrap();
+    for port in 0..5000 {
+        // Opened and reset by the guest, opened and broken, and never opened.
+        guest.send(to_host(port, op::REQUEST), &[]);
+        guest.send(to_host(port, op::RST), &[]);
+        guest.send(to_host(port, op::REQUEST), &[]);
+        guest.send(to_host(port, 99), &[]);
+        guest.send(to_host(port, op::RW), &[]);
+        while guest.accepted().is_some() {}
+    }
+    // The last one was taken.
+    while guest.free.len() < SIZE.into() {
+        match guest.tx.used() {
+            Some((index, _)) => guest.free.push_back(index),
+            None => guest.wait(),
+        }
+    }
+    let mux = running.stop().unwrap();
+    assert!(mux.resets.len() <= RESETS, "{}", mux.resets.len());
+    assert!(mux.ready.is_empty(), "{}", mux.ready.len());
+    assert!(mux.sockets.is_empty() && mux.by_ports.is_empty());
+}
+
+#[test]
+fn a_hundred_programs_with_three_streams_each_lose_nothing() {
+    let mut guest = Guest::new();
+    let path = guest.path.clone();
+    let programs = thread::spawn(move || {
+        let mut programs: Vec<_> = (0..300)
+            .map(|port| {
+                let mut program = UnixStream::connect(&path).unwrap();
+                program
+                    .write_all(format!("CONNECT {port}\n").as_bytes())
+                    .unwrap();
+                program
+            })
+            .collect();
+        for program in &mut programs {
+            program
+                .set_read_timeout(Some(Duration::from_secs(20)))
+                .unwrap();
+            let mut line = [0; 14];
+            program.read_exact(&mut line).unwrap();
+            assert!(line.starts_with(b"OK ") && line.ends_with(b"\n"));
+        }
+    });
+    for _ in 0..300 {
+        let request = guest.expect(op::REQUEST);
+        guest.send(answer(&request, op::RESPONSE), &[]);
+    }
+    programs.join().unwrap();
 }
 
 #[test]
@@ -717,11 +803,44 @@ fn a_guest_that_does_not_read_holds_the_program_back_b58() {
 }
 
 #[test]
+fn receive_buffers_for_a_header_alone_come_back_and_data_takes_the_next_b45() {
+    let mut guest = Guest::with_buffers(1);
+    let mut host = guest.connect(900);
+    // The buffer that `connect` gave back is taken by the answer to this.
+    let mut credit = to_host(900, op::CREDIT_REQUEST);
+    credit.fwd_cnt = 0;
+    guest.rx.describe(1, 44, WRITE);
+    guest.rx.make_available(1);
+    guest.send(credit, &[]);
+    assert_eq!(guest.used(), (0, 44));
+    host.write_all(b"data").unwrap();
+    // Nowhere to go; others are served meanwhile.
+    assert_eq!(guest.used(), (1, 0));
+    guest.send(data(&to_host(900, op::RW), 4), b"ping");
+    host.read_exact(&mut [0; 4]).unwrap();
+    guest.rx.describe(2, 48, WRITE);
+    guest.rx.make_available(2);
+    guest.rx.notify();
+    assert_eq!(guest.used(), (2, 48));
+    assert_eq!(guest.rx.read(guest.rx.buffer(2).0 + 44, 4), b"data");
+}
+
+#[test]
 fn a_reset_of_the_device_ends_all_connections() {
     let mut guest = Guest::new();
     let mut host = guest.connect(900);
     guest.worker.take().unwrap().stop();
     assert_eq!(host.read(&mut [0; 8]).unwrap(), 0);
+}
+
+#[test]
+fn a_device_that_was_reset_is_activated_again_and_serves_its_listener_b48() {
+    let mut guest = Guest::new();
+    for port in 0..3 {
+        let _program = guest.program(port);
+        guest.worker.take().unwrap().stop();
+        guest.activate(SIZE);
+    }
 }
 
 #[test]
