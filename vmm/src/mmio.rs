@@ -6,10 +6,15 @@
 //! served at once; of the others KVM collects the frequent ones ([`COLLECTED`]) and
 //! delivers them with the next exit, in order.
 //!
+//! Two registers change without the driver's doing: the status, when a device
+//! cannot go on, and InterruptStatus with the configuration, when that changes
+//! ([`Interrupt`]).
+//!
 //! The driver's moves through the status register are the pure function
 //! [`step`]. Queues are plain numbers until DRIVER_OK; then they are checked as a
 //! whole, frozen, and moved into the device's worker. What a driver does out of
-//! order is ignored; what it gets wrong sets DEVICE_NEEDS_RESET.
+//! order is ignored; what it gets wrong sets DEVICE_NEEDS_RESET. A reset waits for
+//! what the device is doing, but nobody else waits for it ([`Stopping`]).
 #![cfg_attr(
     not(test),
     deny(
@@ -20,22 +25,27 @@
     )
 )]
 
+mod interrupt;
+
 use std::{
     fmt,
     ops::Range,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
 };
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::{Device, Interrupt, Io, Worker, queue::Ring};
+pub use self::interrupt::{CHANGE_ACKNOWLEDGED, Clear, Interrupt};
+use crate::devices::{Device, Io, Worker, queue::Ring};
 
 /// Bytes of registers of one device.
 pub const PAGE: usize = 0x1000;
 /// Offset of QueueNotify.
 pub const QUEUE_NOTIFY: u64 = 0x050;
+/// Offset of InterruptACK.
+pub const INTERRUPT_ACK: u64 = 0x064;
 
 /// Ranges of offsets whose writes KVM may collect, since they change no register
 /// that can be read: InterruptACK and the addresses of the rings. (More would be
@@ -64,6 +74,7 @@ mod reg {
     pub(super) const QUEUE_DEVICE_LOW: u64 = 0x0a0;
     pub(super) const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
     pub(super) const SHM: [u64; 4] = [0x0b0, 0x0b4, 0x0b8, 0x0bc];
+    pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
     pub(super) const CONFIG: u64 = 0x100;
 }
 
@@ -200,8 +211,9 @@ impl Registers {
 pub struct Transport {
     device: Box<dyn Device>,
     wiring: Wiring,
-    status: u8,
     worker: Option<Box<dyn Worker>>,
+    /// The worker is being stopped.
+    resetting: bool,
     device_features_sel: u32,
     driver_features: u64,
     driver_features_sel: u32,
@@ -213,7 +225,7 @@ impl fmt::Debug for Transport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Transport")
             .field("id", &self.device.id())
-            .field("status", &self.status)
+            .field("status", &self.wiring.interrupt.status())
             .field("queues", &self.queues)
             .finish_non_exhaustive()
     }
@@ -228,45 +240,44 @@ impl Transport {
         page.set(reg::VERSION, 2);
         page.set(reg::DEVICE_ID, device.id());
         page.set(reg::VENDOR_ID, VENDOR);
-        // "Used buffer", always: a driver takes an interrupt without used buffers
-        // as spurious. No acknowledgement can then be lost or come late.
-        page.set(reg::INTERRUPT_STATUS, 1);
         for register in reg::SHM {
             // 4.2.2: length and base of a region that does not exist.
             page.set(register, u32::MAX);
         }
-        page.set_config(device.config());
         let queues = vec![Setup::default(); device.queue_sizes().len()];
         let mut transport = Transport {
             device,
             wiring,
-            status: 0,
             worker: None,
+            resetting: false,
             device_features_sel: 0,
             driver_features: 0,
             driver_features_sel: 0,
             queue_sel: 0,
             queues,
         };
-        transport.reset();
+        transport.finish_reset();
         transport
     }
 
     /// The driver writes to offset `register`. All but aligned 32-bit writes to
-    /// registers are ignored, configuration space included.
-    pub fn write(&mut self, register: u64, data: &[u8]) {
-        let Ok(bytes) = <[u8; 4]>::try_from(data) else {
-            return;
-        };
-        let value = u32::from_le_bytes(bytes);
+    /// registers are ignored, configuration space included, and so are all during
+    /// a reset. A worker that comes back must be stopped, and then the reset be
+    /// finished.
+    fn write(&mut self, register: u64, data: &[u8]) -> Option<Box<dyn Worker>> {
+        let value = <[u8; 4]>::try_from(data).map(u32::from_le_bytes).ok()?;
+        if self.resetting {
+            return None;
+        }
+        let status = self.wiring.interrupt.status();
         match register {
-            reg::STATUS => self.set_status(value),
+            reg::STATUS => return self.set_status(status, value),
             reg::DEVICE_FEATURES_SEL => {
                 self.device_features_sel = value;
                 self.show_features();
             }
             reg::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
-            reg::DRIVER_FEATURES if self.status & (DRIVER | FEATURES_OK) == DRIVER => {
+            reg::DRIVER_FEATURES if status & (DRIVER | FEATURES_OK) == DRIVER => {
                 if let Some(shift) = half(self.driver_features_sel) {
                     self.driver_features &= !(u64::from(u32::MAX) << shift);
                     self.driver_features |= u64::from(value) << shift;
@@ -276,14 +287,15 @@ impl Transport {
                 self.queue_sel = value;
                 self.show_queue();
             }
-            _ => self.set_queue(register, value),
+            _ if status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK => {
+                self.set_queue(register, value);
+            }
+            _ => {}
         }
+        None
     }
 
     fn set_queue(&mut self, register: u64, value: u32) {
-        if self.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
-            return;
-        }
         let Some(queue) = index(self.queue_sel).and_then(|at| self.queues.get_mut(at)) else {
             return;
         };
@@ -305,41 +317,47 @@ impl Transport {
         }
     }
 
-    fn set_status(&mut self, value: u32) {
-        match step(self.status, value) {
+    fn set_status(&mut self, now: u8, value: u32) -> Option<Box<dyn Worker>> {
+        let interrupt = self.wiring.interrupt.clone();
+        match step(now, value) {
             Step::Ignore => {}
-            Step::Reset => self.reset(),
-            Step::Set(next) => self.status = next,
+            Step::Reset => {
+                let worker = self.worker.take();
+                self.resetting = worker.is_some();
+                if worker.is_none() {
+                    self.finish_reset();
+                }
+                return worker;
+            }
+            Step::Set(next) => interrupt.set_status(next),
             Step::AcceptFeatures(next) => {
                 let features = self.driver_features;
                 if features & VERSION_1 != 0 && features & !self.features() == 0 {
-                    self.status = next;
+                    interrupt.set_status(next);
                 }
             }
             Step::Start(next) => {
-                self.status = next;
-                match self.start() {
-                    Some(worker) => self.worker = Some(worker),
-                    None => self.status |= NEEDS_RESET,
+                interrupt.set_status(next);
+                self.worker = self.start();
+                if self.worker.is_none() {
+                    interrupt.needs_reset();
                 }
             }
         }
-        self.wiring.page.set(reg::STATUS, u32::from(self.status));
+        None
     }
 
-    fn reset(&mut self) {
-        if let Some(worker) = self.worker.take() {
-            worker.stop();
-        }
-        self.status = 0;
+    /// Everything as in the beginning. No worker runs.
+    fn finish_reset(&mut self) {
+        self.resetting = false;
         self.driver_features = 0;
         self.driver_features_sel = 0;
         self.device_features_sel = 0;
         self.queue_sel = 0;
         self.queues.fill(Setup::default());
-        self.wiring.page.set(reg::STATUS, 0);
         self.show_features();
         self.show_queue();
+        self.wiring.interrupt.reset(&self.device.config());
     }
 
     /// The device's worker with all queues that are ready; `None` if one of them
@@ -489,18 +507,44 @@ impl Window {
     }
 
     /// The guest writes `data` at guest-physical `address`. Ignored where no
-    /// device is.
-    pub fn write(&mut self, address: u64, data: &[u8]) {
-        let Some(offset) = address.checked_sub(self.base) else {
-            return;
-        };
-        let device = usize::try_from(offset >> 12).ok();
-        if let Some(device) = device.and_then(|at| self.devices.get_mut(at)) {
-            device.write(offset & 0xfff, data);
+    /// device is. What comes back is to be finished without the window's lock.
+    #[must_use]
+    pub fn write(&mut self, address: u64, data: &[u8]) -> Option<Stopping> {
+        let offset = address.checked_sub(self.base)?;
+        let device = usize::try_from(offset >> 12).ok()?;
+        let worker = self.devices.get_mut(device)?.write(offset & 0xfff, data)?;
+        Some(Stopping { device, worker })
+    }
+}
+
+/// A reset that waits for the device's worker, which may wait for the host: only
+/// the processor that asked for it is held up.
+#[must_use = "the reset is not done yet"]
+pub struct Stopping {
+    device: usize,
+    worker: Box<dyn Worker>,
+}
+
+impl fmt::Debug for Stopping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stopping")
+            .field("device", &self.device)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Stopping {
+    /// Stops the worker; then the device is as in the beginning. Until then it
+    /// ignores what is written to its registers.
+    pub fn finish(self, window: &Mutex<Window>) {
+        // The queues are the driver's again: where they stood means nothing.
+        drop(self.worker.stop());
+        let mut window = window.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(transport) = window.devices.get_mut(self.device) {
+            transport.finish_reset();
         }
     }
 }
 
 #[cfg(test)]
-#[path = "mmio_tests.rs"]
 mod tests;

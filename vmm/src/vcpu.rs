@@ -187,17 +187,22 @@ impl Vcpu {
     /// ring is common to all processors, and its order is the guest's.
     fn write_registers(&mut self, address: u64, data: &[u8]) {
         let mut window = lock(&self.machine.window);
+        let mut stopping = Vec::new();
         while let Ok(Some(write)) = self.fd.coalesced_mmio_read() {
             let length = usize::try_from(write.len).unwrap_or(0);
             if let Some(data) = write.data.get(..length) {
-                window.write(write.phys_addr, data);
+                stopping.extend(window.write(write.phys_addr, data));
             }
             self.machine
                 .counts
                 .collected
                 .fetch_add(1, Ordering::Relaxed);
         }
-        window.write(address, data);
+        stopping.extend(window.write(address, data));
+        drop(window);
+        for device in stopping {
+            device.finish(&self.machine.window);
+        }
     }
 
     fn internal_error(&mut self) -> String {

@@ -364,10 +364,11 @@ fn connect(
     let shared = Arc::new(memory.clone());
     let mut transports = Vec::new();
     for (index, (device, slot)) in devices.into_iter().zip(slots).enumerate() {
+        let page = Registers::new(Arc::clone(&file), index);
         let wiring = Wiring {
             memory: Arc::clone(&shared),
-            page: Registers::new(Arc::clone(&file), index),
-            interrupt: interrupt(vm, slot.irq)?,
+            interrupt: interrupt(vm, slot.irq, page.clone())?,
+            page,
             notify: notifications(vm, slot.address, device.queue_sizes().len())?,
         };
         for range in mmio::COLLECTED {
@@ -392,11 +393,11 @@ fn connect(
     Ok(Window::new(REGISTERS, transports))
 }
 
-fn interrupt(vm: &VmFd, irq: u32) -> Result<Interrupt, Error> {
+fn interrupt(vm: &VmFd, irq: u32, page: Registers) -> Result<Interrupt, Error> {
     let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).during("an interrupt's event")?;
     vm.register_irqfd(&line, irq)
         .during("connect an interrupt")?;
-    Ok(Interrupt::new(Arc::new(line)))
+    Ok(Interrupt::new(Arc::new(line), page))
 }
 
 fn notifications(vm: &VmFd, address: u64, queues: usize) -> Result<Vec<EventFd>, Error> {

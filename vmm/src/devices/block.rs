@@ -120,8 +120,8 @@ impl Device for Block {
         &[QUEUE_SIZE]
     }
 
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn config(&self) -> Vec<u8> {
+        self.config.to_vec()
     }
 
     fn activate(&mut self, mut io: Io) -> io::Result<Box<dyn Worker>> {

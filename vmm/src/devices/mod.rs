@@ -15,12 +15,12 @@ pub mod rng;
 pub(crate) mod testing;
 pub mod vsock;
 
-use std::{io, sync::Arc};
+use std::io;
 
 use virtio_queue::QueueState;
-use vmm_sys_util::eventfd::EventFd;
 
 use self::queue::Ring;
+pub use crate::mmio::Interrupt;
 
 /// What the driver sees before it sets DRIVER_OK.
 pub trait Device: Send {
@@ -36,10 +36,11 @@ pub trait Device: Send {
     /// Largest size of each queue, in the order of their numbers. Powers of two.
     fn queue_sizes(&self) -> &[u16];
 
-    /// Device configuration space. Reads beyond it give 0; drivers' writes are
-    /// ignored.
-    fn config(&self) -> &[u8] {
-        &[]
+    /// Device configuration space as it is now. Reads beyond it give 0; drivers'
+    /// writes are ignored. A change while the driver is there is told by
+    /// [`Interrupt::config_change`].
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
     }
 
     /// Called when the driver sets DRIVER_OK, with everything that the worker
@@ -70,28 +71,4 @@ impl Io {
     pub fn take(&mut self, index: usize) -> Option<Ring> {
         self.queues.get_mut(index)?.take()
     }
-}
-
-/// The interrupt line of a device, connected to the interrupt controller.
-///
-/// InterruptStatus (virtio 1.2, 4.2.2) is not kept: the transport answers
-/// "used buffer" always, which a driver must be able to take as spurious.
-#[derive(Clone, Debug)]
-pub struct Interrupt(Arc<EventFd>);
-
-impl Interrupt {
-    /// A line that an event drives: each write is one edge.
-    #[must_use]
-    pub fn new(line: Arc<EventFd>) -> Interrupt {
-        Interrupt(line)
-    }
-
-    /// Tells the driver that buffers of some queue were used.
-    pub fn used_buffer(&self) {
-        // The counter cannot overflow: the kernel takes each write at once.
-        let _ = self.0.write(1);
-    }
-
-    /// Tells the driver that the device cannot go on until it is reset.
-    pub fn needs_reset(&self) {}
 }

@@ -3,10 +3,11 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Interrupt, queue::Ring};
+use crate::mmio::{PAGE, Registers};
 
 /// Flags of a descriptor (virtio 1.2, 2.7.5).
 pub(crate) const READ: u16 = 0;
@@ -20,6 +21,12 @@ pub(crate) const SIZE: u16 = 64;
 /// Memory of a guest, from 0 on.
 pub(crate) fn memory(bytes: usize) -> Arc<GuestMemoryMmap> {
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).unwrap())
+}
+
+/// A device's line to its driver, with registers that nobody looks at.
+pub(crate) fn interrupt(irq: &Arc<EventFd>) -> Interrupt {
+    let page = Registers::new(Arc::new(MmapRegion::new(PAGE).unwrap()), 0);
+    Interrupt::new(Arc::clone(irq), page)
 }
 
 /// A queue in guest memory as its driver has it: descriptors at `base`, the
@@ -189,7 +196,7 @@ impl Guest {
     pub(crate) fn new() -> Guest {
         let driver = Driver::with_size(&memory(2 << 20), 0x1000, 0x1000, 16);
         let irq = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-        let ring = driver.ring(Interrupt::new(Arc::clone(&irq)));
+        let ring = driver.ring(interrupt(&irq));
         Guest { driver, ring, irq }
     }
 }

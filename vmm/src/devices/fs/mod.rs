@@ -132,8 +132,8 @@ impl Device for Fs {
         &self.sizes
     }
 
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn config(&self) -> Vec<u8> {
+        self.config.to_vec()
     }
 
     fn activate(&mut self, io: Io) -> io::Result<Box<dyn Worker>> {

@@ -21,8 +21,8 @@ use super::{
 use crate::{
     config::Share,
     devices::{
-        Device, Interrupt, Io, Worker,
-        testing::{Driver, NEXT, WRITE, memory},
+        Device, Io, Worker,
+        testing::{Driver, NEXT, WRITE, interrupt, memory},
     },
     event_loop::event_fd,
     jail,
@@ -139,7 +139,7 @@ impl Guest {
             queues: self
                 .rings
                 .iter()
-                .map(|ring| Some(ring.ring(Interrupt::new(Arc::clone(&self.irq)))))
+                .map(|ring| Some(ring.ring(interrupt(&self.irq))))
                 .collect(),
             features: 0,
         };

@@ -104,8 +104,8 @@ impl Device for Vsock {
         &[limits::QUEUE; 3]
     }
 
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn config(&self) -> Vec<u8> {
+        self.config.to_vec()
     }
 
     fn activate(&mut self, io: Io) -> io::Result<Box<dyn Worker>> {

@@ -34,8 +34,8 @@ use super::{
 };
 use crate::{
     devices::{
-        Device, Interrupt, Io, Worker,
-        testing::{Driver, SIZE, WRITE, memory},
+        Device, Io, Worker,
+        testing::{Driver, SIZE, WRITE, interrupt, memory},
     },
     event_loop::{EventLoop, event_fd},
     exit::Ending,
@@ -134,11 +134,11 @@ impl Guest {
             self.rx.describe(index, self.rx.buffer_len, WRITE);
             self.rx.make_available(index);
         }
-        let interrupt = Interrupt::new(Arc::clone(&self.irq));
+        let line = interrupt(&self.irq);
         Io {
             queues: vec![
-                Some(self.rx.ring(interrupt.clone())),
-                Some(self.tx.ring(interrupt)),
+                Some(self.rx.ring(line.clone())),
+                Some(self.tx.ring(line)),
                 None,
             ],
             features: 0,
