@@ -33,12 +33,14 @@ use std::{
     sync::{Arc, Mutex, PoisonError, atomic::Ordering},
 };
 
-use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::interrupt::{CHANGE_ACKNOWLEDGED, Clear, Interrupt};
-use crate::devices::{Device, Io, Worker, queue::Ring};
+use crate::devices::{
+    Device, Io, Worker,
+    queue::{Ring, State},
+};
 
 /// Bytes of registers of one device.
 pub const PAGE: usize = 0x1000;
@@ -401,32 +403,29 @@ impl Transport {
     }
 
     /// The queue, if its size is a power of two up to `largest` and its rings are
-    /// aligned and in RAM.
-    fn checked_queue(&self, setup: &Setup, largest: u16) -> Option<Queue> {
-        let mut queue = Queue::new(largest).ok()?;
-        queue.try_set_size(u16::try_from(setup.size).ok()?).ok()?;
-        queue
-            .try_set_desc_table_address(GuestAddress(setup.descriptors))
-            .ok()?;
-        queue
-            .try_set_avail_ring_address(GuestAddress(setup.driver))
-            .ok()?;
-        queue
-            .try_set_used_ring_address(GuestAddress(setup.device))
-            .ok()?;
-        queue.set_event_idx(self.driver_features & EVENT_IDX != 0);
-        queue.set_ready(true);
+    /// aligned (virtio 1.2, 2.7) and in RAM.
+    fn checked_queue(&self, setup: &Setup, largest: u16) -> Option<State> {
+        let size = u16::try_from(setup.size).ok()?;
+        let aligned = setup.descriptors.is_multiple_of(16)
+            && setup.driver.is_multiple_of(2)
+            && setup.device.is_multiple_of(4);
         let in_ram = rings(setup).into_iter().all(|ring| {
             ring.is_some_and(|ring| {
                 let length = ring.end.saturating_sub(ring.start);
-                usize::try_from(length).is_ok_and(|length| {
-                    self.wiring
-                        .memory
-                        .check_range(GuestAddress(ring.start), length)
-                })
+                let memory = &self.wiring.memory;
+                usize::try_from(length)
+                    .is_ok_and(|length| memory.get_slice(GuestAddress(ring.start), length).is_ok())
             })
         });
-        (in_ram && queue.is_valid(&*self.wiring.memory)).then_some(queue)
+        (size.is_power_of_two() && size <= largest && aligned && in_ram).then_some(State {
+            size,
+            event_index: self.driver_features & EVENT_IDX != 0,
+            descriptors: setup.descriptors,
+            available: setup.driver,
+            used: setup.device,
+            next_available: 0,
+            next_used: 0,
+        })
     }
 
     fn features(&self) -> u64 {

@@ -192,7 +192,8 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
         devices.push(Box::new(console));
     }
     if config.rng {
-        devices.push(Box::new(Rng::new(loops.shared()?)));
+        let rng = Rng::new(loops.shared()?);
+        devices.push(Box::new(rng.during("the entropy device")?));
     }
 
     let slots: Vec<Slot> = slots(devices.len());

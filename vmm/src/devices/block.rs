@@ -18,11 +18,9 @@ use std::{
     sync::Arc,
 };
 
-use virtio_queue::QueueState;
-
 use super::{
     Device, Io, Worker,
-    queue::{Chain, Reader, Ring, Served, Writer},
+    queue::{Chain, Reader, Ring, Served, State, Writer},
 };
 use crate::event_loop::{EventFlags, EventLoop, Handler, Registration, Watch};
 
@@ -138,7 +136,7 @@ impl Device for Block {
 }
 
 impl Worker for Registration<Server> {
-    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
+    fn stop(self: Box<Self>) -> Vec<Option<State>> {
         let server = Registration::stop(*self);
         vec![server.and_then(|server| server.ring.map(Ring::into_state))]
     }

@@ -22,19 +22,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    io::Errno,
-};
-use virtio_queue::QueueState;
-
 use super::{
     Device, Io, Worker,
-    queue::{Chain, Ring, Served},
+    queue::{Chain, Ring, Served, State},
 };
 use crate::{
     event_loop::{EventFlags, EventLoop, Handler, Registration, Watch, Watched},
     exit::printable,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
 };
 
 /// Bytes kept of what the guest wrote, and most bytes that wait for the reader.
@@ -198,7 +196,7 @@ impl Device for Console {
 }
 
 impl Worker for Registration<Server> {
-    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
+    fn stop(self: Box<Self>) -> Vec<Option<State>> {
         let rings = Registration::stop(*self).map(|server| [server.receive, server.transmit]);
         let rings = rings.into_iter().flatten();
         rings.map(|ring| ring.map(Ring::into_state)).collect()

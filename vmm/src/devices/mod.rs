@@ -17,9 +17,7 @@ pub mod vsock;
 
 use std::io;
 
-use virtio_queue::QueueState;
-
-use self::queue::Ring;
+use self::queue::{Ring, State};
 pub use crate::mmio::Interrupt;
 
 /// What the driver sees before it sets DRIVER_OK.
@@ -53,7 +51,7 @@ pub trait Worker: Send {
     /// Ends all work on the queues: when this returns, none of the worker's
     /// threads touches guest memory any more. How far it came with each queue, in
     /// the order of their numbers: rings made of this go on from there.
-    fn stop(self: Box<Self>) -> Vec<Option<QueueState>>;
+    fn stop(self: Box<Self>) -> Vec<Option<State>>;
 }
 
 /// What the driver gives to a device that it activates.

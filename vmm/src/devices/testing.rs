@@ -2,11 +2,13 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Interrupt, queue::Ring};
+use super::{
+    Interrupt,
+    queue::{Ring, State},
+};
 use crate::mmio::{PAGE, Registers};
 
 /// Flags of a descriptor (virtio 1.2, 2.7.5).
@@ -37,6 +39,8 @@ pub(crate) struct Driver {
     pub(crate) base: u64,
     pub(crate) size: u16,
     pub(crate) buffer_len: u32,
+    /// VIRTIO_F_EVENT_IDX is negotiated.
+    pub(crate) event_index: bool,
     /// What the device waits for.
     pub(crate) event: EventFd,
     next: u16,
@@ -61,6 +65,7 @@ impl Driver {
             base,
             size,
             buffer_len,
+            event_index: false,
             event: EventFd::new(EFD_NONBLOCK).unwrap(),
             next: 0,
             available: 0,
@@ -70,19 +75,17 @@ impl Driver {
 
     /// The device's half, as the transport makes it.
     pub(crate) fn ring(&self, interrupt: Interrupt) -> Ring {
-        let mut queue = Queue::new(self.size).unwrap();
-        queue
-            .try_set_desc_table_address(GuestAddress(self.base))
-            .unwrap();
-        queue
-            .try_set_avail_ring_address(GuestAddress(self.available_ring()))
-            .unwrap();
-        queue
-            .try_set_used_ring_address(GuestAddress(self.used_ring()))
-            .unwrap();
-        queue.set_ready(true);
+        let state = State {
+            size: self.size,
+            event_index: self.event_index,
+            descriptors: self.base,
+            available: self.available_ring(),
+            used: self.used_ring(),
+            next_available: 0,
+            next_used: 0,
+        };
         let event = self.event.try_clone().unwrap();
-        Ring::new(queue, Arc::clone(&self.mem), event, interrupt)
+        Ring::new(state, Arc::clone(&self.mem), event, interrupt)
     }
 
     pub(crate) fn available_ring(&self) -> u64 {

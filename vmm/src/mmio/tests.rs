@@ -8,7 +8,6 @@ use std::{
     },
 };
 
-use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
@@ -26,7 +25,7 @@ struct Fake {
 struct Running(Arc<AtomicUsize>);
 
 impl Worker for Running {
-    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
+    fn stop(self: Box<Self>) -> Vec<Option<State>> {
         self.0.fetch_sub(1, Ordering::Relaxed);
         Vec::new()
     }
@@ -404,7 +403,7 @@ fn drivers_are_told_of_changes_of_the_configuration_and_of_nothing_twice() {
 fn a_driver_that_breaks_a_ring_is_told_until_it_resets_the_device_b46() {
     let events = EventLoop::new("test").unwrap();
     let memory = testing::memory(2 << 20);
-    let device = crate::devices::rng::Rng::new(Arc::clone(&events));
+    let device = crate::devices::rng::Rng::new(Arc::clone(&events)).unwrap();
     let mut driver = Driver::of(Box::new(device), Arc::clone(&memory));
     for _ in 0..2 {
         // The head 64, of a queue of 64.
@@ -486,7 +485,7 @@ fn many_resets() {
         Box::new(vsock.unwrap()),
         Box::new(disk.unwrap()),
         Box::new(Console::new(shared(), output, Some(input.into()))),
-        Box::new(Rng::new(shared())),
+        Box::new(Rng::new(shared()).unwrap()),
     ];
     let mut drivers: Vec<Driver> = devices
         .into_iter()

@@ -36,12 +36,10 @@ use rustix::{
     process::{Resource, getrlimit},
 };
 
-use virtio_queue::QueueState;
-
 use self::{queue::QueueThread, share::Shared};
 use crate::{
     config::Share,
-    devices::{Device, Io, Worker},
+    devices::{Device, Io, Worker, queue::State},
     jail::Confined,
 };
 
@@ -153,7 +151,7 @@ impl Device for Fs {
 struct Running(Arc<[QueueThread]>);
 
 impl Worker for Running {
-    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
+    fn stop(self: Box<Self>) -> Vec<Option<State>> {
         self.0.iter().map(QueueThread::stop).collect()
     }
 }

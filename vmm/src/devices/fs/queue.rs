@@ -18,7 +18,7 @@ use fuse_backend_rs::{
     transport::{Reader, VirtioFsWriter, Writer},
 };
 use rustix::event::{PollFd, PollFlags, poll};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -27,7 +27,10 @@ use super::{
     share::Shared,
 };
 use crate::{
-    devices::{Interrupt, queue::Ring},
+    devices::{
+        Interrupt,
+        queue::{self, Ring},
+    },
     event_loop::event_fd,
 };
 
@@ -57,18 +60,29 @@ enum State {
     #[default]
     Idle,
     /// Idle, and how far it came.
-    Left(QueueState),
+    Left(queue::State),
     Given(Box<Work>),
     /// The event wakes the thread up, the flag tells it to leave.
     Serving(EventFd, Arc<AtomicBool>),
 }
 
 struct Work {
+    begun: queue::State,
     queue: Queue,
     event: EventFd,
     mem: Arc<GuestMemoryMmap>,
     interrupt: Interrupt,
     leave: Arc<AtomicBool>,
+}
+
+impl Work {
+    fn state(&self) -> queue::State {
+        queue::State {
+            next_available: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+            ..self.begun
+        }
+    }
 }
 
 impl fmt::Debug for Work {
@@ -124,7 +138,19 @@ impl QueueThread {
 
     /// Gives the thread its queue.
     pub(super) fn start(&self, ring: Ring) -> io::Result<()> {
-        let (queue, event, mem, interrupt) = ring.into_parts();
+        let (begun, event, mem, interrupt) = ring.into_parts();
+        let queue = Queue::try_from(virtio_queue::QueueState {
+            max_size: begun.size,
+            next_avail: begun.next_available,
+            next_used: begun.next_used,
+            event_idx_enabled: begun.event_index,
+            size: begun.size,
+            ready: true,
+            desc_table: begun.descriptors,
+            avail_ring: begun.available,
+            used_ring: begun.used,
+        })
+        .map_err(io::Error::other)?;
         let mut state = self.slot.state();
         if !matches!(*state, State::Idle | State::Left(_)) {
             return Err(io::ErrorKind::ResourceBusy.into());
@@ -132,6 +158,7 @@ impl QueueThread {
         // What the driver did before this moment made no event for the thread.
         event.write(1)?;
         *state = State::Given(Box::new(Work {
+            begun,
             queue,
             event,
             mem,
@@ -144,10 +171,10 @@ impl QueueThread {
 
     /// Takes the queue away, after the request that the thread is working on. How
     /// far it came with it.
-    pub(super) fn stop(&self) -> Option<QueueState> {
+    pub(super) fn stop(&self) -> Option<queue::State> {
         let mut state = self.slot.state();
         if let State::Given(work) = &*state {
-            *state = State::Left(work.queue.state());
+            *state = State::Left(work.state());
         }
         if let State::Serving(event, leave) = &*state {
             leave.store(true, Ordering::Release);
@@ -195,7 +222,7 @@ impl Requests {
                 self.serve(&mut work);
                 state = slot.state();
             }
-            *state = State::Left(work.queue.state());
+            *state = State::Left(work.state());
             drop(work);
             slot.changed.notify_all();
         }

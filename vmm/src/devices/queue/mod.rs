@@ -21,6 +21,9 @@
 
 mod chain;
 #[cfg(test)]
+mod races;
+mod split;
+#[cfg(test)]
 mod tests;
 
 use std::{
@@ -29,12 +32,17 @@ use std::{
     sync::Arc,
 };
 
-use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use self::chain::Part;
-pub use self::chain::{Chain, Malformed, Reader, Writer};
+use self::{
+    chain::Part,
+    split::{Broken, InMemory, Split},
+};
+pub use self::{
+    chain::{Chain, Malformed, Reader, Writer},
+    split::State,
+};
 use super::Interrupt;
 use crate::event_loop::{EventFlags, Watch, Watched, event_fd};
 
@@ -50,38 +58,36 @@ pub enum Served {
 /// A queue of an activated device, and what goes with it.
 #[derive(Debug)]
 pub struct Ring {
-    queue: Queue,
-    mem: Arc<GuestMemoryMmap>,
+    split: Split<InMemory>,
+    /// As it was in the beginning.
+    state: State,
     notify: EventFd,
     /// A copy of it, if an event loop watches it.
     watched: Option<Watched<OwnedFd>>,
     interrupt: Interrupt,
     /// The driver broke the ring.
     broken: bool,
-    /// Chains went back since the driver was told.
-    used: bool,
     /// Of a chain that is done.
     spare: Vec<Part>,
 }
 
 impl Ring {
-    /// A queue whose rings lie in `mem`. `notify` is signalled when the driver made
-    /// chains available.
+    /// A queue whose rings lie in `mem`, which goes on where `state` stands. `notify`
+    /// is signalled when the driver made chains available.
     #[must_use]
     pub fn new(
-        queue: Queue,
+        state: State,
         mem: Arc<GuestMemoryMmap>,
         notify: EventFd,
         interrupt: Interrupt,
     ) -> Ring {
         Ring {
-            queue,
-            mem,
+            split: Split::new(InMemory::new(mem, &state), &state),
+            state,
             notify,
             watched: None,
             interrupt,
             broken: false,
-            used: false,
             spare: Vec::new(),
         }
     }
@@ -118,7 +124,7 @@ impl Ring {
     /// Malformed ones go back on the way, at most as many as the queue is long:
     /// then the queue's own event is signalled, and there is none.
     pub fn pop(&mut self) -> Option<Chain> {
-        for _ in 0..self.queue.size() {
+        for _ in 0..self.split.size() {
             match self.next()? {
                 Ok(chain) => return Some(chain),
                 Err(head) => self.put_used(head, 0),
@@ -138,17 +144,19 @@ impl Ring {
     /// Puts back the chain that was popped last, as if it never had been.
     pub fn keep(&mut self, chain: Chain) {
         self.spare = chain.into_parts();
-        self.queue.go_to_previous_position();
+        self.split.put_back();
     }
 
     /// Interrupts the driver, if chains went back since the last time and it wants
     /// to know.
     pub fn tell(&mut self) {
-        if std::mem::take(&mut self.used)
-            && !self.broken
-            && self.queue.needs_notification(&*self.mem).unwrap_or(true)
-        {
-            self.interrupt.used_buffer();
+        if self.broken {
+            return;
+        }
+        match self.split.interrupts() {
+            Ok(true) => self.interrupt.used_buffer(),
+            Ok(false) => {}
+            Err(Broken) => self.break_off(),
         }
     }
 
@@ -157,8 +165,8 @@ impl Ring {
     /// tells the driver.
     pub fn turn(&mut self, mut serve: impl FnMut(&Chain) -> Served) {
         // Without the event index this saves the driver its notifications.
-        let _ = self.queue.disable_notification(&*self.mem);
-        for _ in 0..self.queue.size() {
+        let _ = self.split.silence();
+        for _ in 0..self.split.size() {
             match self.next() {
                 None => return self.tell(),
                 Some(Err(head)) => self.put_used(head, 0),
@@ -166,7 +174,7 @@ impl Ring {
                     Served::Used(written) => self.give_back(chain, written),
                     Served::Kept => {
                         self.keep(chain);
-                        let _ = self.queue.enable_notification(&*self.mem);
+                        let _ = self.split.listen();
                         return self.tell();
                     }
                 },
@@ -177,14 +185,24 @@ impl Ring {
     }
 
     /// Its parts, for a device that walks chains by itself.
-    pub(super) fn into_parts(self) -> (Queue, EventFd, Arc<GuestMemoryMmap>, Interrupt) {
-        (self.queue, self.notify, self.mem, self.interrupt)
+    pub(super) fn into_parts(self) -> (State, EventFd, Arc<GuestMemoryMmap>, Interrupt) {
+        (
+            self.state,
+            self.notify,
+            self.split.rings.mem,
+            self.interrupt,
+        )
     }
 
     /// Ends the work on the queue: what a later ring needs to go on.
     #[must_use]
-    pub fn into_state(self) -> QueueState {
-        self.queue.state()
+    pub fn into_state(self) -> State {
+        let (next_available, next_used) = self.split.positions();
+        State {
+            next_available,
+            next_used,
+            ..self.state
+        }
     }
 
     /// The next available chain, or the head of a malformed one. Before it says
@@ -193,45 +211,47 @@ impl Ring {
         if self.broken {
             return None;
         }
-        let mem = &*self.mem;
-        for _ in 0..2 {
-            let head = match self.queue.iter(mem) {
-                Ok(mut chains) => chains.next().map(|chain| chain.head_index()),
-                Err(_) => return self.break_off(),
-            };
-            if let Some(head) = head {
-                if head >= self.queue.size() {
-                    return self.break_off();
-                }
-                let table = GuestAddress(self.queue.desc_table());
+        match self.next_head() {
+            Ok(head) => {
+                let head = head?;
+                let table = GuestAddress(self.state.descriptors);
+                let mem = &self.split.rings.mem;
                 let parts = std::mem::take(&mut self.spare);
-                let chain = Chain::walk(&self.mem, table, self.queue.size(), head, parts);
-                return Some(chain.map_err(|Malformed| head));
+                let chain = Chain::walk(mem, table, self.split.size(), head, parts);
+                Some(chain.map_err(|Malformed| head))
             }
-            match self.queue.enable_notification(mem) {
-                Ok(true) => {}
-                Ok(false) => return None,
-                Err(_) => return self.break_off(),
+            Err(Broken) => {
+                self.break_off();
+                None
+            }
+        }
+    }
+
+    fn next_head(&mut self) -> Result<Option<u16>, Broken> {
+        for _ in 0..2 {
+            if let Some(head) = self.split.take()? {
+                return Ok(Some(head));
+            }
+            if !self.split.listen()? {
+                return Ok(None);
             }
         }
         // An index that goes to and fro: others get their turn.
         self.again();
-        None
+        Ok(None)
     }
 
     fn put_used(&mut self, head: u16, written: usize) {
         // Below 4 GiB, as all of the chain is.
         let written = u32::try_from(written).unwrap_or(u32::MAX);
-        self.used = true;
-        if self.queue.add_used(&*self.mem, head, written).is_err() {
-            let _: Option<()> = self.break_off();
+        if !self.broken && self.split.use_up(head, written).is_err() {
+            self.break_off();
         }
     }
 
-    fn break_off<T>(&mut self) -> Option<T> {
+    fn break_off(&mut self) {
         if !std::mem::replace(&mut self.broken, true) {
             self.interrupt.needs_reset();
         }
-        None
     }
 }

@@ -199,7 +199,7 @@ fn a_queue_goes_on_where_its_state_was_taken() {
     let interrupt = guest.ring.interrupt.clone();
     let state = guest.ring.into_state();
     guest.ring = Ring::new(
-        Queue::try_from(state).unwrap(),
+        state,
         Arc::clone(&guest.driver.mem),
         guest.driver.event.try_clone().unwrap(),
         interrupt,

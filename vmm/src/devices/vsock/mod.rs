@@ -38,10 +38,8 @@ mod tests;
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
-use virtio_queue::QueueState;
-
 use crate::{
-    devices::{Device, Io, Worker},
+    devices::{Device, Io, Worker, queue::State},
     event_loop::{EventLoop, Registration},
 };
 
@@ -116,7 +114,7 @@ impl Device for Vsock {
 }
 
 impl Worker for Registration<mux::Mux> {
-    fn stop(self: Box<Self>) -> Vec<Option<QueueState>> {
+    fn stop(self: Box<Self>) -> Vec<Option<State>> {
         Registration::stop(*self).map_or_else(Vec::new, |mux| mux.into_states().into())
     }
 }

@@ -14,8 +14,6 @@ use std::{
     sync::Arc,
 };
 
-use virtio_queue::QueueState;
-
 use super::{
     Host, limits,
     packet::{HEADER_LEN, Header, TYPE_STREAM, op},
@@ -24,7 +22,7 @@ use super::{
 use crate::{
     devices::{
         Io,
-        queue::{Reader, Ring, Writer},
+        queue::{Reader, Ring, State, Writer},
     },
     event_loop::{EventFlags, Handler, Watch, Watched},
 };
@@ -107,7 +105,7 @@ impl Mux {
     }
 
     /// How far it came with receive, transmit and event queue.
-    pub(super) fn into_states(self) -> [Option<QueueState>; 3] {
+    pub(super) fn into_states(self) -> [Option<State>; 3] {
         [
             Some(self.rx.into_state()),
             Some(self.tx.into_state()),
