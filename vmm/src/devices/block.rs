@@ -365,4 +365,44 @@ mod tests {
             assert_eq!(guest.driver.used(), None, "{chain:x?}: returned once");
         }
     }
+
+    #[test]
+    fn a_processor_that_rewrites_a_request_meanwhile_reaches_nothing_beyond_the_end_b46() {
+        let disk = disk(8, false);
+        let guest = Guest::new();
+        let (mut driver, mut ring) = (guest.driver, guest.ring);
+        let mem = Arc::clone(&driver.mem);
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    for (kind, sector) in [(1_u32, 7_u64), (1, 8), (0, u64::MAX), (1, 1 << 55)] {
+                        let header = [kind.to_le_bytes(), [0; 4]].concat();
+                        for (at, bytes) in
+                            [(HEADER, header), (HEADER + 8, sector.to_le_bytes().into())]
+                        {
+                            vm_memory::Bytes::write_slice(
+                                &*mem,
+                                &bytes,
+                                vm_memory::GuestAddress(at),
+                            )
+                            .unwrap();
+                        }
+                    }
+                }
+            });
+            let chain = [(HEADER, 16, READ), (DATA, 512, READ), (STATUS, 1, WRITE)];
+            let head = driver.offer(&chain);
+            let mut answers = [0; 3];
+            while answers[0] < 100 || answers[1] < 100 {
+                driver.write(STATUS, &[0xaa]);
+                ring.turn(|chain| Served::Used(disk.serve(chain)));
+                assert_eq!(driver.used(), Some((head, 1)));
+                answers[usize::from(driver.read(STATUS, 1)[0])] += 1;
+                driver.make_available(head);
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert_eq!(disk.file.metadata().unwrap().len(), 8 * 512);
+    }
 }

@@ -21,6 +21,8 @@
 
 mod chain;
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod races;
 mod split;
 #[cfg(test)]

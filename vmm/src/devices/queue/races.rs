@@ -133,25 +133,30 @@ fn drive(shared: &Shared, event_index: bool, start: u16, count: u16, kick: &Even
     }
 }
 
-/// A device on an event loop, as `Ring::turn`, or with a thread of its own, as
-/// `Ring::pop`, `give_back` and `tell`.
-fn serve(
-    shared: Arc<Shared>,
-    event_index: bool,
-    start: u16,
-    count: u16,
-    kick: &Event,
-    irq: &Event,
-) {
-    let mut split = Split::new(shared, &state(event_index, start));
+/// When the device interrupts.
+#[derive(Clone, Copy, PartialEq)]
+enum Tells {
+    /// After each turn, as `Ring::turn`.
+    EachTurn,
+    /// After each chain, as a thread with `Ring::pop`, `give_back` and `tell`.
+    EachChain,
+}
+
+fn serve(shared: Arc<Shared>, state: &State, tells: Tells, count: u16, kick: &Event, irq: &Event) {
+    let mut split = Split::new(shared, state);
     let mut done = 0;
     while done < count {
-        split.silence().unwrap();
+        if tells == Tells::EachTurn {
+            split.silence().unwrap();
+        }
         loop {
             if let Some(head) = split.take().unwrap() {
-                assert_eq!(head, start.wrapping_add(done) % SIZE);
+                assert_eq!(head, state.next_available.wrapping_add(done) % SIZE);
                 split.use_up(head, 0).unwrap();
                 done += 1;
+                if tells == Tells::EachChain && split.interrupts().unwrap() {
+                    irq.signal();
+                }
             } else if !split.listen().unwrap() {
                 break;
             }
@@ -165,9 +170,10 @@ fn serve(
     }
 }
 
-fn nobody_sleeps_for_ever(event_index: bool, start: u16) {
+fn nobody_sleeps_for_ever(tells: Tells, event_index: bool, start: u16) {
     let mut model = loom::model::Builder::new();
-    model.preemption_bound = Some(3);
+    // More switches than two add nothing but time: a missed wake-up needs one.
+    model.preemption_bound = Some(2);
     model.check(move || {
         let shared = Arc::new(Shared::default());
         for word in [
@@ -181,7 +187,8 @@ fn nobody_sleeps_for_ever(event_index: bool, start: u16) {
         let (kick, irq) = (Arc::new(Event::default()), Arc::new(Event::default()));
         let device = {
             let (shared, kick, irq) = (Arc::clone(&shared), Arc::clone(&kick), Arc::clone(&irq));
-            thread::spawn(move || serve(shared, event_index, start, SIZE, &kick, &irq))
+            let state = state(event_index, start);
+            thread::spawn(move || serve(shared, &state, tells, SIZE, &kick, &irq))
         };
         drive(&shared, event_index, start, SIZE, &kick, &irq);
         device.join().unwrap();
@@ -189,13 +196,18 @@ fn nobody_sleeps_for_ever(event_index: bool, start: u16) {
 }
 
 #[test]
-fn no_notification_and_no_interrupt_is_missed_with_the_event_index() {
-    nobody_sleeps_for_ever(true, 0);
+fn no_wake_up_is_missed_by_a_loop_with_the_event_index() {
     // The positions wrap.
-    nobody_sleeps_for_ever(true, u16::MAX);
+    nobody_sleeps_for_ever(Tells::EachTurn, true, u16::MAX);
 }
 
 #[test]
-fn no_notification_and_no_interrupt_is_missed_without_the_event_index() {
-    nobody_sleeps_for_ever(false, 0);
+fn no_wake_up_is_missed_by_a_thread_with_the_event_index() {
+    nobody_sleeps_for_ever(Tells::EachChain, true, 0);
+}
+
+#[test]
+fn no_wake_up_is_missed_without_the_event_index() {
+    nobody_sleeps_for_ever(Tells::EachTurn, false, 0);
+    nobody_sleeps_for_ever(Tells::EachChain, false, 0);
 }
