@@ -153,7 +153,7 @@ fn kill(path: &Path) -> io::Result<()> {
 async fn remove(path: &Path) -> io::Result<()> {
     kill(path)?;
     wait_until_empty(path).await?;
-    remove_below(rustix::fs::open(path, DIRECTORY, Mode::empty())?)?;
+    remove_below(&rustix::fs::open(path, DIRECTORY, Mode::empty())?)?;
     fs::remove_dir(path)
 }
 
@@ -216,14 +216,14 @@ fn list(cgroup: BorrowedFd<'_>, pids: &mut Vec<u32>) -> io::Result<()> {
 
 /// Removes the cgroups below an empty one. By descriptors, since the whole path
 /// of a deep one is longer than the kernel takes.
-fn remove_below(cgroup: OwnedFd) -> io::Result<()> {
+fn remove_below(cgroup: &OwnedFd) -> io::Result<()> {
     for name in children(cgroup.as_fd())? {
-        match rustix::fs::openat(&cgroup, &name, DIRECTORY, Mode::empty()) {
-            Ok(child) => remove_below(child)?,
+        match rustix::fs::openat(cgroup, &name, DIRECTORY, Mode::empty()) {
+            Ok(child) => remove_below(&child)?,
             Err(errno) if gone(&errno.into()) => continue,
             Err(errno) => return Err(errno.into()),
         }
-        match rustix::fs::unlinkat(&cgroup, &name, AtFlags::REMOVEDIR) {
+        match rustix::fs::unlinkat(cgroup, &name, AtFlags::REMOVEDIR) {
             Err(errno) if !gone(&errno.into()) => return Err(errno.into()),
             _ => {}
         }

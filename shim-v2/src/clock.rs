@@ -146,7 +146,9 @@ impl Alarm {
         match timerfd_settime(self.0.as_fd(), flags, &alarm) {
             // It was set between two calls: the timer is armed all the same.
             Err(Errno::CANCELED) => return Ok(()),
-            result => drop(result?),
+            result => {
+                result?;
+            }
         }
         let went_off = self.0.async_io(Interest::READABLE, |timer| {
             let mut times = [0; 8];
