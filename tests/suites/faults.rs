@@ -184,9 +184,10 @@ fn the_kernel_of_the_guest_starts_no_program_for_a_container() {
         r#"printf '#!%s\ntouch /made' {SHARE_DIR}/{PRIVILEGED}/rootfs/bin/sh > /helper
 chmod 755 /helper
 echo "|{SHARE_DIR}/{PRIVILEGED}/rootfs/helper" > /proc/sys/kernel/core_pattern
+# The dying process waits for what reads its dump.
+echo 1 > /proc/sys/kernel/core_pipe_limit
 ulimit -c unlimited
 sh -c 'kill -SEGV $$'
-sleep 1
 ls /"#
     ));
     let listed = outcome.success();
