@@ -26,6 +26,7 @@ use rustix::{
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
 use crate::{
+    baseline::{self, Memory},
     container::Config,
     rpc::{self, End},
     sys,
@@ -87,8 +88,10 @@ fn run() -> Result<End> {
     mount_kernel_trees()?;
     open_standard_streams()?;
     protect_from_oom_killer()?;
-    raise_file_limit()?;
-    set_up_cgroups()?;
+    let memory = Memory::of_this_machine();
+    set_baseline(memory)?;
+    raise_limits()?;
+    set_up_cgroups(memory)?;
     bring_up_loopback()?;
     mount_share()?;
     close_root()?;
@@ -129,7 +132,15 @@ fn mount_kernel_trees() -> Result<()> {
         MountFlags::NOSUID,
         c"mode=755",
     )?;
-    mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", quiet, c"")?;
+    // A container never changes the limits of its own cgroup, nor moves a process
+    // out of it, whatever its rights.
+    mount_at(
+        "cgroup2",
+        "/sys/fs/cgroup",
+        "cgroup2",
+        quiet,
+        c"nsdelegate,memory_recursiveprot",
+    )?;
     mount_at(
         "tmpfs",
         "/run",
@@ -189,15 +200,25 @@ fn protect_from_oom_killer() -> Result<()> {
     write("/proc/self/oom_score_adj", "-1000")
 }
 
-/// Enough for the streams of all processes; they get their own limit.
-fn raise_file_limit() -> Result<()> {
-    const OPEN_FILES: u64 = 65_536;
-    const HARD: u64 = 1_048_576;
-    sys::set_rlimit(libc::RLIMIT_NOFILE, OPEN_FILES, HARD).doing("raise the limit of open files")
+fn set_baseline(memory: Memory) -> Result<()> {
+    baseline::apply(memory).map_err(|(doing, source)| Error::Step { doing, source })
 }
 
-/// The agent leaves the root cgroup; containers get every controller there is.
-fn set_up_cgroups() -> Result<()> {
+/// Open files are enough for the streams of all processes; those get their own
+/// limit. Processes are counted by cgroups: that many of one user, which the kernel
+/// derives from the memory, would be a limit that nobody asked for.
+fn raise_limits() -> Result<()> {
+    const OPEN_FILES: u64 = 65_536;
+    const HARD: u64 = 1_048_576;
+    sys::set_rlimit(libc::RLIMIT_NOFILE, OPEN_FILES, HARD)
+        .doing("raise the limit of open files")?;
+    sys::set_rlimit(libc::RLIMIT_NPROC, libc::RLIM_INFINITY, libc::RLIM_INFINITY)
+        .doing("raise the limit of processes")
+}
+
+/// The agent leaves the root cgroup; containers get every controller there is, and
+/// together less than all.
+fn set_up_cgroups(memory: Memory) -> Result<()> {
     make_dir(AGENT_CGROUP)?;
     make_dir(CONTAINER_CGROUPS)?;
     write(&format!("{AGENT_CGROUP}/cgroup.procs"), "0")?;
@@ -212,6 +233,16 @@ fn set_up_cgroups() -> Result<()> {
             &format!("{cgroup}/cgroup.subtree_control"),
             &enable.join(" "),
         )?;
+    }
+    for (file, value) in [
+        ("memory.max", memory.for_containers()),
+        ("pids.max", memory.threads_of_containers()),
+    ] {
+        let path = format!("{CONTAINER_CGROUPS}/{file}");
+        // Absent without the controller.
+        if Path::new(&path).exists() {
+            write(&path, &value.to_string())?;
+        }
     }
     Ok(())
 }
@@ -244,7 +275,8 @@ async fn serve() -> Result<End> {
     Ok(rpc::serve(config, host, from_host(streams)).await?)
 }
 
-/// Only the host brings streams: a container could connect by loopback.
+/// Only the host brings streams. Our kernel has no vsock within the guest; by that
+/// of another one a container could connect.
 fn from_host(listener: VsockListener) -> impl Stream<Item = io::Result<VsockStream>> {
     stream::unfold(listener, |listener| async {
         loop {

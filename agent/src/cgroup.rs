@@ -8,12 +8,16 @@
 mod devices;
 
 use std::{
+    ffi::CString,
     fs, io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::chown,
+    },
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use tokio::io::Interest;
 
 use crate::{
@@ -38,17 +42,35 @@ impl Cgroup {
             path,
             directory: None,
         };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = rustix::fs::open(&cgroup.path, flags, Mode::empty())
+        let directory = rustix::fs::open(&cgroup.path, DIRECTORY, Mode::empty())
             .doing("open the container's cgroup")?;
         let directory = cgroup.directory.insert(directory);
         let program = sys::load_device_program(&devices::program(&resources.devices))
             .doing("load the device rules")?;
         sys::attach_device_program(directory, program).doing("attach the device rules")?;
-        for setting in &resources.settings {
+        for setting in limits_of_the_tree().iter().chain(&resources.settings) {
             cgroup.set(setting)?;
         }
         Ok(cgroup)
+    }
+
+    /// Lets a user of the guest move processes and enable controllers in it, but
+    /// not change its limits.
+    pub(crate) fn give_to(&self, uid: u32) -> Result<(), Error> {
+        /// Every kernel lets these be delegated.
+        const FILES: &str = "cgroup.procs\ncgroup.threads\ncgroup.subtree_control\n";
+        const DOING: &str = "hand over the container's cgroup";
+        let files = fs::read_to_string("/sys/kernel/cgroup/delegate");
+        let files = files.unwrap_or_else(|_| FILES.to_owned());
+        chown(&self.path, Some(uid), None).doing(DOING)?;
+        for file in files.lines() {
+            match chown(self.path.join(file), Some(uid), None) {
+                // One of a controller that is not there.
+                Err(e) if gone(&e) => {}
+                result => result.doing(DOING)?,
+            }
+        }
+        Ok(())
     }
 
     fn set(&self, setting: &Setting) -> Result<(), Error> {
@@ -80,16 +102,14 @@ impl Cgroup {
     /// The processes in it and below it, by their ids in the guest.
     pub(crate) fn pids(&self) -> io::Result<Vec<u32>> {
         let mut pids = Vec::new();
-        for directory in subtree(&self.path)? {
-            match fs::read_to_string(directory.join("cgroup.procs")) {
-                Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok())),
-                // The container may remove its own cgroups at any time, and a
-                // threaded one lists no processes: its parent does.
-                Err(e) if gone(&e) || e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
-                Err(e) => return Err(e),
-            }
-        }
+        list(self.directory()?, &mut pids)?;
         Ok(pids)
+    }
+
+    /// Whether there is a process in it or below it.
+    pub(crate) fn is_populated(&self) -> io::Result<bool> {
+        let events = fs::read_to_string(self.path.join("cgroup.events"))?;
+        Ok(value(&events, "populated") != Some(0))
     }
 
     /// Kills every process in it and below it, those that are being made too.
@@ -133,14 +153,8 @@ fn kill(path: &Path) -> io::Result<()> {
 async fn remove(path: &Path) -> io::Result<()> {
     kill(path)?;
     wait_until_empty(path).await?;
-    // Depth first: the list has parents before their children.
-    for directory in subtree(path)?.iter().rev() {
-        match fs::remove_dir(directory) {
-            Err(e) if !gone(&e) => return Err(e),
-            _ => {}
-        }
-    }
-    Ok(())
+    remove_below(&rustix::fs::open(path, DIRECTORY, Mode::empty())?)?;
+    fs::remove_dir(path)
 }
 
 /// The kernel says by a priority event that `cgroup.events` has changed.
@@ -158,25 +172,79 @@ async fn wait_until_empty(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A directory and those below it, parents first.
-fn subtree(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut found = vec![path.to_owned()];
-    let mut next = 0;
-    while let Some(directory) = found.get(next).cloned() {
-        next += 1;
-        match fs::read_dir(directory) {
-            Ok(entries) => {
-                let directories = entries
-                    .filter_map(Result::ok)
-                    .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-                    .map(|entry| entry.path());
-                found.extend(directories);
-            }
-            Err(e) if gone(&e) && next > 1 => {}
-            Err(e) => return Err(e),
+/// What a container may make below its cgroup: each costs memory of the guest's
+/// kernel, and whoever removes them goes as deep as they are.
+fn limits_of_the_tree() -> [Setting; 2] {
+    [
+        ("cgroup.max.descendants", "4096"),
+        ("cgroup.max.depth", "64"),
+    ]
+    .map(|(file, value)| Setting {
+        file: file.to_owned(),
+        value: value.to_owned(),
+        absent: Absent::Refused,
+    })
+}
+
+const DIRECTORY: OFlags = OFlags::RDONLY
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::CLOEXEC);
+
+/// Adds the processes in a cgroup and below it.
+fn list(cgroup: BorrowedFd<'_>, pids: &mut Vec<u32>) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let text = rustix::fs::openat(cgroup, "cgroup.procs", flags, Mode::empty())
+        .map_err(io::Error::from)
+        .and_then(|file| io::read_to_string(fs::File::from(file)));
+    match text {
+        Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok())),
+        // The container may remove its own cgroups at any time, and a
+        // threaded one lists no processes: its parent does.
+        Err(e) if gone(&e) || e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+        Err(e) => return Err(e),
+    }
+    for name in children(cgroup)? {
+        match rustix::fs::openat(cgroup, &name, DIRECTORY, Mode::empty()) {
+            Ok(child) => list(child.as_fd(), pids)?,
+            Err(errno) if gone(&errno.into()) => {}
+            Err(errno) => return Err(errno.into()),
         }
     }
-    Ok(found)
+    Ok(())
+}
+
+/// Removes the cgroups below an empty one. By descriptors, since the whole path
+/// of a deep one is longer than the kernel takes.
+fn remove_below(cgroup: &OwnedFd) -> io::Result<()> {
+    for name in children(cgroup.as_fd())? {
+        match rustix::fs::openat(cgroup, &name, DIRECTORY, Mode::empty()) {
+            Ok(child) => remove_below(&child)?,
+            Err(errno) if gone(&errno.into()) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        match rustix::fs::unlinkat(cgroup, &name, AtFlags::REMOVEDIR) {
+            Err(errno) if !gone(&errno.into()) => return Err(errno.into()),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn children(cgroup: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(cgroup)? {
+        let entry = match entry {
+            // It was removed while it was read.
+            Err(errno) if gone(&errno.into()) => break,
+            entry => entry?,
+        };
+        let name = entry.file_name();
+        if entry.file_type() == FileType::Directory && name != c"." && name != c".." {
+            names.push(name.to_owned());
+        }
+    }
+    Ok(names)
 }
 
 fn gone(error: &io::Error) -> bool {

@@ -17,6 +17,7 @@ use std::{
     io::{self, IoSlice, IoSliceMut, Read, Seek, Write},
     mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
 };
 
 use rustix::net::{
@@ -37,14 +38,32 @@ const FDS_MAX: usize = 6;
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Job {
     /// Create a container and its first process.
-    Create(Box<ContainerPlan>),
+    Create {
+        /// The container.
+        plan: Box<ContainerPlan>,
+        /// Name of the session keyring of its processes.
+        keyring: String,
+    },
     /// Create a further process in a container.
     Exec {
         /// The process.
         process: Box<ProcessPlan>,
-        /// Whether the container has a user namespace of its own.
-        own_user: bool,
+        /// Where.
+        container: Place,
     },
+}
+
+/// A container, as an exec must know it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Place {
+    /// Id of its first process in the guest.
+    pub init: u32,
+    /// Last names of its cgroup, `containers/ID`.
+    pub cgroup: PathBuf,
+    /// Whether it has a user namespace of its own.
+    pub own_user: bool,
+    /// Name of the session keyring of its processes.
+    pub keyring: String,
 }
 
 /// The descriptors that a job needs.

@@ -11,7 +11,7 @@ pub mod state;
 use std::{
     collections::HashMap,
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -26,13 +26,13 @@ use tokio::time::timeout;
 use self::state::{Op, State};
 use crate::{
     cgroup::Cgroup,
-    channel::{Fds, Job},
+    channel::{Fds, Job, Place},
     error::{Doing, Error},
     launch::{Launched, Waiting, launch},
     reaper::{Exit, ExitWatch, Reaper, ended},
     spec::{
         self, Inherited,
-        plan::{ContainerPlan, IdMap, Seccomp},
+        plan::{ContainerPlan, Filesystem, IdMap, MountKind, Seccomp},
     },
     stdio::{Prepared, Pumps, prepare},
     streams::Streams,
@@ -87,6 +87,8 @@ struct Container {
     inherited: Inherited,
     /// Empty without a user namespace of its own.
     uid_maps: Vec<IdMap>,
+    /// Name of the session keyring of its processes.
+    keyring: String,
 }
 
 #[derive(Debug)]
@@ -125,6 +127,11 @@ impl Containers {
         let mut plan = spec::container(spec, seccomp)?.plan;
         plan.process.terminal = terminal_size(stdio)?;
         let cgroup = Cgroup::create(&self.config.cgroups, id, &plan.resources)?;
+        // Where a container can write to its cgroup, its user must be allowed to.
+        let owner = guest_id(&plan.uid_maps, plan.process.uid);
+        if let Some(owner) = owner.filter(|_| has_writable_cgroups(&plan)) {
+            cgroup.give_to(owner)?;
+        }
         match self.create_in(id, plan, stdio, &cgroup).await {
             Ok(mut container) => {
                 let pid = container.init.pid;
@@ -159,7 +166,11 @@ impl Containers {
             seccomp: plan.process.seccomp.clone(),
             personality: plan.process.personality,
         };
-        let job = Job::Create(Box::new(plan));
+        let keyring = new_keyring_name()?;
+        let job = Job::Create {
+            plan: Box::new(plan),
+            keyring: keyring.clone(),
+        };
         let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
         let (init, waiting) = Process::new(launched, prepared)?;
         Ok(Container {
@@ -170,6 +181,7 @@ impl Containers {
             waiting: Mutex::new(Some(waiting)),
             inherited,
             uid_maps,
+            keyring,
         })
     }
 
@@ -215,7 +227,12 @@ impl Containers {
         give_to_user(&fds.stdio, guest_id(&container.uid_maps, plan.uid))?;
         let job = Job::Exec {
             process: Box::new(plan),
-            own_user: !container.uid_maps.is_empty(),
+            container: Place {
+                init: container.init.pid,
+                cgroup: self.last_names_of_cgroup(id),
+                own_user: !container.uid_maps.is_empty(),
+                keyring: container.keyring.clone(),
+            },
         };
         let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
         let (process, waiting) = Process::new(launched, prepared)?;
@@ -256,16 +273,17 @@ impl Containers {
         let signal = check_signal(signal)?;
         let container = self.container(id)?;
         let cgroup = container.cgroup()?;
-        let pids = cgroup.pids().doing("list the processes")?;
-        if pids.is_empty() {
+        if !cgroup.is_populated().doing("look for processes")? {
             return Err(Error::Ended {
                 pid: container.init.pid,
             });
         }
+        // At once, whatever the container does meanwhile and however long a
+        // list of its processes would be.
         if signal == libc::SIGKILL {
             return cgroup.kill().doing("kill the container");
         }
-        for pid in pids {
+        for pid in cgroup.pids().doing("list the processes")? {
             let pid = i32::try_from(pid).map_or(i32::MAX, |pid| pid);
             match sys::kill(pid, signal) {
                 Err(e) if e.raw_os_error() != Some(libc::ESRCH) => {
@@ -335,6 +353,11 @@ impl Containers {
     /// Kills every process of every container.
     pub fn kill_everything(&self) -> Result<(), Error> {
         std::fs::write(self.config.cgroups.join("cgroup.kill"), "1").doing("kill the containers")
+    }
+
+    fn last_names_of_cgroup(&self, id: &str) -> PathBuf {
+        let parent = self.config.cgroups.file_name().unwrap_or_default();
+        Path::new(parent).join(id)
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
@@ -463,6 +486,27 @@ fn cgroup_fd(cgroup: &Cgroup) -> Result<OwnedFd, Error> {
         .directory()
         .and_then(|directory| directory.as_fd().try_clone_to_owned())
         .doing("refer to the container's cgroup")
+}
+
+/// Whether a container mounts its part of cgroup v2 such that it can write there.
+fn has_writable_cgroups(plan: &ContainerPlan) -> bool {
+    plan.mounts.iter().any(|mount| {
+        let readonly = mount.attributes.set & libc::MOUNT_ATTR_RDONLY != 0;
+        let cgroup = matches!(
+            mount.kind,
+            MountKind::Filesystem {
+                fs: Filesystem::Cgroup,
+                ..
+            }
+        );
+        cgroup && !readonly
+    })
+}
+
+/// A name that no other container can guess: whoever knows it can join.
+fn new_keyring_name() -> Result<String, Error> {
+    let uuid = std::fs::read_to_string("/proc/sys/kernel/random/uuid");
+    Ok(format!("_ses.{}", uuid.doing("name a keyring")?.trim_end()))
 }
 
 /// The id in the guest of a user of a container.

@@ -10,8 +10,9 @@
 //! # The way of a process
 //! 1. The helper reads its [`Job`](crate::channel::Job) from the channel.
 //! 2. It joins namespaces that only a child enters (pid) and clones itself into
-//!    the container's cgroup as a child *of the agent*, writes the id maps,
-//!    reports the new process id and exits.
+//!    the container's cgroup as a child *of the agent*, does for it what takes
+//!    rights that a user namespace of its own takes away, reports the new
+//!    process id and exits.
 //! 3. The new process takes the steps of `create` or `exec`, one call a line,
 //!    then those of `process`, which are common to both, and reports that it is
 //!    ready or what failed.
@@ -38,12 +39,13 @@ use std::{
     fmt::Display,
     fs::File,
     io::{self, Read, Write},
+    os::fd::{AsFd, OwnedFd},
 };
 
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::{
-    channel::{Channel, Failure, FailureKind, Fds, Job, Report},
+    channel::{Channel, Failure, FailureKind, Job, Report},
     sys::{self, Cloned},
 };
 
@@ -136,24 +138,27 @@ fn run(channel: &Channel) -> Result<Helper> {
         .doing("hide the helper")?;
     let (job, fds) = channel.job().doing("read the job")?;
     match job {
-        Job::Create(plan) => create::run(channel, &plan, &fds),
-        Job::Exec { process, own_user } => exec::run(channel, &process, own_user, &fds),
+        Job::Create { plan, keyring } => create::run(channel, &plan, &keyring, &fds),
+        Job::Exec { process, container } => exec::run(channel, &process, &container, &fds),
     }
 }
 
-/// Clones the helper into the container's cgroup. The copy takes the `steps`
-/// once the helper has prepared what only it can and has reported the copy.
+/// Clones the helper into a cgroup, or where it is itself.
+fn clone_helper(namespaces: i32, cgroup: Option<&OwnedFd>) -> io::Result<Cloned> {
+    // SAFETY: the helper never makes a thread.
+    unsafe { sys::clone_process(namespaces, cgroup.map(AsFd::as_fd)) }
+}
+
+/// Has `clone` copy the helper. The copy takes the `steps` once the helper has
+/// prepared what only it can and has reported the copy.
 fn clone_and_run(
     channel: &Channel,
-    fds: &Fds,
-    namespaces: i32,
+    clone: impl FnOnce() -> io::Result<Cloned>,
     prepare: impl FnOnce(u32) -> Result<()>,
     steps: impl FnOnce() -> Result<Infallible>,
 ) -> Result<Helper> {
     let (go, let_go) = pipe_with(PipeFlags::CLOEXEC).doing("make a pipe")?;
-    // SAFETY: the helper never makes a thread.
-    let cloned = unsafe { sys::clone_process(namespaces, &fds.cgroup) };
-    match cloned.doing("clone a process into the container")? {
+    match clone().doing("clone a process into the container")? {
         Cloned::Child => {
             drop(let_go);
             // Without a byte the helper has failed, and has told the agent why.

@@ -80,11 +80,17 @@ async fn wait_until_ready(
     channel: AsyncFd<OwnedFd>,
 ) -> Result<Launched, Error> {
     let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let pidfd = raw
+    let opened = raw
         .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
-        .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?))
-        .doing("refer to the new process")?;
-    let pidfd = Arc::new(pidfd);
+        .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
+    let pidfd = match opened {
+        // It has failed and its exit has been collected already: what it said
+        // before that is the cause.
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {
+            return Err(unexpected(next_report(&channel).await?.0));
+        }
+        opened => Arc::new(opened.doing("refer to the new process")?),
+    };
     let mut waiting = Waiting {
         pidfd: Some(Arc::clone(&pidfd)),
         channel: None,
@@ -158,5 +164,36 @@ impl Drop for Waiting {
             // One that has ended already is as good as killed.
             let _ = pidfd_send_signal(&**pidfd, Signal::KILL);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{SendFlags, send};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_process_that_ended_before_it_was_looked_at_has_told_why() {
+        let mut child = Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        child.wait().unwrap();
+        let (ours, theirs) = channel::pair().unwrap();
+        let report = Report::Failed(channel::Failure {
+            text: "what went wrong".into(),
+            kind: channel::FailureKind::Step,
+            errno: None,
+        });
+        send(
+            &theirs,
+            &serde_json::to_vec(&report).unwrap(),
+            SendFlags::empty(),
+        )
+        .unwrap();
+        drop(theirs);
+        let channel = sys::watch(ours, Interest::READABLE).unwrap();
+        let (_exit, watch) = tokio::sync::watch::channel(None);
+        let error = wait_until_ready(pid, watch, channel).await.unwrap_err();
+        assert_eq!(error.to_string(), "what went wrong");
     }
 }

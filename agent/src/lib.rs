@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! main ── init                       the helper: becomes a container's process
-//!   └──── boot ── rpc ── container ┬ launch ── channel ── (init)
-//!         PID 1   serve            ├ cgroup
-//!                                  ├ stdio ── streams
-//!                                  └ reaper
+//!   └──── boot ── rpc ┬ container ┬ launch ── channel ── (init)
+//!         PID 1 serve └ clock     ├ cgroup
+//!         └ baseline              ├ stdio ── streams
+//!                                 └ reaper
 //! ```
 //!
 //! [`spec`] turns `config.json` into a checked plan before anything is done;
@@ -17,9 +17,11 @@
 //! host; the transport is a parameter of [`rpc::serve`], so that the whole of
 //! it but [`boot`] runs on any Linux machine with cgroup v2.
 
+mod baseline;
 pub mod boot;
 mod cgroup;
 mod channel;
+mod clock;
 pub mod container;
 pub mod error;
 pub mod init;

@@ -9,7 +9,6 @@ use std::{
     collections::HashMap,
     io,
     sync::{Arc, Mutex, MutexGuard},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use rustix::process::{WaitOptions, wait};
@@ -17,6 +16,8 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
+
+use crate::clock;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +85,7 @@ impl Reaper {
                 .and_then(|n| u32::try_from(n).ok());
             let exit = Exit {
                 status: status.unwrap_or(255),
-                at_ns: now_ns(),
+                at_ns: clock::now_ns(),
             };
             let pid = pid.as_raw_nonzero().get().unsigned_abs();
             if let Some(watcher) = self.lock().remove(&pid) {
@@ -96,11 +97,4 @@ impl Reaper {
     fn lock(&self) -> MutexGuard<'_, HashMap<u32, watch::Sender<Option<Exit>>>> {
         self.watched.lock().expect("no holder of the lock panics")
     }
-}
-
-fn now_ns() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -15,8 +15,8 @@ use async_trait::async_trait;
 use bulkhead_agent_api::{
     GREETING,
     agent::{
-        ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest, PidsResponse,
-        ProcessRequest, ProcessResponse, ResizePtyRequest, WaitResponse,
+        ClockRequest, ClockResponse, ContainerRequest, CreateRequest, Empty, ExecRequest,
+        KillRequest, PidsResponse, ProcessRequest, ProcessResponse, ResizePtyRequest, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
 };
@@ -29,6 +29,7 @@ use tokio::{
 use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
 
 use crate::{
+    clock,
     container::{Config, Containers},
     error::{Doing, Error},
     reaper::Reaper,
@@ -190,6 +191,16 @@ impl Agent for Service {
         self.containers
             .resize(&r.container_id, &r.exec_id, r.columns, r.rows)?;
         Ok(Empty::default())
+    }
+
+    async fn clock(&self, _: &TtrpcContext, r: ClockRequest) -> ttrpc::Result<ClockResponse> {
+        if r.move_ns != 0 {
+            clock::adjust(r.move_ns).doing("set the clock")?;
+        }
+        Ok(ClockResponse {
+            now_ns: clock::now_ns(),
+            ..Default::default()
+        })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -7,7 +7,7 @@
 use std::{
     ffi::CStr,
     io,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
 };
 
@@ -33,19 +33,25 @@ pub(crate) enum Cloned {
 }
 
 /// Makes a copy of the calling process, as a *sibling*: its parent is the
-/// caller's parent. It starts in the given cgroup.
+/// caller's parent. It starts in the given cgroup, or in the caller's.
 ///
 /// # Safety
 /// The process must have one thread only: another one could hold a lock (of
 /// the allocator, say) that nobody would ever release in the copy.
-pub(crate) unsafe fn clone_process(namespaces: i32, cgroup: impl AsFd) -> io::Result<Cloned> {
+pub(crate) unsafe fn clone_process(
+    namespaces: i32,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Cloned> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let flags = namespaces | libc::CLONE_PARENT;
     // SAFETY: clone_args is plain integers, for which all zero is a value.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     // The exit signal stays 0: with CLONE_PARENT it is the caller's own.
-    args.flags = u64::from(flags.cast_unsigned()) | CLONE_INTO_CGROUP;
-    args.cgroup = u64::from(cgroup.as_fd().as_raw_fd().cast_unsigned());
+    args.flags = u64::from(flags.cast_unsigned());
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
+    }
     // SAFETY: `args` is a whole clone_args; without CLONE_VM the child has a
     // copy of this stack, and the caller promises that there is one thread.
     let result = unsafe {
@@ -125,23 +131,25 @@ pub(crate) fn load_seccomp(seccomp: &Seccomp) -> io::Result<()> {
     check(result).map(drop)
 }
 
-/// Gives the calling process an empty session keyring of its own.
+/// Gives the calling process the session keyring of this name, which is made if
+/// it is not there and which others of the same user can then join.
 ///
 /// A kernel without keyrings is fine: there is nothing to share then.
-pub(crate) fn join_new_session_keyring() -> io::Result<()> {
+pub(crate) fn join_session_keyring(name: &CStr) -> io::Result<()> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
-    // SAFETY: a null name asks for an anonymous keyring; no memory is passed.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_keyctl,
-            KEYCTL_JOIN_SESSION_KEYRING,
-            ptr::null::<libc::c_char>(),
-        )
+    const KEYCTL_SETPERM: libc::c_int = 5;
+    /// Who holds it may do all, its user view, read, search and link.
+    const PERMISSIONS: u32 = 0x3f1b_0000;
+    // SAFETY: `name` is a C string, which the kernel only reads.
+    let result =
+        unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) };
+    let keyring = match check(result) {
+        Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => return Ok(()),
+        result => result?,
     };
-    match check(result) {
-        Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
-        result => result.map(drop),
-    }
+    // SAFETY: the call takes numbers only.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, keyring, PERMISSIONS) })
+        .map(drop)
 }
 
 /// `personality(2)`.
@@ -197,6 +205,46 @@ pub(crate) fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> 
     };
     // SAFETY: `limit` is a whole rlimit that the kernel only reads.
     check(unsafe { libc::setrlimit(resource, &raw const limit) }.into()).map(drop)
+}
+
+/// Raises the hard limit of the calling process to at least `hard`.
+pub(crate) fn raise_hard_limit(resource: u32, hard: u64) -> io::Result<()> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is a whole rlimit that the call may write.
+    check(unsafe { libc::getrlimit(resource, &raw mut limit) }.into())?;
+    if limit.rlim_max >= hard {
+        return Ok(());
+    }
+    set_rlimit(resource, limit.rlim_cur, hard)
+}
+
+/// Moves the wall clock at once.
+pub(crate) fn step_clock(seconds: i64, nanoseconds: u32) -> io::Result<()> {
+    // SAFETY: timex is plain integers, for which all zero is a value.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_SETOFFSET | libc::ADJ_NANO;
+    change.time.tv_sec = seconds;
+    // With ADJ_NANO it counts nanoseconds.
+    change.time.tv_usec = nanoseconds.into();
+    adjust_clock(&mut change)
+}
+
+/// Has the wall clock go faster or slower until it has gained so much; what is
+/// left of an earlier call is dropped.
+pub(crate) fn slew_clock(microseconds: i64) -> io::Result<()> {
+    // SAFETY: timex is plain integers, for which all zero is a value.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_OFFSET_SINGLESHOT;
+    change.offset = microseconds;
+    adjust_clock(&mut change)
+}
+
+fn adjust_clock(change: &mut libc::timex) -> io::Result<()> {
+    // SAFETY: `change` is a whole timex that the call reads and writes.
+    check(unsafe { libc::adjtimex(change) }.into()).map(drop)
 }
 
 /// `pidfd_send_signal(2)`; signal 0 only asks whether the process lives.

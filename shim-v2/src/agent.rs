@@ -12,8 +12,8 @@ use std::{future::Future, time::Duration};
 use bulkhead_agent_api::{
     GREETING,
     agent::{
-        ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
-        ResizePtyRequest, Stdio,
+        ClockRequest, ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest,
+        ProcessRequest, ResizePtyRequest, Stdio,
     },
     agent_ttrpc::AgentClient,
     cause,
@@ -222,6 +222,18 @@ impl Agent {
             .resize_pty(ttrpc::context::with_timeout(0), &request);
         answer("ResizePty", self.limits.request, "ResizePty failed", call).await?;
         Ok(())
+    }
+
+    /// What the wall clock of the guest shows, in nanoseconds since the epoch, after
+    /// it was moved by so many nanoseconds: any number, as the guest chooses.
+    pub async fn clock(&self, move_ns: i64) -> Result<u64> {
+        let request = ClockRequest {
+            move_ns,
+            ..ClockRequest::default()
+        };
+        let call = self.client.clock(ttrpc::context::with_timeout(0), &request);
+        let response = answer("Clock", self.limits.request, "Clock failed", call).await?;
+        Ok(response.now_ns)
     }
 
     /// Asks the guest to power off.

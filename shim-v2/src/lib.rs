@@ -15,6 +15,7 @@
 
 pub mod agent;
 pub mod assets;
+mod clock;
 pub mod config;
 pub mod daemon;
 pub mod delete;

@@ -35,6 +35,7 @@ use ttrpc::Code;
 pub use self::create::Create;
 use crate::{
     agent::ProcessName,
+    clock,
     config::Config,
     error::{Error, Result},
     events::{Event, Publisher},
@@ -403,6 +404,7 @@ impl Pod {
                 warn!(%error, "delete will not know of the VMM");
             }
             tokio::spawn(Arc::clone(self).watch_vm(Arc::clone(&vm)));
+            tokio::spawn(clock::follow(Arc::clone(&vm)));
             Ok::<_, Error>(vm)
         };
         let vm = Arc::clone(self.vm.get_or_try_init(boot).await?);

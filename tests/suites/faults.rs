@@ -8,11 +8,13 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use bulkhead_agent_api::SHARE_DIR;
-use bulkhead_tests::{BUSYBOX, Command, LeakCheck, Outcome, Running, bundle};
+use bulkhead_tests::{BUSYBOX, Command, Outcome, Running, bundle};
+use serde_json::{Value, json};
+use tempfile::TempDir;
 
 /// A container that runs until something happens to it.
 fn endless() -> Running {
@@ -131,10 +133,23 @@ const PRIVILEGED: &str = "privileged";
 
 /// Runs `script` in a guest in which it may do everything.
 fn run_privileged(script: &str) -> Outcome {
+    let (run, _dir) = start_privileged(script);
+    run.wait()
+}
+
+/// Starts it.
+fn start_privileged(script: &str) -> (Running, TempDir) {
+    start_bundle(&bundle::privileged_config(script))
+}
+
+/// Starts a container with this configuration and an input; the bundle is in the
+/// directory.
+fn start_bundle(config: &Value) -> (Running, TempDir) {
     let dir = tempfile::tempdir().unwrap();
-    bundle::write(dir.path(), &bundle::privileged_config(script));
-    let dir = dir.path().to_str().unwrap();
-    Command::bulkhead(["run", "--rm", "--name", PRIVILEGED, "--bundle", dir]).run()
+    bundle::write(dir.path(), config);
+    let path = dir.path().to_str().unwrap();
+    let arguments = ["run", "-i", "--rm", "--name", PRIVILEGED, "--bundle", path];
+    (Command::bulkhead(arguments).start(), dir)
 }
 
 #[test]
@@ -146,31 +161,126 @@ fn a_panic_of_the_guest_is_reported_with_its_message_f53() {
 
 #[test]
 fn a_killed_agent_is_reported_as_what_it_is_f53() {
-    // No signal reaches the first process of a guest. What the guest's kernel starts
-    // for a core dump sees that process, and can take its code away.
-    let outcome = run_privileged(&format!(
-        r#"cat > /kill << 'END'
-code=$(grep -m1 r-xp /proc/1/maps)
-dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((0x${{code%%-*}} / 4096)) count=64 conv=notrunc
-END
-root={SHARE_DIR}/{PRIVILEGED}/rootfs
-echo "|$root/bin/busybox sh $root/kill" > /proc/sys/kernel/core_pattern
-sh -c 'kill -SEGV $$'
-sleep 60"#
-    ));
+    // No signal reaches the first process of a guest, and no container sees it. But
+    // a program that is refused the memory for a message ends itself.
+    let (run, _dir) = start_privileged(
+        "echo 1 > /proc/sys/vm/overcommit_kbytes
+        echo 0 > /proc/sys/vm/admin_reserve_kbytes
+        echo 2 > /proc/sys/vm/overcommit_memory
+        echo ready; read forever",
+    );
+    run.wait_for_output("ready");
+    let much = "x".repeat(120_000);
+    let exec = Command::bulkhead(["exec", PRIVILEGED, "true", &much]).run();
+    assert!(exec.code != 0, "{exec}");
+    let outcome = run.wait();
     assert_eq!(outcome.code, 255, "{outcome}");
     assert_said(&outcome, "Attempted to kill init!");
 }
 
-/// Longest time until a process of a started container is there.
-const APPEARS: Duration = Duration::from_secs(60);
+#[test]
+fn the_kernel_of_the_guest_starts_no_program_for_a_container() {
+    let outcome = run_privileged(&format!(
+        r#"printf '#!%s\ntouch /made' {SHARE_DIR}/{PRIVILEGED}/rootfs/bin/sh > /helper
+chmod 755 /helper
+echo "|{SHARE_DIR}/{PRIVILEGED}/rootfs/helper" > /proc/sys/kernel/core_pattern
+# The dying process waits for what reads its dump.
+echo 1 > /proc/sys/kernel/core_pipe_limit
+ulimit -c unlimited
+sh -c 'kill -SEGV $$'
+ls /"#
+    ));
+    let listed = outcome.success();
+    assert!(
+        listed.contains("helper") && !listed.contains("made"),
+        "{listed}"
+    );
+}
+
+#[test]
+fn a_memory_hog_without_a_limit_dies_alone_f55() {
+    let (run, _dir) = start_privileged("tail /dev/zero; echo hog $?; read until");
+    run.wait_for_output("hog 137");
+    let exec = Command::bulkhead(["exec", PRIVILEGED, "echo", "alive"]).run();
+    assert_eq!(exec.success(), "alive\n");
+    run.write("\n");
+    run.wait().success();
+}
+
+#[test]
+fn an_exec_gets_into_a_container_full_of_processes_f58() {
+    let mut config = bundle::privileged_config(
+        "sh -c 'while :; do sleep 1000 & done' 2> /dev/null; echo full; read until; kill -9 -1",
+    );
+    config["linux"]["resources"] = json!({"pids": {"limit": 32}});
+    let (run, _dir) = start_bundle(&config);
+    run.wait_for_output("full");
+    let exec = Command::bulkhead(["exec", PRIVILEGED, "echo", "alive"]).run();
+    assert_eq!(exec.success(), "alive\n");
+    Command::bulkhead(["kill", PRIVILEGED]).run().success();
+    assert_eq!(run.wait().code, 137);
+}
+
+/// The clock of this host, which is set back to what it would be.
+struct HostClock {
+    began: Instant,
+    time: SystemTime,
+}
+
+impl HostClock {
+    fn take() -> HostClock {
+        HostClock {
+            began: Instant::now(),
+            time: SystemTime::now(),
+        }
+    }
+
+    /// What it would be if nobody had set it, in seconds since 1970.
+    fn unset(&self) -> u64 {
+        let time = self.time + self.began.elapsed();
+        time.duration_since(UNIX_EPOCH).unwrap().as_secs()
+    }
+}
+
+impl Drop for HostClock {
+    fn drop(&mut self) {
+        set_clock(self.unset());
+    }
+}
+
+fn set_clock(seconds: u64) {
+    let time = format!("@{seconds}");
+    Command::new("date", ["-s", time.as_str()]).run().success();
+}
+
+#[test]
+fn the_clock_of_a_guest_follows_that_of_the_host_f16() {
+    const HOUR: u64 = 3_600;
+    const WITHIN: Duration = Duration::from_secs(10);
+    let clock = HostClock::take();
+    let now = clock.unset();
+    let (later, before) = (now + HOUR / 2, now - HOUR / 2);
+    let script = format!(
+        "echo ready
+        until [ $(date +%s) -gt {later} ]; do sleep 1; done; echo forward
+        until [ $(date +%s) -lt {before} ]; do sleep 1; done; echo back"
+    );
+    let run = Command::bulkhead(["run", "--rm", BUSYBOX, "--", "sh", "-c", &script]).start();
+    run.wait_for_output("ready");
+    for (time, said) in [(now + HOUR, "forward"), (now - HOUR, "back")] {
+        set_clock(time);
+        let set = Instant::now();
+        run.wait_for_output(said);
+        assert!(set.elapsed() < WITHIN, "{said} after {:?}", set.elapsed());
+    }
+    run.wait().success();
+}
 
 /// Kills every process whose command line has `pattern` after each of these delays
 /// from the start of a container. What is said must be one of `causes`: which one
 /// depends on how far the start had come.
 fn killed_after(pattern: &str, causes: &[&str], delays_ms: impl IntoIterator<Item = u64>) {
     for delay in delays_ms {
-        let leaks = LeakCheck::start();
         let run = Command::bulkhead(["run", "--rm", BUSYBOX, "--", "sleep", "600"]).start();
         thread::sleep(Duration::from_millis(delay));
         // It may not be there yet.

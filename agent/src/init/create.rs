@@ -1,14 +1,11 @@
 //! The first process of a container.
 
-use std::{
-    convert::Infallible,
-    path::{Path, PathBuf},
-};
+use std::{convert::Infallible, path::Path};
 
 use rustix::fs::{Mode, OFlags};
 
 use super::{
-    Doing, Helper, Result, clone_and_run, devices, mounts,
+    Doing, Helper, Result, clone_and_run, clone_helper, devices, mounts,
     paths::Root,
     process::{self, GuestProc},
     rootfs, terminal,
@@ -20,31 +17,44 @@ use crate::{
 };
 
 /// In the helper: clones the container's init.
-pub(super) fn run(channel: &Channel, plan: &ContainerPlan, fds: &Fds) -> Result<Helper> {
+pub(super) fn run(
+    channel: &Channel,
+    plan: &ContainerPlan,
+    keyring: &str,
+    fds: &Fds,
+) -> Result<Helper> {
     let proc = GuestProc::open()?;
     let own = join_shared_namespaces(plan)?;
     if let Some(offsets) = &plan.namespaces.time {
         own_time_namespace(&proc, offsets)?;
     }
+    process::raise_hard_limits(&plan.process)?;
     clone_and_run(
         channel,
-        fds,
-        own,
-        |pid| write_id_maps(&proc, pid, plan),
-        || container(channel, plan, fds, &proc),
+        || clone_helper(own, Some(&fds.cgroup)),
+        |pid| prepare(&proc, pid, plan),
+        || container(channel, plan, keyring, fds, &proc),
     )
+}
+
+/// In the helper: what root of a user namespace of its own may not do.
+fn prepare(proc: &GuestProc, pid: u32, plan: &ContainerPlan) -> Result<()> {
+    proc.set_oom_score_adj(pid, plan.process.oom_score_adj)?;
+    // The network is that of the guest.
+    write_sysctls(proc, plan, |path| path.starts_with("net"))?;
+    write_id_maps(proc, pid, plan)
 }
 
 /// Every step of the container's init, in order.
 fn container(
     channel: &Channel,
     plan: &ContainerPlan,
+    keyring: &str,
     fds: &Fds,
     proc: &GuestProc,
 ) -> Result<Infallible> {
-    proc.set_oom_score_adj(plan.process.oom_score_adj)?;
     become_root(plan)?;
-    process::start_session()?;
+    process::start_session(keyring)?;
     own_cgroup_namespace()?;
     rustix::process::umask(Mode::empty());
 
@@ -55,7 +65,7 @@ fn container(
     let terminal = terminal::open_for_container(&root, &plan.process)?;
     mounts::make_readonly(readonly_later)?;
     set_names(plan)?;
-    write_sysctls(proc, &plan.sysctls)?;
+    write_sysctls(proc, plan, |path| !path.starts_with("net"))?;
 
     rootfs::enter(&root)?;
     drop(root);
@@ -156,8 +166,12 @@ fn set_names(plan: &ContainerPlan) -> Result<()> {
     Ok(())
 }
 
-fn write_sysctls(proc: &GuestProc, sysctls: &[(PathBuf, String)]) -> Result<()> {
-    for (path, value) in sysctls {
+fn write_sysctls(
+    proc: &GuestProc,
+    plan: &ContainerPlan,
+    which: impl Fn(&Path) -> bool,
+) -> Result<()> {
+    for (path, value) in plan.sysctls.iter().filter(|(path, _)| which(path)) {
         let path = path.display();
         proc.write(&format!("sys/{path}"), value)
             .doing(format!("set the sysctl {path}"))?;

@@ -42,7 +42,8 @@ pub(super) fn mount_all(root: &Root, mounts: &[Mount], own_user: bool) -> Result
                 move_to(&tree, &onto).doing(&doing)?;
             }
             MountKind::Filesystem { fs, data, copy_up } => {
-                let tree = filesystem(*fs, data, own_user).doing(&doing)?;
+                let data = with_mode_of_covered(root, mount, *fs, data);
+                let tree = filesystem(*fs, &data, own_user).doing(&doing)?;
                 let onto = destination(root, mount, &tree)?;
                 if *copy_up {
                     let place = mount.destination.display();
@@ -129,6 +130,28 @@ fn destination(root: &Root, mount: &Mount, tree: &OwnedFd) -> Result<OwnedFd> {
     let onto = onto.doing(&doing)?;
     refuse_procfs(&onto, path)?;
     Ok(onto)
+}
+
+/// The options of a file system; a tmpfs that is not told its mode has that of the
+/// directory that it covers, so that `/run` and `/tmp` stay what the image made them.
+fn with_mode_of_covered(
+    root: &Root,
+    mount: &Mount,
+    fs: Filesystem,
+    data: &[(String, Option<String>)],
+) -> Vec<(String, Option<String>)> {
+    let mut data = data.to_vec();
+    if fs != Filesystem::Tmpfs || data.iter().any(|(name, _)| name == "mode") {
+        return data;
+    }
+    // What is missing is made later, and anything else fails there.
+    let flags = OFlags::PATH | OFlags::DIRECTORY;
+    let covered = root.open(&mount.destination, flags);
+    if let Ok(stat) = covered.and_then(|directory| Ok(rustix::fs::fstat(directory)?)) {
+        let mode = format!("{:o}", stat.st_mode & 0o7777);
+        data.push(("mode".to_owned(), Some(mode)));
+    }
+    data
 }
 
 /// A file system of the container's own, mounted nowhere yet.

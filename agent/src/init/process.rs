@@ -2,8 +2,10 @@
 //! first or a further one.
 
 use std::{
+    collections::HashSet,
     convert::Infallible,
     ffi::CString,
+    fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
     path::Path,
@@ -17,7 +19,7 @@ use rustix::{
 use super::{Doing, Error, Result, lookup, paths::Root, privileges, terminal::Terminal};
 use crate::{
     channel::{Channel, Report},
-    spec::plan::{ProcessPlan, Scheduler},
+    spec::plan::{ProcessPlan, Rlimit, Scheduler},
     sys,
 };
 
@@ -45,10 +47,18 @@ impl GuestProc {
         }
     }
 
+    /// Reads a file.
+    pub(super) fn read(&self, path: &str) -> io::Result<String> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.0, path, flags, Mode::empty())?;
+        io::read_to_string(File::from(file))
+    }
+
     /// The agent is the last to be killed for want of memory; its children
-    /// must not be. Before anything else, as the owner of the file changes.
-    pub(super) fn set_oom_score_adj(&self, value: i32) -> Result<()> {
-        self.write("self/oom_score_adj", &value.to_string())
+    /// must not be, nor be able to make themselves so again: that takes the
+    /// rights of the guest.
+    pub(super) fn set_oom_score_adj(&self, pid: u32, value: i32) -> Result<()> {
+        self.write(&format!("{pid}/oom_score_adj"), &value.to_string())
             .doing("set oom_score_adj")
     }
 }
@@ -58,10 +68,22 @@ pub(super) fn become_root() -> Result<()> {
     privileges::set_ids(0, 0, &[]).doing("become root of the user namespace")
 }
 
-/// A session and a keyring that are shared with nobody.
-pub(super) fn start_session() -> Result<()> {
+/// A session that is shared with nobody, and the keyring of the container.
+pub(super) fn start_session(keyring: &str) -> Result<()> {
+    const DOING: &str = "join the container's session keyring";
     rustix::process::setsid().doing("start a session")?;
-    sys::join_new_session_keyring().doing("make a session keyring")
+    let keyring = CString::new(keyring).doing(DOING)?;
+    sys::join_session_keyring(&keyring).doing(DOING)
+}
+
+/// In the helper: its copy may lower limits, but not raise them, once it is in a
+/// user namespace of its own.
+pub(super) fn raise_hard_limits(plan: &ProcessPlan) -> Result<()> {
+    for limit in &plan.rlimits {
+        sys::raise_hard_limit(limit.resource, limit.hard)
+            .doing(format!("set resource limit {}", limit.resource))?;
+    }
+    Ok(())
 }
 
 /// From a process in its namespaces to the program, with a stop before it.
@@ -75,14 +97,15 @@ pub(super) fn become_program(
     let master = take_stdio(plan, stdio, terminal)?;
     set_attributes(plan)?;
     enter_cwd(root, &plan.cwd)?;
-    let env = environment(root, plan)?;
+    let env = environment(&plan.env, || lookup::home(root, plan.uid));
     if !plan.no_new_privileges {
         // Loading a filter takes a capability that may be dropped next.
         load_seccomp(plan)?;
     }
     privileges::apply(plan)?;
-    let program = lookup::executable(&plan.args[0], &plan.env)?;
+    let program = lookup::executable(&plan.args[0], &env)?;
     let args = c_strings(&plan.args)?;
+    let env = c_strings(&env)?;
     sys::close_on_exec_from(3).doing("mark descriptors")?;
 
     channel
@@ -140,10 +163,13 @@ fn set_attributes(plan: &ProcessPlan) -> Result<()> {
     if let Some(scheduler) = &plan.scheduler {
         set_scheduler(scheduler)?;
     }
-    let (soft, hard_max) = OPEN_FILES;
-    let agents = getrlimit(Resource::Nofile).maximum;
-    let hard = agents.map_or(hard_max, |agents| agents.min(hard_max));
-    sys::set_rlimit(libc::RLIMIT_NOFILE, soft.min(hard), hard).doing("set RLIMIT_NOFILE")?;
+    let asked = |limit: &Rlimit| limit.resource == libc::RLIMIT_NOFILE;
+    if !plan.rlimits.iter().any(asked) {
+        let (soft, hard_max) = OPEN_FILES;
+        let agents = getrlimit(Resource::Nofile).maximum;
+        let hard = agents.map_or(hard_max, |agents| agents.min(hard_max));
+        sys::set_rlimit(libc::RLIMIT_NOFILE, soft.min(hard), hard).doing("set RLIMIT_NOFILE")?;
+    }
     for limit in &plan.rlimits {
         sys::set_rlimit(limit.resource, limit.soft, limit.hard)
             .doing(format!("set resource limit {}", limit.resource))?;
@@ -175,14 +201,24 @@ fn load_seccomp(plan: &ProcessPlan) -> Result<()> {
     }
 }
 
-/// The environment as asked for, with `HOME` if that is missing.
-fn environment(root: &Root, plan: &ProcessPlan) -> Result<Vec<CString>> {
-    let mut env = c_strings(&plan.env)?;
-    if !plan.env.iter().any(|entry| entry.starts_with("HOME=")) {
-        let home = format!("HOME={}", lookup::home(root, plan.uid));
-        env.extend(c_strings(&[home])?);
+/// The environment as asked for, with `HOME` if that is missing or empty. Of
+/// several values of a name the last counts and is the only one: programs differ
+/// in which one they take.
+fn environment(env: &[String], home: impl FnOnce() -> String) -> Vec<String> {
+    let name = |entry: &String| entry.split_once('=').map(|(name, _)| name.to_owned());
+    let mut seen = HashSet::new();
+    let mut env: Vec<_> = env
+        .iter()
+        .rev()
+        .filter(|entry| name(entry).is_none_or(|name| seen.insert(name)))
+        .cloned()
+        .collect();
+    env.reverse();
+    env.retain(|entry| entry != "HOME=");
+    if !env.iter().any(|entry| entry.starts_with("HOME=")) {
+        env.push(format!("HOME={}", home()));
     }
-    Ok(env)
+    env
 }
 
 fn c_strings(texts: &[String]) -> Result<Vec<CString>> {
@@ -192,4 +228,28 @@ fn c_strings(texts: &[String]) -> Result<Vec<CString>> {
         .map(convert)
         .collect::<std::result::Result<_, _>>()
         .doing("pass the arguments")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_several_values_of_a_name_the_last_is_left() {
+        let check = |env: &[&str], expected: &[&str]| {
+            let env: Vec<_> = env.iter().map(ToString::to_string).collect();
+            assert_eq!(environment(&env, || "/h".into()), expected, "{env:?}");
+        };
+        check(&[], &["HOME=/h"]);
+        check(&["HOME=/x", "A=1"], &["HOME=/x", "A=1"]);
+        check(&["HOME=/x", "HOME="], &["HOME=/h"]);
+        check(
+            &["PATH=/a", "A=1", "PATH=/b", "HOME=/x", "A="],
+            &["PATH=/b", "HOME=/x", "A="],
+        );
+        check(
+            &["B", "HOME=/x", "B", "B=1=2"],
+            &["B", "HOME=/x", "B", "B=1=2"],
+        );
+    }
 }

@@ -15,7 +15,9 @@
     reason = "all of it is a test"
 )]
 
+mod cgroups;
 mod confinement;
 mod life;
 mod streams;
 mod support;
+mod users;

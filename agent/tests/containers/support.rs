@@ -62,7 +62,7 @@ pub(crate) struct Ran {
 pub(crate) fn block_on(test: impl AsyncFnOnce(&mut Host)) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(cgroups) = cgroup_parent() else {
+    let Some((cgroups, _enabled)) = cgroup_parent() else {
         eprintln!("skipped: needs root and cgroup v2");
         return;
     };
@@ -91,7 +91,38 @@ pub(crate) fn block_on(test: impl AsyncFnOnce(&mut Host)) {
     fs::remove_dir(cgroups).unwrap();
 }
 
-fn cgroup_parent() -> Option<PathBuf> {
+/// Controllers that were enabled for a test.
+struct Enabled {
+    file: PathBuf,
+    names: Vec<String>,
+}
+
+impl Enabled {
+    /// Those that the root has and does not give to its children.
+    fn in_root(root: &Path) -> Self {
+        let read = |name: &str| fs::read_to_string(root.join(name)).unwrap_or_default();
+        let (all, given) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
+        let missing = |name: &&str| !given.split_whitespace().any(|one| one == *name);
+        let file = root.join("cgroup.subtree_control");
+        let names = all.split_whitespace().filter(missing);
+        let names: Vec<_> = names.map(str::to_owned).collect();
+        for name in &names {
+            fs::write(&file, format!("+{name}")).unwrap();
+        }
+        Self { file, names }
+    }
+}
+
+impl Drop for Enabled {
+    fn drop(&mut self) {
+        for name in &self.names {
+            // After a failure a cgroup may be left that uses it.
+            let _ = fs::write(&self.file, format!("-{name}"));
+        }
+    }
+}
+
+fn cgroup_parent() -> Option<(PathBuf, Enabled)> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
     let mount = mounts
         .lines()
@@ -100,6 +131,7 @@ fn cgroup_parent() -> Option<PathBuf> {
     if !rustix::process::geteuid().is_root() {
         return None;
     }
+    let enabled = Enabled::in_root(root);
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     let parent = root.join(format!("bulkhead-test-{}-{number}", std::process::id()));
@@ -111,7 +143,7 @@ fn cgroup_parent() -> Option<PathBuf> {
             .collect();
         fs::write(parent.join("cgroup.subtree_control"), enable.join(" ")).unwrap();
     }
-    Some(parent)
+    Some((parent, enabled))
 }
 
 /// A specification as containerd would write it, without a rootfs yet.
@@ -439,11 +471,27 @@ impl Host {
         has
     }
 
+    /// The cgroup of a container.
+    pub(crate) fn cgroup(&self, id: &str) -> PathBuf {
+        self.cgroups.join(id)
+    }
+
     /// How many containers have a cgroup.
     pub(crate) fn cgroups(&self) -> usize {
         let entries = fs::read_dir(&self.cgroups).unwrap().filter_map(Result::ok);
         entries.filter(|entry| entry.path().is_dir()).count()
     }
+}
+
+/// What comes out of a stream up to and with `end`.
+pub(crate) async fn read_until(stream: &mut UnixStream, end: &str) -> String {
+    let mut seen = String::new();
+    while !seen.ends_with(end) {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).await.unwrap();
+        seen.push(byte[0].into());
+    }
+    seen
 }
 
 /// What `script` prints in a container whose specification `change` has edited.
