@@ -10,7 +10,8 @@ use bulkhead_guest_kernel::Progress;
 use bulkhead_tests::DEBIAN;
 use bulkhead_tests::lab::cache::{self, Cache};
 use bulkhead_tests::lab::{
-    Clock, Contents, Exit, Image, Job, Programs, Session, Store, images, programs,
+    Accelerator, Clock, Contents, Exit, Image, Job, Lab as LabHost, Programs, Session, Store,
+    images, programs,
 };
 
 use crate::progress::Bar;
@@ -24,9 +25,7 @@ const UNPACK_DEADLINE: Duration = Duration::from_secs(600);
 
 /// Everything that a session needs.
 pub(crate) struct Ready {
-    cache: Cache,
-    programs: Programs,
-    images: Vec<Image>,
+    lab: LabHost,
     contents: Contents,
     /// Images that the product has unpacked.
     store: Option<Store>,
@@ -58,21 +57,22 @@ impl Ready {
             ],
             &[],
         )?;
-        let programs = Programs::ensure(&cache, containerd, progress)?;
-        let images = images(&cache, progress)?;
+        let lab = LabHost {
+            programs: Programs::ensure(&cache, containerd, progress)?,
+            images: images(&cache, progress)?,
+            accelerator: accelerator(&install_dir().join("bin/bulkhead"))?,
+            cache,
+        };
         let mut contents =
             Contents::default().with("labd", build::target_dir().join("debug/bulkhead-labd"));
         let mut store = None;
         if let Some(prefix) = prefix {
             contents = contents.with("root/usr", prefix);
             let program = prefix.join("bin/bulkhead");
-            let machine = (&cache, &programs, &images[..]);
-            store = Some(unpacked(machine, &contents, &program, progress)?);
+            store = Some(unpacked(&lab, &contents, &program, progress)?);
         }
         Ok(Ready {
-            cache,
-            programs,
-            images,
+            lab,
             contents,
             store,
         })
@@ -87,9 +87,7 @@ impl Ready {
     /// Starts a lab host.
     pub(crate) fn session(&self, clock: Clock, progress: &dyn Progress) -> Result<Session> {
         Session::start(
-            &self.cache,
-            &self.programs,
-            &self.images,
+            &self.lab,
             &self.contents,
             self.store.as_ref(),
             clock,
@@ -101,24 +99,16 @@ impl Ready {
 /// The demo image as `program`, the product's command line, unpacks it, which takes
 /// the emulated machine half a minute: out of the cache, or made by a first run.
 fn unpacked(
-    (cache, programs, images): (&Cache, &Programs, &[Image]),
+    lab: &LabHost,
     contents: &Contents,
     program: &Path,
     progress: &dyn Progress,
 ) -> Result<Store> {
     let program = cache::sha256_of(program)?;
-    let images_are = images.iter().map(Image::content);
+    let images_are = lab.images.iter().map(Image::content);
     let key = cache::key(images_are.chain([program.as_str()]));
-    let entry = cache.entry("lab-store", &key, progress, |entry, _| {
-        let mut session = Session::start(
-            cache,
-            programs,
-            images,
-            contents,
-            None,
-            Clock::Wall,
-            progress,
-        )?;
+    let entry = lab.cache.entry("lab-store", &key, progress, |entry, _| {
+        let mut session = Session::start(lab, contents, None, Clock::Wall, progress)?;
         progress.step("Unpacking the demo image");
         let job = Job::new(["bulkhead", "run", "--rm", DEBIAN, "--", "true"]);
         let job = job.deadline(UNPACK_DEADLINE);
@@ -134,10 +124,28 @@ fn unpacked(
     Ok(Store::of(entry))
 }
 
+/// Where the product is laid out as it is installed.
+fn install_dir() -> PathBuf {
+    build::target_dir().join("install")
+}
+
+/// What the lab host's instructions run on here, by the judgement of `program`, the
+/// product's command line. Without one they are emulated, which works anywhere.
+fn accelerator(program: &Path) -> Result<Accelerator> {
+    if !program.exists() {
+        return Ok(Accelerator::Emulation);
+    }
+    let report = Command::new(program)
+        .args(["check", "--json"])
+        .output()
+        .context("Cannot start bulkhead")?;
+    Ok(Accelerator::of_this_machine(&report.stdout))
+}
+
 /// Builds everything and lays it out as it is installed, below the target directory.
 pub(crate) fn prefix(progress: &dyn Progress) -> Result<PathBuf> {
     let product = build::product(progress)?;
-    let prefix = build::target_dir().join("install");
+    let prefix = install_dir();
     build::copy_into(&product, &prefix)?;
     Ok(prefix)
 }

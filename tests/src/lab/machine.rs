@@ -12,6 +12,7 @@ use anyhow::{Context, Result, anyhow};
 use bulkhead_guest_kernel::Progress;
 use rustix::io::{FdFlags, fcntl_setfd};
 
+use super::accelerator::Accelerator;
 use super::emulator::Emulator;
 use bulkhead_guest_kernel::command::{clean, last_lines, output};
 
@@ -54,6 +55,7 @@ pub(crate) struct Parts<'a> {
     /// The state to restore; with none the machine boots.
     pub(crate) state: Option<&'a Path>,
     pub(crate) clock: Clock,
+    pub(crate) accelerator: Accelerator,
     /// QEMU's directory; the console is written to `console.log` there.
     pub(crate) directory: &'a Path,
 }
@@ -70,7 +72,7 @@ pub(crate) struct Machine {
 
 /// All that decides whether a saved state fits: QEMU's version and the command
 /// line.
-pub(crate) fn fingerprint(emulator: &Emulator) -> String {
+pub(crate) fn fingerprint(emulator: &Emulator, accelerator: Accelerator) -> String {
     let arguments = arguments(
         &Parts {
             kernel: Path::new("k"),
@@ -80,6 +82,7 @@ pub(crate) fn fingerprint(emulator: &Emulator) -> String {
             store: Path::new("t"),
             state: None,
             clock: Clock::Wall,
+            accelerator,
             directory: Path::new("."),
         },
         0,
@@ -92,19 +95,21 @@ fn arguments(parts: &Parts, port: i32, monitor: i32) -> Vec<String> {
     // One processor: with several, QEMU's emulation of SVM loses interrupts and the
     // state of its host now and then, which panics the lab host's kernel. It is not
     // slower, and two lab hosts side by side are faster.
-    let (accel, cpus) = ("tcg,thread=single,tb-size=1024", "1");
+    let cpus = "1";
+    // Instructions can be counted by the emulator alone.
+    let accelerator = match parts.clock {
+        Clock::Wall => parts.accelerator,
+        Clock::Instructions => Accelerator::Emulation,
+    };
     let memory = MEMORY_MIB.to_string();
     let drive = |path: &Path, format: &str| {
         // A comma in a value of QEMU's is written twice.
         let path = path.display().to_string().replace(',', ",,");
         format!("file={path},format={format},if=virtio,cache=unsafe")
     };
-    // Emulated string instructions move an element a time; without these features
-    // kernels move eight bytes each, not one, which is also nearer to what clearing
-    // and copying cost a real processor.
-    let cpu = "max,erms=off,fsrm=off";
-    let mut arguments: Vec<String> = ["-M", "q35", "-accel", accel, "-cpu", cpu, "-smp", cpus]
+    let mut arguments: Vec<String> = ["-M", "q35", "-smp", cpus]
         .into_iter()
+        .chain(accelerator.arguments())
         .chain(["-m", &memory, "-nodefaults", "-display", "none"])
         .chain(["-no-reboot", "-append", KERNEL_ARGUMENTS])
         .chain(["-netdev", "user,id=n,restrict=on"])

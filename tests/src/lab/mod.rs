@@ -20,6 +20,7 @@
 //! Never changes the building machine's system: packages are the caller's
 //! matter ([`packages`]), everything made here lies below the cache directory.
 
+mod accelerator;
 mod disk;
 mod emulator;
 mod image;
@@ -35,10 +36,11 @@ mod session;
 mod store;
 mod terminal;
 
+pub use accelerator::Accelerator;
 pub use bulkhead_guest_kernel::cache;
 pub use disk::Contents;
 pub use image::{Image, images};
 pub use machine::{Clock, MEMORY_MIB};
 pub use programs::Programs;
-pub use session::{Exit, Job, Output, Session};
+pub use session::{Exit, Job, Lab, Output, Session};
 pub use store::Store;

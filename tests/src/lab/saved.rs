@@ -10,9 +10,9 @@ use super::disk::Contents;
 use super::emulator::Emulator;
 use super::image::Image;
 use super::machine::{self, Clock, Machine, Parts};
-use super::programs::Programs;
+use super::session::Lab;
 use super::{root, store};
-use bulkhead_guest_kernel::cache::{self, Cache, Entry};
+use bulkhead_guest_kernel::cache::{self, Entry};
 
 /// Differences of the disk to the root disk.
 pub(crate) const DISK: &str = "disk.qcow2";
@@ -27,17 +27,21 @@ const PREPARE_TIMEOUT: Duration = Duration::from_secs(900);
 /// What is done in the lab host before it is saved.
 const PREPARE: &str = include_str!("guest/prepare");
 
-/// The saved lab host with `programs`, and `images` known to its containerd: out of
-/// the cache, or booted now. It is named by the content of all that.
+/// The saved lab host with its programs, and its images known to its containerd: out
+/// of the cache, or booted now. It is named by the content of all that.
 pub(crate) fn ensure(
-    cache: &Cache,
+    lab: &Lab,
     emulator: &Emulator,
     root: &Entry,
-    programs: &Programs,
-    images: &[Image],
     progress: &dyn Progress,
 ) -> Result<Entry> {
-    let fingerprint = machine::fingerprint(emulator);
+    let Lab {
+        cache,
+        programs,
+        images,
+        accelerator,
+    } = lab;
+    let fingerprint = machine::fingerprint(emulator, *accelerator);
     let configuration = programs.configuration();
     let mut parts = vec![root.content(), &fingerprint, PREPARE, configuration];
     parts.extend(programs.contents());
@@ -70,6 +74,7 @@ pub(crate) fn ensure(
                 store: &store,
                 state: None,
                 clock: Clock::Wall,
+                accelerator: *accelerator,
                 directory: work,
             },
         )?;

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use bulkhead_guest_kernel::Progress;
 use nix::sys::signal::{SigSet, Signal};
 
+use super::accelerator::Accelerator;
 use super::disk::Contents;
 use super::image::Image;
 use super::machine::{self, Clock, Machine, Parts};
@@ -30,6 +31,19 @@ const KILL_GRACE: Duration = Duration::from_secs(20);
 
 /// Gets what a job writes.
 type Take<'a> = dyn FnMut(&Frame) -> io::Result<()> + 'a;
+
+/// What a lab host is made of.
+#[derive(Debug)]
+pub struct Lab {
+    /// Where all of it is kept.
+    pub cache: Cache,
+    /// containerd and runc.
+    pub programs: Programs,
+    /// What its containerd knows.
+    pub images: Vec<Image>,
+    /// What runs its instructions.
+    pub accelerator: Accelerator,
+}
 
 /// A lab host that runs. It ends, and is forgotten, when dropped.
 #[derive(Debug)]
@@ -105,25 +119,24 @@ impl Job {
 }
 
 impl Session {
-    /// Starts a lab host that has `programs` and `images`, with `contents` on its second disk and
-    /// what `store` has on the third:
+    /// Starts the lab host `lab`, with `contents` on its second disk and what `store`
+    /// has on the third:
     /// restored from its saved state, or booted for [`Clock::Instructions`].
     ///
     /// # Errors
     ///
     /// The lab host cannot be made, or does not come up.
     pub fn start(
-        cache: &Cache,
-        programs: &Programs,
-        images: &[Image],
+        lab: &Lab,
         contents: &Contents,
         store: Option<&Store>,
         clock: Clock,
         progress: &dyn Progress,
     ) -> Result<Session> {
+        let cache = &lab.cache;
         let emulator = emulator::ensure(cache, progress)?;
         let root = root::ensure(cache, progress)?;
-        let state = saved::ensure(cache, &emulator, &root, programs, images, progress)?;
+        let state = saved::ensure(lab, &emulator, &root, progress)?;
         let directory = Directory::new(&cache.path().join("lab-sessions"))?;
         progress.step("Packing what the lab host gets");
         let second = directory.path.path().join("second.img");
@@ -143,6 +156,7 @@ impl Session {
                 store: &store,
                 state: (clock == Clock::Wall).then_some(saved.as_path()),
                 clock,
+                accelerator: lab.accelerator,
                 directory: directory.path.path(),
             },
         )?;
