@@ -5,8 +5,6 @@ use std::{error::Error as _, io, path::PathBuf};
 
 use thiserror::Error;
 
-use crate::image;
-
 /// The result of a step.
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -46,7 +44,7 @@ pub(crate) enum Error {
     },
     /// The image cannot be used.
     #[error(transparent)]
-    Image(#[from] image::Error),
+    Image(#[from] bulkhead_image::Error),
     /// Only root can mount file systems and open what a VM needs.
     #[error("Only root can do this; run it with sudo")]
     NotRoot,

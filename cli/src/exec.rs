@@ -9,6 +9,7 @@ use std::{
     path::Path,
 };
 
+use bulkhead_image::users::User;
 use containerd_shim_protos::api::{ExecProcessRequest, Status};
 use serde::Serialize;
 
@@ -20,7 +21,7 @@ use crate::{
     paths,
     record::{Record, Scratch},
     run::{exit_code, own_env, refused, require_root, runtime},
-    spec::{self, Settings, User},
+    spec::{self, Settings},
     stdio::{Streams, Wanted},
     terminal,
 };

@@ -4,7 +4,7 @@
 //! supervisor (the shim) as containerd would, and speaks to it by the same calls.
 //! It never talks to a VM or a guest itself.
 //!
-//! Read order: `args.rs`, `run.rs`, `attach.rs`, `client.rs`; images below `image/`.
+//! Read order: `args.rs`, `run.rs`, `attach.rs`, `client.rs`; images in the crate `image`.
 
 mod args;
 mod attach;
@@ -12,8 +12,8 @@ mod check;
 mod client;
 mod error;
 mod exec;
-mod image;
 mod paths;
+mod progress;
 mod record;
 mod run;
 mod seccomp;

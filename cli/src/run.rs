@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bulkhead_image::{self as image, users::Identity};
 use containerd_shim_protos::api::{CreateTaskRequest, Mount};
 
 use crate::{
@@ -18,16 +19,12 @@ use crate::{
     attach::{self, Signals},
     client::{self, Process, Shim, Task},
     error::{Error, Result, at, host},
-    image::{self, users::Identity},
-    paths,
+    paths, progress,
     record::{self, Container, Record, Scratch},
     spec::{self, Settings},
     stdio::{Streams, Wanted},
     terminal,
 };
-
-/// Longest options of one mount that the kernel takes, less some for the rest.
-const MAX_MOUNT_OPTIONS: usize = 3900;
 
 /// Runs a container; answers the exit code.
 pub(crate) fn run(args: &args::Run) -> Result<u8> {
@@ -42,7 +39,15 @@ pub(crate) fn run(args: &args::Run) -> Result<u8> {
         let image = match args.image.clone() {
             Some(path) => Some(
                 signals
-                    .or_stop(move |stop| Ok(image::open(&path, Path::new(paths::LAYERS), stop)?))
+                    .or_stop(move |stop| {
+                        let progress = progress::Bar::default();
+                        Ok(image::open(
+                            &path,
+                            Path::new(paths::LAYERS),
+                            &progress,
+                            stop,
+                        )?)
+                    })
                     .await?,
             ),
             None => None,
@@ -180,10 +185,9 @@ impl Plan {
         }
         let (rootfs, roots, config, source) = if let Some(image) = image {
             let mount = overlay(&image.layers, container)?;
-            let roots = image.layers.iter().rev().cloned().collect();
             (
                 mount,
-                roots,
+                image.layers,
                 image.config,
                 args.image.clone().unwrap_or_default(),
             )
@@ -371,14 +375,6 @@ fn overlay(layers: &[PathBuf], container: &Container) -> Result<Mount> {
         .map(|layer| utf8(layer))
         .collect::<Result<Vec<_>>>()?
         .join(":");
-    if lower.len() > MAX_MOUNT_OPTIONS {
-        let reason = "the kernel takes about 40 in one mount; squash the image";
-        return Err(refused(
-            "Number of layers",
-            &layers.len().to_string(),
-            reason,
-        ));
-    }
     let mut mount = Mount::new();
     mount.type_ = "overlay".to_owned();
     mount.source = "overlay".to_owned();
