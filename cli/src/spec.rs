@@ -47,7 +47,7 @@ pub(crate) struct Settings {
     /// Who.
     pub(crate) user: User,
     /// With a terminal of this size.
-    pub(crate) terminal: Option<Option<crate::client::Size>>,
+    pub(crate) terminal: Option<Option<bulkhead_client::task::Size>>,
     /// Host name.
     pub(crate) hostname: String,
     /// Root file system read-only.

@@ -54,8 +54,10 @@ pub(crate) fn open(
         symlink(&upper.work, scratch.join("w"))?;
         // Whatever the host's defaults are: layers are plain directories, but for
         // directories that are moved to be removed.
-        options.push_str(",upperdir=u,workdir=w,volatile,redirect_dir=on,metacopy=off,index=off");
+        options.push_str(",upperdir=u,workdir=w,volatile,redirect_dir=on,metacopy=off");
     }
+    // With an index a directory that a running container writes to could not be read.
+    options.push_str(",index=off");
     fs::create_dir(scratch.join("root"))?;
     let scratch = scratch.to_owned();
     let mounting = thread::spawn(move || mount(&scratch, &options));

@@ -16,9 +16,10 @@ use bulkhead_vmm::assets::{Asset, MANIFEST, Manifest};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
+use bulkhead_client::shim::{SHIM, find_binary};
+
 use crate::{
     args,
-    client::{SHIM, find_binary},
     error::{Result, host},
 };
 
