@@ -27,43 +27,79 @@ pub(crate) struct Upper {
     pub(crate) work: PathBuf,
 }
 
-/// Opens the root of the tree of `lower`, lowest first, under `upper`. `scratch` is an
-/// empty directory, which can be removed afterwards.
-pub(crate) fn open(
-    lower: &[PathBuf],
-    upper: Option<&Upper>,
-    scratch: &Path,
-) -> io::Result<OwnedFd> {
-    let plain = match (lower, upper) {
-        ([], Some(upper)) => Some(&upper.dir),
-        ([only], None) => Some(only),
-        _ => None,
-    };
-    if let Some(dir) = plain {
-        return open_root(dir);
+/// Directories, lowest first.
+#[derive(Debug)]
+pub(crate) struct Stack {
+    /// Where their short names are, and the place of the mount.
+    scratch: PathBuf,
+    lower: Vec<PathBuf>,
+}
+
+impl Stack {
+    /// An empty stack that may use `scratch`, an empty directory, which can be removed
+    /// afterwards.
+    pub(crate) fn new(scratch: PathBuf) -> io::Result<Self> {
+        fs::create_dir(scratch.join("root"))?;
+        Ok(Stack {
+            scratch,
+            lower: Vec::new(),
+        })
     }
-    let mut options = String::from("lowerdir=");
-    for (number, dir) in lower.iter().rev().enumerate() {
-        symlink(dir, scratch.join(number.to_string()))?;
-        let colon = if number == 0 { "" } else { ":" };
-        // Writing to a String cannot fail.
-        let _ = write!(options, "{colon}{number}");
+
+    /// Puts a directory on top.
+    pub(crate) fn push(&mut self, dir: PathBuf) -> io::Result<()> {
+        symlink(&dir, self.scratch.join(self.lower.len().to_string()))?;
+        self.lower.push(dir);
+        Ok(())
     }
-    if let Some(upper) = upper {
-        symlink(&upper.dir, scratch.join("u"))?;
-        symlink(&upper.work, scratch.join("w"))?;
-        // Whatever the host's defaults are: layers are plain directories, but for
-        // directories that are moved to be removed.
-        options.push_str(",upperdir=u,workdir=w,volatile,redirect_dir=on,metacopy=off");
+
+    /// The uppermost directory.
+    pub(crate) fn top(&self) -> Option<&Path> {
+        self.lower.last().map(PathBuf::as_path)
     }
-    // With an index a directory that a running container writes to could not be read.
-    options.push_str(",index=off");
-    fs::create_dir(scratch.join("root"))?;
-    let scratch = scratch.to_owned();
-    let mounting = thread::spawn(move || mount(&scratch, &options));
-    mounting
-        .join()
-        .map_err(|_| io::Error::other("the thread that mounts has failed"))?
+
+    /// Opens the root of the tree, under `upper`.
+    pub(crate) fn open(&self, upper: Option<&Upper>) -> io::Result<OwnedFd> {
+        match (self.lower.as_slice(), upper) {
+            ([], Some(upper)) => return open_root(&upper.dir),
+            ([only], None) => return open_root(only),
+            _ => {}
+        }
+        let mut options = String::from("lowerdir=");
+        for number in (0..self.lower.len()).rev() {
+            // Writing to a String cannot fail.
+            let _ = write!(options, "{number}:");
+        }
+        options.pop();
+        if let Some(upper) = upper {
+            let number = self.lower.len();
+            let (dir, work) = (format!("upper{number}"), format!("work{number}"));
+            symlink(&upper.dir, self.scratch.join(&dir))?;
+            symlink(&upper.work, self.scratch.join(&work))?;
+            // Whatever the host's defaults are: layers are plain directories, but for
+            // directories that are moved to be removed.
+            let _ = write!(
+                options,
+                ",upperdir={dir},workdir={work},volatile,redirect_dir=on,metacopy=off"
+            );
+        }
+        // With an index a directory that a running container writes to could not be read.
+        options.push_str(",index=off");
+        let scratch = self.scratch.clone();
+        let mounting = thread::spawn(move || mount(&scratch, &options));
+        mounting
+            .join()
+            .map_err(|_| io::Error::other("the thread that mounts has failed"))?
+    }
+}
+
+/// Opens the root of the tree of `dirs`, lowest first, by way of an empty directory.
+pub(crate) fn open(dirs: &[PathBuf], scratch: &Path) -> io::Result<OwnedFd> {
+    let mut stack = Stack::new(scratch.to_owned())?;
+    for dir in dirs {
+        stack.push(dir.clone())?;
+    }
+    stack.open(None)
 }
 
 fn mount(scratch: &Path, options: &str) -> io::Result<OwnedFd> {

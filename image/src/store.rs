@@ -27,7 +27,7 @@ use crate::{
     archive::Source,
     layout::{Description, Layer},
     remove_tree,
-    stack::{self, Upper},
+    stack::{Stack, Upper},
     unpack,
 };
 
@@ -245,17 +245,20 @@ impl<'a> Unpacking<'a> {
     /// Unpacks what is not at its place, and moves all of it there at once: the disk
     /// is waited for one time.
     fn add(&self, image: &Description, places: &[PathBuf]) -> Result<()> {
-        let mut below = Vec::new();
+        let failed = || store_error("use", &self.path);
+        let scratch = self.path.join("scratch");
+        make(&scratch, 0o700)?;
+        let mut below = Stack::new(scratch).map_err(failed())?;
         let mut made = Vec::new();
         for (number, (layer, place)) in image.layers.iter().zip(places).enumerate() {
-            if place.join(FILES).is_dir() {
-                below.push(place.join(FILES));
-                continue;
+            let mut files = place.join(FILES);
+            if !files.is_dir() {
+                let own = self.path.join(number.to_string());
+                self.unpack(layer, &below, &own)?;
+                files = own.join(FILES);
+                made.push((own, place));
             }
-            let own = self.path.join(number.to_string());
-            self.unpack(layer, &below, &own)?;
-            below.push(own.join(FILES));
-            made.push((own, place));
+            below.push(files).map_err(failed())?;
         }
         let dir = File::open(&self.path).map_err(store_error("sync", &self.path))?;
         rustix::fs::syncfs(&dir).map_err(|error| store_error("sync", &self.path)(error.into()))?;
@@ -266,7 +269,7 @@ impl<'a> Unpacking<'a> {
     }
 
     /// Unpacks one layer, on top of those below, into `own`.
-    fn unpack(&self, layer: &Layer, below: &[PathBuf], own: &Path) -> Result<()> {
+    fn unpack(&self, layer: &Layer, below: &Stack, own: &Path) -> Result<()> {
         let Some((content, _)) = self.source.find(&layer.file)? else {
             let reason = format!("{} is missing from the image", layer.file);
             return Err(Error::Document {
@@ -274,21 +277,16 @@ impl<'a> Unpacking<'a> {
                 reason,
             });
         };
-        let make = |path: &Path, mode| {
-            let made = DirBuilder::new().mode(mode).create(path);
-            made.map_err(store_error("make", path))
-        };
         make(own, 0o700)?;
         let upper = Upper {
             dir: own.join(FILES),
             work: self.path.join("work"),
         };
         make(&upper.dir, 0o755)?;
-        like_below(&upper.dir, below.last()).map_err(store_error("make", &upper.dir))?;
+        like_below(&upper.dir, below.top()).map_err(store_error("make", &upper.dir))?;
         make(&upper.work, 0o700)?;
-        let scratch = self.path.join("scratch");
-        make(&scratch, 0o700)?;
-        let tree = stack::open(below, Some(&upper), &scratch)
+        let tree = below
+            .open(Some(&upper))
             .map_err(store_error("mount the layers of", &self.path))?;
 
         let read = |source: io::Error| Error::Read {
@@ -318,16 +316,20 @@ impl<'a> Unpacking<'a> {
             if let Some(trash) = rest.trash {
                 without_trace(&upper.dir, &trash)?;
             }
-            remove_tree(&upper.work)?;
-            remove_tree(&scratch)
+            remove_tree(&upper.work)
         };
         clean_up().map_err(store_error("clean up", &self.path))
     }
 }
 
+fn make(path: &Path, mode: u32) -> Result<()> {
+    let made = DirBuilder::new().mode(mode).create(path);
+    made.map_err(store_error("make", path))
+}
+
 /// The mount shows the root directory of the uppermost layer: unless the layer says
 /// otherwise it is as the one below.
-fn like_below(dir: &Path, below: Option<&PathBuf>) -> io::Result<()> {
+fn like_below(dir: &Path, below: Option<&Path>) -> io::Result<()> {
     let Some(below) = below else {
         return fs::set_permissions(dir, fs::Permissions::from_mode(0o755));
     };

@@ -57,7 +57,7 @@ pub fn look_up(roots: &[PathBuf], text: &str) -> Result<Identity> {
         (String::new(), String::new())
     } else {
         let scratch = tempfile::tempdir().map_err(failed)?;
-        let tree = stack::open(roots, None, scratch.path()).map_err(failed)?;
+        let tree = stack::open(roots, scratch.path()).map_err(failed)?;
         (
             read(&tree, "etc/passwd").map_err(failed)?,
             read(&tree, "etc/group").map_err(failed)?,

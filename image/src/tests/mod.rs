@@ -300,7 +300,7 @@ pub(crate) fn tree_of(tars: &[Vec<u8>]) -> Result<String> {
 /// and the time if it is not [`THEN`]: `@SECONDS`, `@now` if the test made it.
 pub(crate) fn picture(layers: &[PathBuf]) -> String {
     let scratch = tempfile::tempdir().unwrap();
-    let tree = stack::open(layers, None, scratch.path()).unwrap();
+    let tree = stack::open(layers, scratch.path()).unwrap();
     let root = PathBuf::from(format!("/proc/self/fd/{}/.", tree.as_raw_fd()));
     let mut lines = Vec::new();
     let mut rest = vec![root.clone()];
