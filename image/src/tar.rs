@@ -155,7 +155,7 @@ impl<R: Read> Reader<R> {
                     self.enter(raw.size)?;
                     extended.long_link = Some(until_nul(&self.extension()?).to_vec());
                 }
-                _ => return self.entry(&block, raw, extended).map(Some),
+                _ => return self.entry(&block, raw, &extended).map(Some),
             }
         }
         broken("it has too many extended headers in a row")
@@ -176,7 +176,7 @@ impl<R: Read> Reader<R> {
         self.next()
     }
 
-    fn entry(&mut self, block: &[u8; BLOCK], raw: Raw, extended: Extended) -> io::Result<Entry> {
+    fn entry(&mut self, block: &[u8; BLOCK], raw: Raw, extended: &Extended) -> io::Result<Entry> {
         let mut entry = raw.entry;
         let stored = extended.apply(&mut entry, raw.size)?;
         // The name of an old tar says what is a directory.
@@ -190,7 +190,7 @@ impl<R: Read> Reader<R> {
         };
         self.enter(stored)?;
         entry.size = stored;
-        sparse::find(self, &mut entry, raw.letter, block, &extended)?;
+        sparse::find(self, &mut entry, raw.letter, block, extended)?;
         Ok(entry)
     }
 
@@ -252,14 +252,12 @@ impl<R: Read> Reader<R> {
             return Ok(None);
         }
         let is_zero = |block: &[u8; BLOCK]| block.iter().all(|byte| *byte == 0);
-        match self.block()? {
-            Some(block) if !is_zero(&block) => return Ok(Some(block)),
-            Some(_) => {
-                if self.block()?.is_some_and(|block| !is_zero(&block)) {
-                    return broken("something follows its end");
-                }
-            }
-            None => {}
+        let first = self.block()?;
+        if let Some(block) = first.filter(|block| !is_zero(block)) {
+            return Ok(Some(block));
+        }
+        if first.is_some() && self.block()?.is_some_and(|block| !is_zero(&block)) {
+            return broken("something follows its end");
         }
         self.ended = true;
         Ok(None)

@@ -133,7 +133,10 @@ pub(crate) fn header(item: &Item) -> [u8; 512] {
     put(&mut header[100..108], item.mode);
     put(&mut header[108..116], item.owner.0);
     put(&mut header[116..124], item.owner.1);
-    put(&mut header[124..136], item.content.len() as i64);
+    put(
+        &mut header[124..136],
+        i64::try_from(item.content.len()).unwrap(),
+    );
     put(&mut header[136..148], item.mtime);
     header[156] = item.letter;
     let count = item.link.len().min(100);

@@ -27,7 +27,7 @@ fn sparse_tars() -> Vec<(&'static str, Vec<u8>)> {
         put(&mut old[386 + 24 * index..398 + 24 * index], *offset);
         put(
             &mut old[398 + 24 * index..410 + 24 * index],
-            part.len() as i64,
+            i64::try_from(part.len()).unwrap(),
         );
     }
     put(&mut old[483..495], size);
