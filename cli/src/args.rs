@@ -1,7 +1,8 @@
 //! The command line: words, defaults and help. No behaviour.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::{path::PathBuf, str::FromStr};
 
+use bulkhead_client::ContainerId;
 use clap::{Args, Parser, Subcommand};
 
 /// Run containers, each in a virtual machine of its own.
@@ -46,6 +47,26 @@ pub(crate) enum Command {
     },
 }
 
+/// Options of every process, the first one and an exec.
+#[derive(Debug, Default, Args)]
+pub(crate) struct Process {
+    /// Give the command a terminal.
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Pass standard input on.
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Set a variable; without =VALUE it is passed on from here.
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Directory in the container where the command starts.
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User, by name or number, and group of the command.
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+}
+
 const RUN_EXAMPLES: &str = "\
 Examples:
   bulkhead run debian.tar -- cat /etc/os-release
@@ -74,24 +95,12 @@ pub(crate) struct Run {
         conflicts_with_all = ["env", "volume", "workdir", "user", "cpus", "memory", "hostname", "read_only", "command", "tty"],
     )]
     pub(crate) bundle: Option<PathBuf>,
-    /// Give the command a terminal.
-    #[arg(short, long)]
-    pub(crate) tty: bool,
-    /// Pass standard input on.
-    #[arg(short, long)]
-    pub(crate) interactive: bool,
-    /// Set a variable; without =VALUE it is passed on from here.
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
-    pub(crate) env: Vec<String>,
+    /// The process.
+    #[command(flatten)]
+    pub(crate) process: Process,
     /// Show a directory or file of the host in the container.
     #[arg(short, long, value_name = "SRC:DST[:ro]")]
     pub(crate) volume: Vec<Volume>,
-    /// Directory in the container where the command starts.
-    #[arg(short, long, value_name = "DIR")]
-    pub(crate) workdir: Option<String>,
-    /// User, by name or number, and group of the command.
-    #[arg(short, long, value_name = "USER[:GROUP]")]
-    pub(crate) user: Option<String>,
     /// Processors, such as 2 or 0.5.
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<Cpus>,
@@ -119,21 +128,9 @@ pub(crate) struct Run {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bulkhead exec web ps\n  bulkhead exec -ti web sh")]
 pub(crate) struct Exec {
-    /// Give the command a terminal.
-    #[arg(short, long)]
-    pub(crate) tty: bool,
-    /// Pass standard input on.
-    #[arg(short, long)]
-    pub(crate) interactive: bool,
-    /// Set a variable; without =VALUE it is passed on from here.
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
-    pub(crate) env: Vec<String>,
-    /// Directory in the container where the command starts.
-    #[arg(short, long, value_name = "DIR")]
-    pub(crate) workdir: Option<String>,
-    /// User and group of the command, by number.
-    #[arg(short, long, value_name = "UID[:GID]")]
-    pub(crate) user: Option<String>,
+    /// The process.
+    #[command(flatten)]
+    pub(crate) process: Process,
     /// The container.
     pub(crate) id: ContainerId,
     /// The command and its arguments.
@@ -182,44 +179,6 @@ pub(crate) struct Check {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-/// The id of a container: `[A-Za-z0-9][A-Za-z0-9_.-]{0,127}`, a safe name of a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct ContainerId(String);
-
-impl ContainerId {
-    /// The id as text.
-    pub(crate) fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for ContainerId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl FromStr for ContainerId {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let plain = |byte: &u8| byte.is_ascii_alphanumeric();
-        if text.len() > 128 {
-            return Err("an id has at most 128 characters".to_owned());
-        }
-        if !text.as_bytes().first().is_some_and(plain) {
-            return Err("an id begins with a letter or digit".to_owned());
-        }
-        if !text
-            .bytes()
-            .all(|byte| plain(&byte) || b"_.-".contains(&byte))
-        {
-            return Err("an id has only letters, digits, '_', '.' and '-'".to_owned());
-        }
-        Ok(ContainerId(text.to_owned()))
-    }
 }
 
 /// May the container write to a volume?
@@ -396,26 +355,6 @@ mod tests {
             "9999999999",
         ] {
             assert!(text.parse::<Cpus>().is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn an_id_is_a_safe_file_name_b18() {
-        for id in ["a", "web-1.x_2", &"a".repeat(128)] {
-            assert!(id.parse::<ContainerId>().is_ok(), "{id}");
-        }
-        for id in [
-            "",
-            "../../x",
-            "-x",
-            ".",
-            "a/b",
-            "a\0",
-            "%n",
-            "ä",
-            &"a".repeat(129),
-        ] {
-            assert!(id.parse::<ContainerId>().is_err(), "{id}");
         }
     }
 

@@ -1,7 +1,4 @@
 //! Verbs on containers that exist: `exec`, `kill`, `rm` and `list`.
-//!
-//! The shim of a container is found by the file `address` that its start wrote into
-//! the bundle; what the shim says is the truth, the record only remembers.
 
 use std::{
     fs,
@@ -9,56 +6,45 @@ use std::{
     path::Path,
 };
 
-use containerd_shim_protos::api::{ExecProcessRequest, Status};
+use bulkhead_client::{
+    ContainerId, Process, Record, Scratch, Signals, State, Streams, attach, paths, record,
+    state::{self, connect},
+    streams::Wanted,
+    terminal,
+};
+use bulkhead_image::users::{self, Identity, User};
+use containerd_shim_protos::api::ExecProcessRequest;
 use serde::Serialize;
 
 use crate::{
-    args::{self, ContainerId},
-    attach::{self, Signals},
-    client::{self, Process, Task},
+    args, clearing,
     error::{Error, Result, at, host},
-    paths,
-    record::{Record, Scratch},
-    run::{exit_code, own_env, refused, require_root, runtime},
-    spec::{self, Settings, User},
-    stdio::{Streams, Wanted},
-    terminal,
+    run::{exit_code, own_env, own_term, require_root, runtime, working_dir},
+    spec::{self, Settings},
 };
 
 /// Runs one more process in a running container; answers its exit code.
 pub(crate) fn exec(args: &args::Exec) -> Result<u8> {
     require_root()?;
-    let record = Record::load(&args.id)?;
-    let user = match args.user.as_deref() {
-        Some(text) => numbers(text)?,
-        None => own_user(&record.bundle),
-    };
-    let mut env = record.env.clone();
-    spec::merge_env(&mut env, &args.env, own_env);
-    if args.tty {
-        spec::default_env(
-            &mut env,
-            "TERM",
-            &own_env("TERM").unwrap_or_else(|| "xterm".to_owned()),
-        );
-    }
-    let cwd = match args.workdir.as_deref() {
-        None => record.cwd.clone(),
-        Some(dir) if dir.starts_with('/') => dir.to_owned(),
-        Some(dir) => {
-            return Err(refused(
-                "Working directory",
-                dir,
-                "it must be an absolute path in the container",
-            ));
-        }
+    let record = load(&args.id)?;
+    let flags = &args.process;
+    let Identity { user, home } = match flags.user.as_deref() {
+        // As the files of the container say now.
+        Some(text) => users::look_up(&record.roots, text)?,
+        None => Identity {
+            user: own_user(&record.bundle),
+            home: record.home.clone(),
+        },
     };
     let settings = Settings {
         args: args.command.clone(),
-        env,
-        cwd,
+        env: environment(&record, flags, &home),
+        cwd: match &flags.workdir {
+            None => record.cwd.clone(),
+            Some(dir) => working_dir(dir)?,
+        },
         user,
-        terminal: args.tty.then(terminal::size),
+        terminal: flags.tty.then(terminal::size),
         ..Settings::default()
     };
     runtime()?.block_on(async {
@@ -71,20 +57,24 @@ pub(crate) fn exec(args: &args::Exec) -> Result<u8> {
         let dir = paths::bundle(&args.id).join(&process.exec_id);
         let own = Scratch::make(dir.clone()).map_err(at("make", dir))?;
         let wanted = Wanted {
-            stdin: args.interactive,
-            terminal: args.tty,
+            stdin: flags.interactive,
+            terminal: flags.tty,
         };
         let streams = Streams::new(own.path(), "", wanted)?;
         let [stdin, stdout, stderr] = streams.names();
         let mut request = ExecProcessRequest::new();
         request.id = process.id.to_string();
         request.exec_id.clone_from(&process.exec_id);
-        request.terminal = args.tty;
+        request.terminal = flags.tty;
         request.stdin = stdin;
         request.stdout = stdout;
         request.stderr = stderr;
         task.exec(request, &settings.process()).await?;
-        let result = attach::run(&task, &process, streams, args.tty, &mut signals).await;
+        let started = attach::start(&task, &process, streams, flags.tty, &mut signals).await;
+        let result = match started {
+            Ok(mut attached) => attached.follow(&mut signals).await,
+            Err(error) => Err(error),
+        };
         if result.is_err() {
             // It may run without us: an interrupted exec leaves no process.
             let _ = task.kill(&process, libc::SIGKILL.unsigned_abs()).await;
@@ -97,10 +87,28 @@ pub(crate) fn exec(args: &args::Exec) -> Result<u8> {
     })
 }
 
+/// What is remembered of a container.
+fn load(id: &ContainerId) -> Result<Record> {
+    Ok(Record::load(Path::new(paths::CONTAINERS), id)?)
+}
+
+/// The environment of an exec whose user is at home in `home`.
+fn environment(record: &Record, flags: &args::Process, home: &str) -> Vec<String> {
+    let mut env = record.env.clone();
+    spec::merge_env(&mut env, &flags.env, own_env);
+    if !home.is_empty() {
+        spec::default_env(&mut env, "HOME", home);
+    }
+    if flags.tty {
+        spec::default_env(&mut env, "TERM", &own_term());
+    }
+    env
+}
+
 /// Sends a signal to the first process.
 pub(crate) fn kill(args: &args::Kill) -> Result<u8> {
     require_root()?;
-    let record = Record::load(&args.id)?;
+    let record = load(&args.id)?;
     runtime()?.block_on(async {
         let task = connect(&args.id, &record.bundle).await?;
         let process = Process {
@@ -118,82 +126,19 @@ pub(crate) fn rm(args: &args::Rm) -> Result<u8> {
     let runtime = runtime()?;
     let mut failure = Ok(0);
     for id in &args.ids {
-        if let Err(error) = runtime.block_on(remove(id, args.force))
-            && let Err(before) = std::mem::replace(&mut failure, Err(error))
+        let removed = state::remove(Path::new(paths::CONTAINERS), id, args.force);
+        if let Err(error) = runtime.block_on(removed)
+            && let Err(before) = std::mem::replace(&mut failure, Err(error.into()))
         {
             report(&before);
         }
     }
+    clearing::layers();
     failure
 }
 
 fn report(error: &Error) {
     let _ = writeln!(io::stderr(), "bulkhead: {}", error.text());
-}
-
-async fn remove(id: &ContainerId, force: bool) -> Result<()> {
-    let record = match Record::load(id) {
-        Ok(record) => record,
-        // A run that was killed before it could write one.
-        Err(Error::NoContainer(_)) if paths::container(id).is_dir() => return remove_files(id),
-        Err(error) => return Err(error),
-    };
-    let state = state(id, &record).await;
-    if state == State::Running && !force {
-        return Err(Error::Running(id.to_string()));
-    }
-    if state != State::Exited {
-        // Its `bulkhead run` was killed, or force is wanted: what the shim holds goes.
-        client::clean_up(
-            id,
-            if record.bundle.is_dir() {
-                &record.bundle
-            } else {
-                Path::new("/")
-            },
-        )?;
-    }
-    remove_files(id)
-}
-
-fn remove_files(id: &ContainerId) -> Result<()> {
-    Scratch::adopt(paths::bundle(id)).remove()?;
-    Scratch::adopt(paths::container(id)).remove()
-}
-
-/// What a container does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum State {
-    /// Its first process runs.
-    Running,
-    /// It ended, and everything was taken down.
-    Exited,
-    /// Neither: `bulkhead run` or the shim was killed.
-    Dead,
-}
-
-async fn state(id: &ContainerId, record: &Record) -> State {
-    if record.exit_code.is_some() {
-        return State::Exited;
-    }
-    let Ok(task) = connect(id, &record.bundle).await else {
-        return State::Dead;
-    };
-    match task.state().await {
-        Ok(answer) if answer.status.enum_value_or_default() != Status::STOPPED => State::Running,
-        _ => State::Dead,
-    }
-}
-
-/// Connects to the shim of a container.
-async fn connect(id: &ContainerId, bundle: &Path) -> Result<Task> {
-    let Ok(address) = fs::read_to_string(bundle.join("address")) else {
-        return Err(Error::NotRunning(id.to_string()));
-    };
-    Task::connect(id, address.trim())
-        .await
-        .map_err(|_| Error::NotRunning(id.to_string()))
 }
 
 /// The user of the container's first process.
@@ -217,60 +162,48 @@ fn own_user(bundle: &Path) -> User {
     }
 }
 
-fn numbers(text: &str) -> Result<User> {
-    let (uid, gid) = text.split_once(':').unwrap_or((text, "0"));
-    let number = |id: &str| id.parse::<u32>().ok().filter(|id| *id != u32::MAX);
-    match (number(uid), number(gid)) {
-        (Some(uid), Some(gid)) => Ok(User {
-            uid,
-            gid,
-            groups: Vec::new(),
-        }),
-        _ => Err(refused(
-            "User",
-            text,
-            "give numbers, such as 1000 or 1000:1000",
-        )),
-    }
-}
-
 #[derive(Debug, Serialize)]
 struct Row {
     id: String,
     state: State,
     exit_code: Option<u32>,
-    created: u64,
+    created: Option<u64>,
     source: String,
     command: Vec<String>,
+}
+
+impl Row {
+    fn new(state: State, found: record::Found) -> Self {
+        let record = found.record.ok().flatten();
+        Row {
+            id: found.id.to_string(),
+            state,
+            exit_code: record.as_ref().and_then(|record| record.exit_code),
+            created: record.as_ref().map(|record| record.created),
+            source: record
+                .as_ref()
+                .map(|record| record.source.clone())
+                .unwrap_or_default(),
+            command: record.map(|record| record.command).unwrap_or_default(),
+        }
+    }
 }
 
 /// Prints all containers.
 pub(crate) fn list(args: &args::List) -> Result<u8> {
     require_root()?;
     let runtime = runtime()?;
-    let mut rows = Vec::new();
-    for record in Record::all()? {
-        let Ok(id) = record.id.parse::<ContainerId>() else {
-            continue;
-        };
-        let state = runtime.block_on(state(&id, &record));
-        let Record {
-            id,
-            source,
-            command,
-            created,
-            exit_code,
-            ..
-        } = record;
-        rows.push(Row {
-            id,
-            state,
-            exit_code,
-            created,
-            source,
-            command,
-        });
-    }
+    let found = record::all(Path::new(paths::CONTAINERS))?;
+    // All at once: one that does not answer delays nobody but the whole, and that once.
+    let rows = runtime.block_on(async {
+        let mut waiting = tokio::task::JoinSet::new();
+        for (place, found) in found.into_iter().enumerate() {
+            waiting.spawn(async move { (place, Row::new(State::of(&found).await, found)) });
+        }
+        let mut rows = waiting.join_all().await;
+        rows.sort_by_key(|(place, _)| *place);
+        rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>()
+    });
     let text = if args.json {
         let mut text = serde_json::to_string_pretty(&rows)
             .map_err(|error| host("write JSON")(io::Error::from(error)))?;
@@ -292,9 +225,12 @@ fn table(rows: &[Row]) -> String {
         .set_header(["ID", "STATE", "AGE", "SOURCE", "COMMAND"]);
     for row in rows {
         let state = match (row.state, row.exit_code) {
+            (State::Starting, _) => "starting".to_owned(),
             (State::Running, _) => "running".to_owned(),
             (State::Exited, code) => format!("exited ({})", code.unwrap_or(0)),
             (State::Dead, _) => "dead".to_owned(),
+            (State::Silent, _) => "silent".to_owned(),
+            (State::Damaged, _) => "damaged".to_owned(),
         };
         let command: String = row
             .command
@@ -306,7 +242,7 @@ fn table(rows: &[Row]) -> String {
         table.add_row([
             row.id.clone(),
             state,
-            age(row.created),
+            row.created.map(age).unwrap_or_default(),
             row.source.clone(),
             command,
         ]);
@@ -315,7 +251,7 @@ fn table(rows: &[Row]) -> String {
 }
 
 fn age(created: u64) -> String {
-    let seconds = crate::record::now().saturating_sub(created);
+    let seconds = record::now().saturating_sub(created);
     match seconds {
         0..60 => format!("{seconds} s"),
         60..3600 => format!("{} min", seconds / 60),
@@ -329,26 +265,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_user_of_an_exec_is_given_by_numbers() {
-        assert_eq!(
-            numbers("7").unwrap(),
-            User {
-                uid: 7,
-                gid: 0,
-                groups: vec![]
-            }
-        );
-        assert_eq!(
-            numbers("7:8").unwrap(),
-            User {
-                uid: 7,
-                gid: 8,
-                groups: vec![]
-            }
-        );
-        for text in ["", "web", "7:", "-1", "4294967295"] {
-            assert!(numbers(text).is_err(), "{text}");
-        }
+    fn an_exec_as_somebody_else_is_at_home_elsewhere_unless_the_container_says_where() {
+        let record = |env: &[&str]| -> Record {
+            serde_json::from_value(serde_json::json!({
+                "id": "a", "source": "x", "command": [], "created": 1, "bundle": "/b",
+                "env": env, "home": "/root",
+            }))
+            .unwrap()
+        };
+        let flags = args::Process::default();
+        let seen = |env: &[&str], home| environment(&record(env), &flags, home);
+        assert_eq!(seen(&["A=1"], "/tmp"), ["A=1", "HOME=/tmp"]);
+        assert_eq!(seen(&["HOME=/srv"], "/tmp"), ["HOME=/srv"]);
+        assert_eq!(seen(&["A=1"], ""), ["A=1"]);
     }
 
     #[test]
@@ -357,7 +286,7 @@ mod tests {
             id: "web".to_owned(),
             state: State::Exited,
             exit_code: Some(3),
-            created: 0,
+            created: Some(0),
             source: "x.tar".to_owned(),
             command: vec!["a\u{1b}[2Jb".to_owned()],
         };

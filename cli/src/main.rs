@@ -4,23 +4,19 @@
 //! supervisor (the shim) as containerd would, and speaks to it by the same calls.
 //! It never talks to a VM or a guest itself.
 //!
-//! Read order: `args.rs`, `run.rs`, `attach.rs`, `client.rs`; images below `image/`.
+//! Read order: `args.rs`, `run.rs`, `exec.rs`; what it stands on are the crates
+//! `client` and `image`.
 
 mod args;
-mod attach;
 mod check;
-mod client;
+mod clearing;
 mod error;
 mod exec;
-mod image;
-mod paths;
-mod record;
+mod progress;
 mod run;
 mod seccomp;
 mod signal;
 mod spec;
-mod stdio;
-mod terminal;
 
 use std::{io::Write, process::ExitCode};
 

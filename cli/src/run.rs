@@ -11,23 +11,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bulkhead_client::{
+    Container, ContainerId, Process, Record, Scratch, Shim, Signals, Streams, Task, attach,
+    error::Error as ClientError, paths, record, streams::Wanted, task, terminal,
+};
+use bulkhead_image::{self as image, users::Identity};
 use containerd_shim_protos::api::{CreateTaskRequest, Mount};
 
 use crate::{
-    args::{self, ContainerId},
-    attach::{self, Signals},
-    client::{self, Process, Shim, Task},
-    error::{Error, Result, at, host},
-    image::{self, users::Identity},
-    paths,
-    record::{self, Container, Record, Scratch},
+    args, clearing,
+    error::{Error, Result, at, host, refused},
+    progress,
     spec::{self, Settings},
-    stdio::{Streams, Wanted},
-    terminal,
 };
-
-/// Longest options of one mount that the kernel takes, less some for the rest.
-const MAX_MOUNT_OPTIONS: usize = 3900;
 
 /// Runs a container; answers the exit code.
 pub(crate) fn run(args: &args::Run) -> Result<u8> {
@@ -37,30 +33,51 @@ pub(crate) fn run(args: &args::Run) -> Result<u8> {
         None => random_id()?,
     };
     let runtime = runtime()?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         let mut signals = Signals::take()?;
         let image = match args.image.clone() {
-            Some(path) => Some(
-                signals
-                    .or_stop(move |stop| Ok(image::open(&path, Path::new(paths::LAYERS), stop)?))
-                    .await?,
-            ),
+            Some(path) => {
+                let opening = signals.or_stop(move |stop| {
+                    let progress = progress::Bar::default();
+                    image::open(&path, Path::new(paths::LAYERS), &progress, stop)
+                });
+                Some(opening.await??)
+            }
             None => None,
         };
-        let container = Container::make(&id)?;
+        let mut container = Container::make(Path::new(paths::CONTAINERS), &id)?;
         let own = Scratch::make(paths::bundle(&id)).map_err(at("make", paths::bundle(&id)))?;
         let plan = Plan::new(args, image, &id, &container, own.path())?;
         let mut record = plan.record(&id);
         container.save(&record)?;
-        let status = supervise(&id, args.interactive, &plan, own.path(), &mut signals).await?;
-        own.remove()?;
+        let mut pod = Pod::start(
+            &id,
+            args.process.interactive,
+            &plan,
+            own.path(),
+            &mut signals,
+        )
+        .await?;
+        // The program runs: from here on nothing that fails takes its files away.
         if !args.rm {
-            record.exit_code = Some(status);
-            container.save(&record)?;
             container.keep();
         }
+        let result = pod.follow(&mut signals).await;
+        record.exit_code = pod.status;
+        let saved = if args.rm {
+            Ok(())
+        } else {
+            container.save(&record)
+        };
+        let closed = pod.close().await;
+        let status = result?;
+        saved?;
+        closed?;
+        own.remove()?;
         Ok(exit_code(status))
-    })
+    });
+    clearing::layers();
+    result
 }
 
 /// Only root can do what follows.
@@ -74,10 +91,11 @@ pub(crate) fn require_root() -> Result<()> {
 
 /// One thread is enough for a client.
 pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    Ok(builder
         .enable_all()
         .build()
-        .map_err(host("set up the event loop"))
+        .map_err(host("set up the event loop"))?)
 }
 
 /// The exit code of a process as ours.
@@ -98,51 +116,85 @@ fn random_id() -> Result<ContainerId> {
     })
 }
 
-/// Starts the supervisor, runs the process to its end and takes all down again.
-async fn supervise(
-    id: &ContainerId,
-    stdin: bool,
-    plan: &Plan,
-    own: &Path,
-    signals: &mut Signals,
-) -> Result<u32> {
-    let streams = Streams::new(
-        own,
-        "",
-        Wanted {
+/// The pod of a container whose program runs or has run. Dropping it kills what still
+/// runs and takes all down.
+struct Pod {
+    shim: Shim,
+    task: Task,
+    process: Process,
+    streams: Option<attach::Attached>,
+    /// What the program ended with, as far as it is known.
+    status: Option<u32>,
+}
+
+impl Pod {
+    /// Starts the supervisor and the program.
+    async fn start(
+        id: &ContainerId,
+        stdin: bool,
+        plan: &Plan,
+        own: &Path,
+        signals: &mut Signals,
+    ) -> Result<Self> {
+        let wanted = Wanted {
             stdin,
             terminal: plan.terminal,
-        },
-    )?;
-    let shim = Shim::start(id, &plan.bundle)?;
-    let address = shim.address().to_owned();
-    let task = signals.or(Task::connect(id, &address)).await?;
-    let [stdin, stdout, stderr] = streams.names();
-    let mut request = CreateTaskRequest::new();
-    request.id = id.to_string();
-    request.bundle = plan.bundle.to_string_lossy().into_owned();
-    request.rootfs.clone_from(&plan.rootfs);
-    request.terminal = plan.terminal;
-    request.stdin = stdin;
-    request.stdout = stdout;
-    request.stderr = stderr;
-    signals.or(task.create(&request)).await?;
-    let process = Process {
-        id: id.clone(),
-        exec_id: String::new(),
-    };
-    let status = attach::run(&task, &process, streams, plan.terminal, signals).await?;
-    // What the shim says of an end that nobody asked for is the cause; afterwards
-    // it is gone with the pod.
-    if let Some(reason) = client::reason(id) {
-        return Err(Error::Ended {
-            reason,
-            code: exit_code(status),
-        });
+        };
+        let streams = Streams::new(own, "", wanted)?;
+        let shim = Shim::start(id, &plan.bundle)?;
+        let task = signals.or(Task::connect(id, shim.address())).await?;
+        let [stdin, stdout, stderr] = streams.names();
+        let mut request = CreateTaskRequest::new();
+        request.id = id.to_string();
+        request.bundle = plan.bundle.to_string_lossy().into_owned();
+        request.rootfs.clone_from(&plan.rootfs);
+        request.terminal = plan.terminal;
+        request.stdin = stdin;
+        request.stdout = stdout;
+        request.stderr = stderr;
+        signals.or(task.create(&request)).await?;
+        let process = Process {
+            id: id.clone(),
+            exec_id: String::new(),
+        };
+        let attached = attach::start(&task, &process, streams, plan.terminal, signals).await?;
+        Ok(Pod {
+            shim,
+            task,
+            process,
+            streams: Some(attached),
+            status: None,
+        })
     }
-    task.delete(&process).await?;
-    shim.close(&task).await;
-    Ok(status)
+
+    /// Stays with the program to its end.
+    async fn follow(&mut self, signals: &mut Signals) -> Result<u32> {
+        let Some(mut attached) = self.streams.take() else {
+            return Ok(0);
+        };
+        let result = attached.follow(signals).await;
+        self.status = attached.status();
+        let status = result?;
+        // What the shim says of an end that nobody asked for is the cause; afterwards
+        // it is gone with the pod.
+        match task::reason(&self.process.id) {
+            Some(reason) => Err(ClientError::Ended {
+                reason,
+                code: exit_code(status),
+            }
+            .into()),
+            None => Ok(status),
+        }
+    }
+
+    /// Takes the pod down in order, if the program's end is known; else by force.
+    async fn close(self) -> Result<()> {
+        if self.status.is_some() && task::reason(&self.process.id).is_none() {
+            self.task.delete(&self.process).await?;
+            self.shim.close(&self.task).await;
+        }
+        Ok(())
+    }
 }
 
 /// A container that can be created: its bundle and root file system.
@@ -153,7 +205,10 @@ struct Plan {
     source: String,
     command: Vec<String>,
     env: Vec<String>,
+    home: String,
     cwd: String,
+    /// Directories of the root file system, lowest first.
+    roots: Vec<PathBuf>,
     /// Removes the shim's `address` from a bundle that is not ours.
     _address: Option<Leftover>,
 }
@@ -179,8 +234,9 @@ impl Plan {
             return Plan::of_bundle(bundle);
         }
         let (rootfs, roots, config, source) = if let Some(image) = image {
-            let mount = overlay(&image.layers, container)?;
-            let roots = image.layers.iter().rev().cloned().collect();
+            let (mount, upper) = overlay(&image.layers, container)?;
+            let mut roots = image.layers;
+            roots.push(upper);
             (
                 mount,
                 roots,
@@ -196,7 +252,7 @@ impl Plan {
             mount.options = ["rbind", "rw"].map(str::to_owned).to_vec();
             (mount, vec![root], image::Config::default(), dir)
         };
-        let settings = settings(args, id, &roots, &config)?;
+        let (settings, env, home) = settings(args, id, &roots, &config)?;
         let text = serde_json::to_vec(&settings.spec())
             .map_err(|error| at::<std::io::Error>("write", own)(error.into()))?;
         let path = own.join("config.json");
@@ -212,11 +268,13 @@ impl Plan {
         Ok(Plan {
             bundle: own.to_owned(),
             rootfs: vec![rootfs],
-            terminal: args.tty,
+            terminal: args.process.tty,
             source: source.display().to_string(),
             command: settings.args,
-            env: settings.env,
+            env,
+            home,
             cwd: settings.cwd,
+            roots,
             _address: None,
         })
     }
@@ -250,14 +308,21 @@ impl Plan {
         let cwd = process
             .and_then(|process| process.get("cwd")?.as_str())
             .unwrap_or("/");
+        let root = spec.get("root").and_then(|root| root.get("path")?.as_str());
+        let root = root
+            .map(|root| bundle.join(root))
+            .filter(|root| root.is_dir());
         Ok(Plan {
             _address: Some(Leftover(bundle.join("address"))),
+            roots: root.into_iter().collect(),
             bundle,
             rootfs: Vec::new(),
             terminal,
             source: dir.display().to_string(),
             command,
             env: words("env"),
+            // Whoever wrote the bundle has said where, or it is nowhere.
+            home: String::new(),
             cwd: cwd.to_owned(),
         })
     }
@@ -270,44 +335,43 @@ impl Plan {
             created: record::now(),
             bundle: self.bundle.clone(),
             env: self.env.clone(),
+            home: self.home.clone(),
             cwd: self.cwd.clone(),
+            roots: self.roots.clone(),
             exit_code: None,
         }
     }
 }
 
+/// What the container is; its environment without the home of its user, which an exec
+/// as somebody else does not share; and that home.
 fn settings(
     args: &args::Run,
     id: &ContainerId,
     roots: &[PathBuf],
     config: &image::Config,
-) -> Result<Settings> {
-    let user = args.user.as_deref().unwrap_or(&config.user);
+) -> Result<(Settings, Vec<String>, String)> {
+    let process = &args.process;
+    let user = process.user.as_deref().unwrap_or(&config.user);
     let Identity { user, home } = image::users::look_up(roots, user)?;
     let mut env = config.env.clone();
-    spec::merge_env(&mut env, &args.env, own_env);
+    spec::merge_env(&mut env, &process.env, own_env);
     spec::default_env(&mut env, "PATH", spec::PATH);
-    spec::default_env(&mut env, "HOME", &home);
     let hostname = args
         .hostname
         .clone()
         .unwrap_or_else(|| id.as_str().chars().take(64).collect());
     spec::default_env(&mut env, "HOSTNAME", &hostname);
-    if args.tty {
-        let term = own_env("TERM").unwrap_or_else(|| "xterm".to_owned());
-        spec::default_env(&mut env, "TERM", &term);
+    if process.tty {
+        spec::default_env(&mut env, "TERM", &own_term());
     }
-    let cwd = match args.workdir.as_deref().unwrap_or(&config.working_dir) {
-        "" => "/".to_owned(),
-        dir if dir.starts_with('/') => dir.to_owned(),
-        dir => {
-            return Err(refused(
-                "Working directory",
-                dir,
-                "it must be an absolute path in the container",
-            ));
-        }
+    let cwd = match &process.workdir {
+        Some(dir) => working_dir(dir)?,
+        // Some builders leave out the slash.
+        None => format!("/{}", config.working_dir.trim_start_matches('/')),
     };
+    let told = env.clone();
+    spec::default_env(&mut env, "HOME", &home);
     let command = command(&args.command, config)?;
     let mut volumes = Vec::new();
     for volume in &args.volume {
@@ -317,18 +381,33 @@ fn settings(
             .map_err(at("use as a volume", &volume.source))?;
         volumes.push((utf8(&source)?, volume.destination.clone(), volume.access));
     }
-    Ok(Settings {
+    let settings = Settings {
         args: command,
         env,
         cwd,
         user,
-        terminal: args.tty.then(terminal::size),
+        terminal: process.tty.then(terminal::size),
         hostname,
         read_only: args.read_only,
         volumes,
         cpus: args.cpus.map(|cpus| cpus.thousandths),
         memory: args.memory.map(|memory| memory.bytes),
-    })
+    };
+    Ok((settings, told, home))
+}
+
+/// A directory that the caller names.
+pub(crate) fn working_dir(dir: &str) -> Result<String> {
+    if dir.starts_with('/') {
+        return Ok(dir.to_owned());
+    }
+    let reason = "it must be an absolute path in the container";
+    Err(refused("Working directory", dir, reason))
+}
+
+/// The kind of our own terminal.
+pub(crate) fn own_term() -> String {
+    own_env("TERM").unwrap_or_else(|| "xterm".to_owned())
 }
 
 /// What runs: the image's entry point, followed by the caller's words or else the
@@ -346,8 +425,9 @@ fn command(words: &[String], config: &image::Config) -> Result<Vec<String>> {
     Ok(command)
 }
 
-/// The image's layers under a writable one of the container's own.
-fn overlay(layers: &[PathBuf], container: &Container) -> Result<Mount> {
+/// The image's layers under a writable one of the container's own, which is answered
+/// too.
+fn overlay(layers: &[PathBuf], container: &Container) -> Result<(Mount, PathBuf)> {
     let (upper, work) = (container.dir("upper")?, container.dir("work")?);
     let empty;
     let layers = if layers.is_empty() {
@@ -371,14 +451,6 @@ fn overlay(layers: &[PathBuf], container: &Container) -> Result<Mount> {
         .map(|layer| utf8(layer))
         .collect::<Result<Vec<_>>>()?
         .join(":");
-    if lower.len() > MAX_MOUNT_OPTIONS {
-        let reason = "the kernel takes about 40 in one mount; squash the image";
-        return Err(refused(
-            "Number of layers",
-            &layers.len().to_string(),
-            reason,
-        ));
-    }
     let mut mount = Mount::new();
     mount.type_ = "overlay".to_owned();
     mount.source = "overlay".to_owned();
@@ -387,7 +459,7 @@ fn overlay(layers: &[PathBuf], container: &Container) -> Result<Mount> {
         format!("upperdir={}", utf8(&upper)?),
         format!("workdir={}", utf8(&work)?),
     ];
-    Ok(mount)
+    Ok((mount, upper))
 }
 
 fn directory(dir: &Path) -> Result<PathBuf> {
@@ -410,15 +482,6 @@ fn utf8(path: &Path) -> Result<String> {
 /// A variable of our own environment.
 pub(crate) fn own_env(name: &str) -> Option<String> {
     std::env::var(name).ok()
-}
-
-/// A refusal of a value.
-pub(crate) fn refused(what: &'static str, value: &str, reason: &str) -> Error {
-    Error::Refused {
-        what,
-        value: value.to_owned(),
-        reason: reason.to_owned(),
-    }
 }
 
 #[cfg(test)]

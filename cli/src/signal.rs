@@ -2,42 +2,7 @@
 
 use std::str::FromStr;
 
-/// Names without `SIG`, with their numbers on x86-64 (signal(7)).
-const NAMES: [(&str, u32); 33] = [
-    ("HUP", 1),
-    ("INT", 2),
-    ("QUIT", 3),
-    ("ILL", 4),
-    ("TRAP", 5),
-    ("ABRT", 6),
-    ("IOT", 6),
-    ("BUS", 7),
-    ("FPE", 8),
-    ("KILL", 9),
-    ("USR1", 10),
-    ("SEGV", 11),
-    ("USR2", 12),
-    ("PIPE", 13),
-    ("ALRM", 14),
-    ("TERM", 15),
-    ("STKFLT", 16),
-    ("CHLD", 17),
-    ("CONT", 18),
-    ("STOP", 19),
-    ("TSTP", 20),
-    ("TTIN", 21),
-    ("TTOU", 22),
-    ("URG", 23),
-    ("XCPU", 24),
-    ("XFSZ", 25),
-    ("VTALRM", 26),
-    ("PROF", 27),
-    ("WINCH", 28),
-    ("IO", 29),
-    ("POLL", 29),
-    ("PWR", 30),
-    ("SYS", 31),
-];
+use nix::sys::signal::Signal;
 
 /// The number of a signal, 1 to 64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,8 +20,14 @@ impl FromStr for Number {
         }
         let upper = text.to_ascii_uppercase();
         let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-        if let Some(&(_, number)) = NAMES.iter().find(|(known, _)| *known == name) {
-            return Ok(Number(number));
+        // Second names of signal(7).
+        let name = match name {
+            "IOT" => "ABRT",
+            "POLL" => "IO",
+            name => name,
+        };
+        if let Ok(signal) = Signal::from_str(&format!("SIG{name}")) {
+            return Ok(Number((signal as i32).unsigned_abs()));
         }
         // Real-time signals as kill(1) of the C library counts them.
         let offset = |rest: &str| rest.parse::<u32>().ok().filter(|offset| *offset <= 30);
@@ -88,6 +59,9 @@ mod tests {
             ("SIGTERM", 15),
             ("sigint", 2),
             ("9", 9),
+            ("SIGIOT", 6),
+            ("poll", 29),
+            ("STKFLT", 16),
             ("RTMIN+3", 37),
             ("SIGRTMAX-1", 63),
         ];

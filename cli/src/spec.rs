@@ -3,6 +3,7 @@
 //!
 //! Pure: everything it needs to know of the host is in [`Settings`].
 
+use bulkhead_image::users::User;
 use serde_json::{Value, json};
 
 use crate::{args::Access, seccomp};
@@ -34,17 +35,6 @@ const PERIOD_US: u32 = 100_000;
 /// Open files of a process.
 const OPEN_FILES: u64 = 1_048_576;
 
-/// Who a process is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct User {
-    /// User.
-    pub(crate) uid: u32,
-    /// Group.
-    pub(crate) gid: u32,
-    /// Further groups.
-    pub(crate) groups: Vec<u32>,
-}
-
 /// What differs between containers.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Settings {
@@ -57,7 +47,7 @@ pub(crate) struct Settings {
     /// Who.
     pub(crate) user: User,
     /// With a terminal of this size.
-    pub(crate) terminal: Option<Option<crate::client::Size>>,
+    pub(crate) terminal: Option<Option<bulkhead_client::task::Size>>,
     /// Host name.
     pub(crate) hostname: String,
     /// Root file system read-only.

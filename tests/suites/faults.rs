@@ -66,6 +66,41 @@ fn run_true() -> Outcome {
     Command::bulkhead(["run", "--rm", BUSYBOX, "--", "true"]).run()
 }
 
+#[test]
+fn a_machine_that_dies_leaves_the_files_of_a_container_that_is_kept_f22() {
+    let line = "echo work > /f; sync; echo ready; exec sleep 1000";
+    let run = ["run", "--name", "orphan", BUSYBOX, "--", "sh", "-c", line];
+    let run = Command::bulkhead(run).start();
+    run.wait_for_output("ready");
+    kill_all("bulkhead-vmm");
+    let outcome = run.wait();
+    assert!(outcome.code != 0, "{outcome}");
+    let work = fs::read_to_string("/var/lib/bulkhead/containers/orphan/upper/f");
+    let list = Command::bulkhead(["list"]).run().success();
+    Command::bulkhead(["rm", "orphan"]).run().success();
+    assert_eq!(work.unwrap(), "work\n");
+    assert!(list.contains("orphan"), "{list}");
+    assert!(!Path::new("/var/lib/bulkhead/containers/orphan").exists());
+}
+
+#[test]
+fn a_supervisor_that_hangs_keeps_nobody_waiting_and_can_be_removed() {
+    let run = endless_named("hung");
+    // Without its launcher only the supervisor can say what the container does.
+    run.signal(libc::SIGKILL);
+    assert_eq!(run.wait().code, 137);
+    let stop = ["-STOP", "-f", "containerd-shim-bulkhead-v2"];
+    Command::new("pkill", stop).run().success();
+    let began = Instant::now();
+    let list = Command::bulkhead(["list"]).run().success();
+    let took = began.elapsed();
+    let refused = Command::bulkhead(["rm", "hung"]).run();
+    Command::bulkhead(["rm", "--force", "hung"]).run().success();
+    assert!(list.contains("silent"), "{list}");
+    assert!(took < Duration::from_secs(30), "{took:?}");
+    assert!(refused.failure().contains("--force"));
+}
+
 /// Puts a file aside; it is back when this is dropped.
 struct Aside(PathBuf);
 

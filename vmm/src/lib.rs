@@ -15,5 +15,6 @@ pub mod jail;
 pub mod memory;
 pub mod mmio;
 pub mod ports;
+pub mod probe;
 pub mod vcpu;
 pub mod vm;

@@ -6,35 +6,63 @@
 use std::{
     fs::File,
     io::{self, Read},
-    path::{Path, PathBuf},
+    os::fd::OwnedFd,
+    path::PathBuf,
 };
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::{
+    fs::{FileType, Mode, OFlags, ResolveFlags, openat2},
+    io::Errno,
+};
 
-use super::{Error, Result};
-use crate::spec::User;
+use crate::{Error, Result, stack};
 
 /// Largest passwd or group file.
 const MAX_BYTES: u64 = 16 << 20;
 
-/// Who a process is, and where that user is at home.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Identity {
-    /// Ids.
-    pub(crate) user: User,
-    /// Absolute path.
-    pub(crate) home: String,
+/// The ids of a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct User {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Further groups.
+    pub groups: Vec<u32>,
 }
 
-/// Looks up `USER[:GROUP]` in the layers `roots`, uppermost first. Empty means root.
-pub(crate) fn look_up(roots: &[PathBuf], text: &str) -> Result<Identity> {
+/// Who a process is, and where that user is at home.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Ids.
+    pub user: User,
+    /// Absolute path.
+    pub home: String,
+}
+
+/// Looks up `USER[:GROUP]`, names or numbers, in the tree of the directories `roots`,
+/// lowest first. Empty means root.
+pub fn look_up(roots: &[PathBuf], text: &str) -> Result<Identity> {
+    let failed = |source| Error::Store {
+        action: "look up a user in",
+        path: roots.last().cloned().unwrap_or_default(),
+        source,
+    };
     let (user, group) = match text.split_once(':') {
         Some((user, group)) => (user, Some(group)),
         None => (text, None),
     };
     let user = if user.is_empty() { "0" } else { user };
-    let passwd = read(roots, "etc/passwd")?;
-    let groups = read(roots, "etc/group")?;
+    let (passwd, groups) = if roots.is_empty() {
+        (String::new(), String::new())
+    } else {
+        let scratch = tempfile::tempdir().map_err(failed)?;
+        let tree = stack::open(roots, scratch.path()).map_err(failed)?;
+        (
+            read(&tree, "etc/passwd").map_err(failed)?,
+            read(&tree, "etc/group").map_err(failed)?,
+        )
+    };
     resolve(user, group, &passwd, &groups).map_err(|reason| Error::User {
         user: text.to_owned(),
         reason,
@@ -53,12 +81,8 @@ fn resolve(
         let (name, uid) = (*fields.first()?, fields.get(2)?.parse::<u32>().ok()?);
         let gid = fields.get(3)?.parse::<u32>().ok()?;
         let home = fields.get(5).copied().unwrap_or_default();
-        let same = if number.is_some() {
-            number == Some(uid)
-        } else {
-            name == user
-        };
-        same.then_some((name, uid, gid, home))
+        // A name may consist of digits.
+        (name == user || number == Some(uid)).then_some((name, uid, gid, home))
     });
     let (name, uid, mut gid, home) = match (entry, number) {
         (Some((name, uid, gid, home)), _) => (Some(name), uid, gid, home),
@@ -81,15 +105,20 @@ fn resolve(
     });
     let mut further = Vec::new();
     if let Some(group) = group {
-        gid = match group.parse::<u32>() {
-            Ok(u32::MAX) => return Err("4294967295 is no group".to_owned()),
-            Ok(gid) => gid,
-            Err(_) => entries
-                .clone()
-                .find_map(|(name, gid, _)| (name == group).then_some(gid))
-                .ok_or_else(|| {
-                    format!("{group:?} is not in the image's /etc/group; give a number")
-                })?,
+        let number = group.parse::<u32>().ok();
+        let known = entries
+            .clone()
+            .find_map(|(name, gid, _)| (name == group || number == Some(gid)).then_some(gid));
+        gid = match (known, number) {
+            (Some(gid), _) => gid,
+            (None, Some(u32::MAX)) => return Err("4294967295 is no group".to_owned()),
+            (None, Some(gid)) => gid,
+            (None, None) if group.is_empty() => gid,
+            (None, None) => {
+                return Err(format!(
+                    "{group:?} is not in the image's /etc/group; give a number"
+                ));
+            }
         };
     } else if let Some(name) = name {
         // A group that was asked for stands alone, as with Docker.
@@ -113,50 +142,26 @@ fn resolve(
     })
 }
 
-/// The text of `name` in the uppermost layer that has it; empty if none has.
-fn read(roots: &[PathBuf], name: &'static str) -> Result<String> {
-    let failed = |root: &Path| {
-        let path = root.join(name);
-        move |source: io::Error| Error::Read { path, source }
+/// The text of `name` in a tree; empty if there is no such file.
+fn read(tree: &OwnedFd, name: &str) -> io::Result<String> {
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let open = |flags| openat2(tree, name, flags | OFlags::CLOEXEC, Mode::empty(), resolve);
+    // What is opened for good is known to be a regular file: a device node of an image
+    // is not touched.
+    let place = match open(OFlags::PATH) {
+        Ok(place) => place,
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(String::new()),
+        Err(error) => return Err(error.into()),
     };
-    for root in roots {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir =
-            openat(CWD, root, flags, Mode::empty()).map_err(|error| failed(root)(error.into()))?;
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        // What is opened for good is known to be a regular file: a device node of an
-        // image is not touched.
-        let place = match openat2(
-            &dir,
-            name,
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-            resolve,
-        ) {
-            Ok(place) => place,
-            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => {
-                continue;
-            }
-            Err(error) => return Err(failed(root)(error.into())),
-        };
-        let stat = rustix::fs::fstat(&place).map_err(|error| failed(root)(error.into()))?;
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => {}
-            // A whiteout: layers below do not count.
-            FileType::CharacterDevice => return Ok(String::new()),
-            _ => continue,
-        }
-        let file = openat2(&dir, name, flags, Mode::empty(), resolve)
-            .map_err(|error| failed(root)(error.into()))?;
-        let mut bytes = Vec::new();
-        File::from(file)
-            .take(MAX_BYTES)
-            .read_to_end(&mut bytes)
-            .map_err(failed(root))?;
-        return Ok(String::from_utf8_lossy(&bytes).into_owned());
+    let stat = rustix::fs::fstat(&place)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Ok(String::new());
     }
-    Ok(String::new())
+    let mut bytes = Vec::new();
+    File::from(open(OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY)?)
+        .take(MAX_BYTES)
+        .read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]
@@ -212,8 +217,8 @@ mod tests {
             dir.path().join("etc/passwd"),
         )
         .unwrap();
-        let roots = [dir.path().to_owned()];
-        assert_eq!(read(&roots, "etc/passwd").unwrap(), "");
-        assert_eq!(read(&roots, "etc/group").unwrap(), "");
+        let root = File::open(dir.path()).unwrap().into();
+        assert_eq!(read(&root, "etc/passwd").unwrap(), "");
+        assert_eq!(read(&root, "etc/group").unwrap(), "");
     }
 }

@@ -3,14 +3,19 @@
 use std::{
     collections::HashMap,
     fs::File,
-    io::{self, Read, Seek, SeekFrom, Take},
+    io::{self, BufReader, Read, Seek, SeekFrom, Take, Write},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
 };
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2};
 
-use super::{Error, Result};
+use crate::{
+    Error, Result,
+    store::{Watched, decompress, is_compressed},
+    tar::{self, Reader},
+};
 
 /// Most entries of an archive; images have some hundred.
 const MAX_ENTRIES: usize = 100_000;
@@ -45,8 +50,9 @@ enum Entry {
 pub(crate) type Content = Take<File>;
 
 impl Source {
-    /// Opens a directory or a tar.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
+    /// Opens a directory or a tar, which may be compressed. Ends early once `stop` is
+    /// set.
+    pub(crate) fn open(path: &Path, stop: &AtomicBool) -> Result<Self> {
         let read = |source: io::Error| Error::Read {
             path: path.to_owned(),
             source,
@@ -57,8 +63,8 @@ impl Source {
         let kind = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => Kind::Directory(fd),
             FileType::RegularFile => {
-                let mut file = File::from(fd);
-                let entries = index(path, &mut file)?;
+                let file = plain_file(path, File::from(fd), stop)?;
+                let entries = index(path, &file)?;
                 Kind::Archive { file, entries }
             }
             _ => return Err(no_image(path, "it is neither a directory nor a file")),
@@ -148,56 +154,104 @@ fn no_image(path: &Path, reason: &str) -> Error {
     }
 }
 
-/// Finds the files of a tar without reading them.
-fn index(path: &Path, file: &mut File) -> Result<HashMap<String, Entry>> {
-    let mut magic = [0_u8; 6];
+/// The archive as a file that can be read anywhere: itself, or what it holds in a
+/// file without a name. Blocks of zeros take no room there.
+fn plain_file(path: &Path, mut file: File, stop: &AtomicBool) -> Result<File> {
     let read = |source: io::Error| Error::Read {
         path: path.to_owned(),
         source,
     };
-    let count = file.read(&mut magic).map_err(read)?;
+    let mut magic = [0_u8; 6];
+    let mut count = 0;
+    while let Some(rest) = magic.get_mut(count..).filter(|rest| !rest.is_empty()) {
+        match file.read(rest).map_err(read)? {
+            0 => break,
+            more => count += more,
+        }
+    }
     if count == 0 {
         return Err(no_image(path, "it is empty"));
     }
-    if magic.starts_with(&[0x1f, 0x8b])
-        || magic.starts_with(&[0x28, 0xb5, 0x2f, 0xfd])
-        || magic.starts_with(b"\xfd7zXZ")
-    {
-        return Err(no_image(
-            path,
-            "the archive is compressed as a whole; decompress it first",
-        ));
-    }
     file.rewind().map_err(read)?;
+    if !is_compressed(&magic) {
+        return Ok(file);
+    }
+    let input = Watched {
+        inner: file,
+        progress: &(),
+        stop,
+    };
+    // As large as what it holds: not in memory, which /tmp may be.
+    let place = Path::new("/var/tmp");
+    let failed = |source| Error::Store {
+        action: "decompress an archive into",
+        path: place.to_owned(),
+        source,
+    };
+    let mut plain = tempfile::tempfile_in(place).map_err(failed)?;
+    let mut content = decompress(BufReader::with_capacity(256 << 10, input)).map_err(|error| {
+        no_image(
+            path,
+            &format!("it is compressed in a way that is not known ({error})"),
+        )
+    })?;
+    let mut buffer = vec![0; 256 << 10];
+    let mut length = 0;
+    loop {
+        let count = match content.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(read(error)),
+        };
+        let part = buffer.get(..count).unwrap_or_default();
+        length += part.len() as u64;
+        if part.iter().all(|byte| *byte == 0) {
+            plain.seek(SeekFrom::Start(length)).map_err(failed)?;
+        } else {
+            plain
+                .write_all(part)
+                .map_err(|error| failed(error).of_a_full(place))?;
+        }
+    }
+    plain.set_len(length).map_err(failed)?;
+    plain.rewind().map_err(failed)?;
+    Ok(plain)
+}
+
+/// Finds the files of a tar without reading them.
+fn index(path: &Path, file: &File) -> Result<HashMap<String, Entry>> {
+    let length = file.metadata().map_err(|source| Error::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    let length = length.len();
     let broken = |error: io::Error| no_image(path, &format!("it is not a complete tar ({error})"));
-    let mut archive = tar::Archive::new(&mut *file);
+    let mut archive = Reader::new(BufReader::new(file));
     let mut entries = HashMap::new();
-    for entry in archive.entries_with_seek().map_err(broken)? {
-        let entry = entry.map_err(broken)?;
-        let Some(name) = plain(&entry.path_bytes()) else {
+    while let Some(entry) = archive.next_seeking().map_err(broken)? {
+        let offset = archive.position();
+        if entry.kind == tar::Kind::Regular && offset.saturating_add(entry.size) > length {
+            return Err(broken(io::ErrorKind::UnexpectedEof.into()));
+        }
+        let Some(name) = plain(&entry.name) else {
             continue;
         };
-        let found = match entry.header().entry_type() {
-            tar::EntryType::Regular | tar::EntryType::Continuous => Entry::File {
-                offset: entry.raw_file_position(),
-                size: entry.size(),
+        let found = match entry.kind {
+            // No builder makes an image of files with holes.
+            tar::Kind::Regular if entry.segments.is_none() => Entry::File {
+                offset,
+                size: entry.size,
             },
-            tar::EntryType::Link => {
-                let Some(target) = entry.link_name_bytes().and_then(|target| plain(&target)) else {
-                    continue;
-                };
-                Entry::Link(target)
-            }
+            tar::Kind::Link => match plain(&entry.link) {
+                Some(target) => Entry::Link(target),
+                None => continue,
+            },
             // Old versions of `docker save` share layers by links to ../ID/layer.tar.
-            tar::EntryType::Symlink => {
-                let Some(target) = entry
-                    .link_name_bytes()
-                    .and_then(|target| relative(&name, &target))
-                else {
-                    continue;
-                };
-                Entry::Link(target)
-            }
+            tar::Kind::Symlink => match relative(&name, &entry.link) {
+                Some(target) => Entry::Link(target),
+                None => continue,
+            },
             _ => continue,
         };
         entries.insert(name, found);
@@ -256,19 +310,21 @@ mod tests {
         let path = dir.path().join("image");
         for (content, words) in [
             (&b""[..], "empty"),
-            (b"\x1f\x8b\x08", "compressed"),
+            (b"\xfd7zXZ\0", "compressed"),
             (&[7; 2000], "not a complete tar"),
         ] {
             std::fs::write(&path, content).unwrap();
-            let text = Source::open(&path).unwrap_err().to_string();
+            let text = Source::open(&path, &AtomicBool::new(false))
+                .unwrap_err()
+                .to_string();
             assert!(text.contains(words), "{text}");
         }
         assert!(
-            Source::open(Path::new("/dev/null"))
+            Source::open(Path::new("/dev/null"), &AtomicBool::new(false))
                 .unwrap_err()
                 .to_string()
                 .contains("neither")
         );
-        assert!(Source::open(&dir.path().join("none")).is_err());
+        assert!(Source::open(&dir.path().join("none"), &AtomicBool::new(false)).is_err());
     }
 }

@@ -130,7 +130,7 @@ fn code() -> (&'static [u8], u64) {
 
 /// What is wrong with KVM.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub enum Verdict {
     /// Nothing.
     Usable,
     /// `/dev/kvm` cannot be opened.
@@ -139,8 +139,8 @@ pub(super) enum Verdict {
     Broken(String),
 }
 
-/// Runs the test, within [`LIMIT`].
-pub(super) fn probe() -> Verdict {
+/// Runs the test, within five seconds.
+pub fn probe() -> Verdict {
     let (send, receive) = mpsc::channel();
     // A processor that never comes back keeps this thread; it ends with the process.
     thread::spawn(move || send.send(run()));

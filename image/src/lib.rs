@@ -1,15 +1,21 @@
-//! Images: read from a layout or an archive, verified, unpacked once.
+//! Images: read from a layout or an archive, verified, unpacked once, kept while
+//! something needs them.
 //!
 //! Everything an image says is hostile: digests are compared before content is
-//! used, and unpacking never follows what the image made (`unpack.rs`).
+//! used, and nothing that the image made leads out of it (`unpack.rs`).
+//!
+//! Read order: `lib.rs`, `archive.rs`, `layout.rs`, `store.rs`, `unpack.rs`.
 
 mod archive;
 mod layout;
+mod remove;
+mod stack;
 mod store;
+mod tar;
 #[cfg(test)]
 mod tests;
 mod unpack;
-pub(crate) mod users;
+pub mod users;
 
 use std::{
     io,
@@ -17,15 +23,17 @@ use std::{
     sync::atomic::AtomicBool,
 };
 
+pub use crate::{remove::remove_tree, store::collect};
+
 use serde::Deserialize;
 use thiserror::Error;
 
 /// The result of a step.
-pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why an image cannot be used.
 #[derive(Debug, Error)]
-pub(crate) enum Error {
+pub enum Error {
     /// A file of the host or of an archive.
     #[error("Cannot read {}", path.display())]
     Read {
@@ -94,6 +102,17 @@ pub(crate) enum Error {
         /// The cause.
         source: io::Error,
     },
+    /// The disk of the store is full.
+    #[error(
+        "No room is left for the image's layers on the disk of {}; make some, or remove containers with `bulkhead rm`",
+        store.display()
+    )]
+    Full {
+        /// The store.
+        store: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// A user that is not known.
     #[error("User {user:?} is refused: {reason}")]
     User {
@@ -104,36 +123,76 @@ pub(crate) enum Error {
     },
 }
 
+impl Error {
+    /// Tells of a full disk what it is, whatever it kept from being done.
+    fn of_a_full(self, store: &Path) -> Self {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        match self {
+            Error::Unpack { source, .. }
+            | Error::Store { source, .. }
+            | Error::Read { source, .. }
+                if matches!(source.kind(), StorageFull | QuotaExceeded) =>
+            {
+                Error::Full {
+                    store: store.to_owned(),
+                    source,
+                }
+            }
+            error => error,
+        }
+    }
+}
+
+/// Hears how far unpacking is. Nothing has to be done with it.
+pub trait Progress: Sync {
+    /// Another process unpacks; it is waited for.
+    fn waiting(&self) {}
+    /// So many bytes will be read.
+    fn begin(&self, _bytes: u64) {}
+    /// So many more were.
+    fn read(&self, _bytes: u64) {}
+    /// All is done.
+    fn end(&self) {}
+}
+
+/// Nobody listens.
+impl Progress for () {}
+
 /// What an image says of the process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Config {
+pub struct Config {
     /// `NAME=VALUE`.
-    pub(crate) env: Vec<String>,
+    pub env: Vec<String>,
     /// First words of the command.
-    pub(crate) entrypoint: Vec<String>,
+    pub entrypoint: Vec<String>,
     /// Further words, unless the caller gives others.
-    pub(crate) cmd: Vec<String>,
+    pub cmd: Vec<String>,
     /// `USER[:GROUP]`, may be empty.
-    pub(crate) user: String,
+    pub user: String,
     /// May be empty.
-    pub(crate) working_dir: String,
+    pub working_dir: String,
 }
 
 /// An image whose layers are unpacked.
 #[derive(Clone, Debug)]
-pub(crate) struct Image {
+pub struct Image {
     /// Directories, lowest layer first.
-    pub(crate) layers: Vec<PathBuf>,
+    pub layers: Vec<PathBuf>,
     /// What it says of the process.
-    pub(crate) config: Config,
+    pub config: Config,
 }
 
 /// Opens the image at `path`, and unpacks into `store` the layers it lacks.
 /// Ends early once `stop` is set.
-pub(crate) fn open(path: &Path, store: &Path, stop: &AtomicBool) -> Result<Image> {
-    let source = archive::Source::open(path)?;
+pub fn open(
+    path: &Path,
+    store: &Path,
+    progress: &dyn Progress,
+    stop: &AtomicBool,
+) -> Result<Image> {
+    let source = archive::Source::open(path, stop)?;
     let description = layout::describe(&source)?;
-    let layers = store::provide(store, &source, &description, stop)?;
+    let layers = store::provide(store, &source, &description, progress, stop)?;
     Ok(Image {
         layers,
         config: description.config,

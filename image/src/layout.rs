@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use serde::{Deserialize, de::DeserializeOwned};
 use sha2::{Digest as _, Sha256};
 
-use super::{Config, Digest, Error, Result, archive::Source};
+use crate::{Config, Digest, Error, Result, archive::Source};
 
 /// Deepest nesting of indexes.
 const MAX_DEPTH: usize = 4;
@@ -49,15 +49,31 @@ struct Descriptor {
     annotations: Option<HashMap<String, String>>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+/// What an image is for. What it does not say is taken to be ours: some builders
+/// leave it empty.
+#[derive(Clone, Debug, Default, Deserialize)]
 struct Platform {
-    architecture: String,
-    os: String,
+    #[serde(default)]
+    architecture: Option<String>,
+    #[serde(default)]
+    os: Option<String>,
 }
 
 impl Platform {
     fn is_ours(&self) -> bool {
-        self.architecture == "amd64" && self.os == "linux"
+        let one_of = |value: &Option<String>, known: &[&str]| {
+            let value = value.as_deref().unwrap_or_default().to_ascii_lowercase();
+            known.contains(&value.as_str())
+        };
+        one_of(&self.architecture, &["", "amd64", "x86_64", "x86-64"])
+            && one_of(&self.os, &["", "linux"])
+    }
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let word = |value: &Option<String>| value.clone().unwrap_or_else(|| "unknown".to_owned());
+        write!(f, "{}/{}", word(&self.os), word(&self.architecture))
     }
 }
 
@@ -83,8 +99,8 @@ struct Saved {
 
 #[derive(Debug, Deserialize)]
 struct ImageConfig {
-    architecture: String,
-    os: String,
+    #[serde(flatten)]
+    platform: Platform,
     #[serde(default)]
     config: Option<ProcessConfig>,
     rootfs: RootFs,
@@ -141,7 +157,7 @@ fn select(source: &Source, descriptors: Vec<Descriptor>, depth: usize) -> Result
     for descriptor in descriptors {
         match &descriptor.platform {
             Some(platform) if !platform.is_ours() => {
-                others.push(format!("{}/{}", platform.os, platform.architecture));
+                others.push(platform.to_string());
             }
             // The same image under two names is one.
             _ if found.iter().any(|known| known.digest == descriptor.digest) => {}
@@ -275,11 +291,9 @@ fn of_saved(source: &Source, mut saved: Vec<Saved>) -> Result<Description> {
 /// Joins the layers' files with what the configuration says of them.
 fn join(config: &[u8], files: Vec<(String, Option<Digest>)>) -> Result<Description> {
     let config: ImageConfig = parse("configuration", config)?;
-    if config.os != "linux" || config.architecture != "amd64" {
-        let reason = format!(
-            "it is for {}/{}, but this host runs linux/amd64",
-            config.os, config.architecture
-        );
+    if !config.platform.is_ours() {
+        let platform = &config.platform;
+        let reason = format!("it is for {platform}, but this host runs linux/amd64");
         return Err(refuse("configuration", reason));
     }
     let diff_ids = config.rootfs.diff_ids.unwrap_or_default();

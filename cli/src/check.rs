@@ -2,8 +2,6 @@
 //!
 //! Each finding that stands in the way carries its next step.
 
-mod kvm;
-
 use std::{
     fmt::Write as _,
     fs::{self, File},
@@ -12,13 +10,17 @@ use std::{
 };
 
 use bulkhead_shim::config::Config;
-use bulkhead_vmm::assets::{Asset, MANIFEST, Manifest};
+use bulkhead_vmm::{
+    assets::{Asset, MANIFEST, Manifest},
+    probe,
+};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
+use bulkhead_client::shim::{SHIM, find_binary};
+
 use crate::{
     args,
-    client::{SHIM, find_binary},
     error::{Result, host},
 };
 
@@ -137,16 +139,30 @@ fn table(report: &Report) -> String {
     text
 }
 
+/// May we do what `bulkhead run` does?
 fn user() -> Finding {
+    // In a thread of its own, whose namespace ends with it.
+    let mount = || nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS);
+    let may_mount = std::thread::spawn(mount)
+        .join()
+        .is_ok_and(|done| done.is_ok());
+    user_finding(rustix::process::geteuid().is_root(), may_mount)
+}
+
+fn user_finding(is_root: bool, may_mount: bool) -> Finding {
     const NAME: &str = "user";
-    if rustix::process::geteuid().is_root() {
-        Finding::ok(NAME, "root")
-    } else {
-        Finding::warning(
+    match (is_root, may_mount) {
+        (true, true) => Finding::ok(NAME, "root"),
+        (true, false) => Finding::failure(
+            NAME,
+            "root, but not allowed to mount (no CAP_SYS_ADMIN)",
+            "run it outside of the container that it is in, or give that one the capability",
+        ),
+        (false, _) => Finding::failure(
             NAME,
             "not root",
-            "`bulkhead run` must be run by root: use sudo",
-        )
+            "only root can mount file systems and open what a VM needs: use sudo",
+        ),
     }
 }
 
@@ -174,13 +190,13 @@ fn processor() -> Finding {
 
 fn virtual_machines() -> Finding {
     const NAME: &str = "KVM";
-    match kvm::probe() {
-        kvm::Verdict::Usable => Finding::ok(NAME, "/dev/kvm runs 64-bit code with paging"),
-        kvm::Verdict::Closed(errno) => {
+    match probe::probe() {
+        probe::Verdict::Usable => Finding::ok(NAME, "/dev/kvm runs 64-bit code with paging"),
+        probe::Verdict::Closed(errno) => {
             let error = io::Error::from_raw_os_error(errno);
             Finding::failure(NAME, format!("/dev/kvm: {error}"), next_step(errno))
         }
-        kvm::Verdict::Broken(reason) => Finding::failure(
+        probe::Verdict::Broken(reason) => Finding::failure(
             NAME,
             format!("/dev/kvm opens, but cannot run a guest: {reason}"),
             "use a machine with hardware virtualisation (bare metal, or a VM with nested virtualisation)",
@@ -399,6 +415,16 @@ fn side_channels(sys: &Path) -> Vec<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_cannot_run_is_not_told_that_the_host_can() {
+        assert_eq!(user_finding(true, true).status, Status::Ok);
+        for (is_root, may_mount) in [(false, false), (false, true), (true, false)] {
+            let finding = user_finding(is_root, may_mount);
+            assert_eq!(finding.status, Status::Failure);
+            assert!(finding.next_step.is_some());
+        }
+    }
 
     #[test]
     fn every_error_of_opening_has_its_next_step() {

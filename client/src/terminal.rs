@@ -5,19 +5,19 @@ use std::io;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
 use crate::{
-    client::Size,
     error::{Result, host},
+    task::Size,
 };
 
 /// Raw mode of standard input, ended when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Raw {
+pub struct Raw {
     before: Termios,
 }
 
 impl Raw {
     /// Makes the terminal raw; `None` if standard input is no terminal.
-    pub(crate) fn enter() -> Result<Option<Self>> {
+    pub fn enter() -> Result<Option<Self>> {
         let stdin = io::stdin();
         if !isatty(&stdin) {
             return Ok(None);
@@ -38,7 +38,7 @@ impl Drop for Raw {
 }
 
 /// The size of the terminal, of standard output or else of standard input.
-pub(crate) fn size() -> Option<Size> {
+pub fn size() -> Option<Size> {
     let size = tcgetwinsize(io::stdout())
         .or_else(|_| tcgetwinsize(io::stdin()))
         .ok()?;
