@@ -24,6 +24,7 @@ pub mod flags;
 pub mod info;
 mod inherit;
 pub mod io;
+mod lock;
 pub mod log;
 pub mod mount;
 pub mod names;
