@@ -422,7 +422,7 @@ impl Host {
             status: exit.exit_status,
             stdout: out,
             stderr: err,
-            oom_killed: exit.oom_killed,
+            oom_killed: exit.oom_kills > 0,
         }
     }
 
