@@ -156,10 +156,14 @@ impl StateDir {
         let path = parent.join(format!(".{name}.lock"));
         let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::CLOEXEC;
         loop {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(parent)?;
+            let mut builder = DirBuilder::new();
+            match builder.recursive(true).mode(0o700).create(parent) {
+                // It went while it was looked at.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !parent.exists() => {
+                    continue;
+                }
+                created => created?,
+            }
             let opened = File::options()
                 .write(true)
                 .create(true)

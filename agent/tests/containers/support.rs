@@ -17,7 +17,7 @@ use bulkhead_agent_api::{
     GREETING,
     agent::{
         ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
-        ResizePtyRequest, Stdio, WaitResponse,
+        ResizePtyRequest, Stdio, WaitOomRequest, WaitResponse,
     },
     agent_ttrpc::AgentClient,
 };
@@ -314,6 +314,16 @@ impl Host {
         self.client
             .wait(context::Context::default(), &process(id, exec_id))
             .await
+    }
+
+    pub(crate) async fn wait_oom(&self, id: &str, seen: u64) -> ttrpc::Result<u64> {
+        let request = WaitOomRequest {
+            container_id: id.into(),
+            seen,
+            ..Default::default()
+        };
+        let answer = self.client.wait_oom(context::Context::default(), &request);
+        Ok(answer.await?.oom_kills)
     }
 
     pub(crate) async fn delete(&self, id: &str, exec_id: &str) -> ttrpc::Result<Empty> {
