@@ -550,4 +550,4 @@ fn refused(process: &Process, op: Op, refusal: Refusal) -> Error {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

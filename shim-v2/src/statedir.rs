@@ -150,7 +150,7 @@ impl StateDir {
 
     /// Waits until nobody else makes or removes anything of this pod.
     pub fn lock(&self) -> io::Result<Lock> {
-        let parent = self.path.parent().unwrap_or(Path::new(RUN_DIR));
+        let parent = self.path.parent().unwrap_or_else(|| Path::new(RUN_DIR));
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
         // No id begins with a dot.
         let path = parent.join(format!(".{name}.lock"));

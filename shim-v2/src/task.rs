@@ -411,3 +411,6 @@ impl Task for TaskService {
         Err(refuse("Update", &request.id, &Error::Unsupported("Update")))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -192,9 +192,13 @@ impl Pod {
             return;
         }
         let (dir, reason) = (Arc::clone(&self.dir), end.reason.clone());
-        let written = tokio::task::spawn_blocking(move || dir.write_reason(&reason)).await;
-        if let Ok(Err(error)) = written {
-            warn!(%error, "cannot write the reason");
+        // In a task of its own: without a thread to be had this panics, and whoever
+        // tells of the end must not.
+        let write = async { tokio::task::spawn_blocking(move || dir.write_reason(&reason)).await };
+        match tokio::spawn(write).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => warn!(%error, "cannot write the reason"),
+            Ok(Err(error)) | Err(error) => warn!(%error, "cannot write the reason"),
         }
     }
 
