@@ -48,7 +48,7 @@ pub enum Error {
         exec: ExecId,
     },
     /// The call does not fit the state.
-    #[error("Process {process} is {state:?}: cannot {op:?} it")]
+    #[error("Process {process} is {state}: cannot {op} it")]
     WrongState {
         /// Container, and exec if any.
         process: String,

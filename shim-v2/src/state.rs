@@ -12,6 +12,8 @@
 //! containerd's task API against it. Who meets `Starting` has waited for its end
 //! already if the call may wait (Delete, and Kill of an exec).
 
+use std::fmt;
+
 /// State of a process, the first one of a container or an exec.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -25,6 +27,17 @@ pub enum State {
     Ended,
 }
 
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            State::Registered => "created",
+            State::Starting => "being started",
+            State::Live => "running",
+            State::Ended => "stopped",
+        })
+    }
+}
+
 /// A call that depends on the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
@@ -36,6 +49,17 @@ pub enum Op {
     Kill,
     /// Register a further process.
     Exec,
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Op::Start => "start",
+            Op::Delete => "delete",
+            Op::Kill => "kill",
+            Op::Exec => "execute in",
+        })
+    }
 }
 
 /// Why a call is refused.

@@ -174,7 +174,11 @@ impl StateDir {
             let file = match opened {
                 // The last pod of the namespace went in between.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                opened => opened?,
+                Err(error) => {
+                    let _ = fs::remove_dir(parent);
+                    return Err(error);
+                }
+                Ok(file) => file,
             };
             while let Err(error) = rustix::fs::flock(&file, FlockOperation::LockExclusive) {
                 if error != Errno::INTR {
@@ -499,6 +503,19 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_cannot_be_had_leaves_nothing_f8() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = state_dir(&root);
+        fs::create_dir_all(dir.path().with_file_name(".pod.lock")).unwrap();
+        dir.lock().unwrap_err();
+        fs::remove_dir(dir.path().with_file_name(".pod.lock")).unwrap();
+        let link = dir.path().with_file_name(".pod.lock");
+        std::os::unix::fs::symlink("/dev/null", link).unwrap();
+        dir.take("pod", None).unwrap_err();
+        assert!(!dir.exists());
     }
 
     #[test]

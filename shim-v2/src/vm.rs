@@ -194,20 +194,21 @@ pub struct Kvm {
 #[async_trait]
 impl Boots for Kvm {
     async fn boot(&self, size: Size, oom_score_adj: i32) -> Result<Arc<dyn Guest>> {
+        let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
         let boot = Boot {
             config: &self.config,
             dir: &self.dir,
             size,
-            oom_score_adj: oom_score_adj.max(own_oom_score()),
+            oom_score_adj: oom_score(oom_score_adj, &own),
         };
         Ok(Arc::new(Vm::boot(boot).await?))
     }
 }
 
 /// A VMM is never harder to kill than its shim, whatever its container wants.
-fn own_oom_score() -> i32 {
-    let text = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
-    text.trim().parse().unwrap_or(0)
+/// `own` is the shim's own score as the kernel writes it.
+fn oom_score(wanted: i32, own: &str) -> i32 {
+    wanted.max(own.trim().parse().unwrap_or(0)).min(1000)
 }
 
 #[async_trait]
@@ -354,6 +355,18 @@ mod tests {
                 memory_mib: 129
             }
         );
+    }
+
+    #[test]
+    fn a_vmm_is_never_harder_to_kill_than_its_shim_lc_45() {
+        for (wanted, own, score) in [
+            (-1000, "-998\n", -998),
+            (0, "-998\n", 0),
+            (1000, "0\n", 1000),
+            (-500, "", 0),
+        ] {
+            assert_eq!(oom_score(wanted, own), score, "{wanted} {own:?}");
+        }
     }
 
     #[test]
