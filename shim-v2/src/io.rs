@@ -206,7 +206,7 @@ impl Dialer {
         let connected = timeout(CONNECT, self.connect(id)).await;
         let stream = connected
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-            .map_err(host("connect a stream to the guest"))?;
+            .map_err(Error::Stream)?;
         Ok((id, stream))
     }
 

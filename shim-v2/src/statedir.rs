@@ -483,6 +483,7 @@ mod tests {
     #[test]
     fn half_a_file_does_not_stay_on_a_full_disk_f9() {
         if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: needs root");
             return;
         }
         let root = tempfile::tempdir().unwrap();

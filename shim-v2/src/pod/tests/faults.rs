@@ -209,3 +209,23 @@ fn sigkill_needs_no_agent_and_spares_siblings_once_ta_49() {
         assert_eq!(bench.wait("sibling").await, 137);
     });
 }
+
+#[test]
+fn without_the_socket_of_streams_a_new_exec_fails_and_the_rest_lives_f36() {
+    run(async |bench| {
+        bench.running("c").await;
+        bench.executing("c/before").await;
+        std::fs::remove_file(bench.state.path().join("vsock.sock")).unwrap();
+        let stdio = Stdio {
+            stdout: bench.fifo("out"),
+            ..Stdio::default()
+        };
+        bench.add("c/e", stdio).unwrap();
+        let error = bench.start("c/e").await.unwrap_err();
+        assert_eq!(error.code(), Code::UNAVAILABLE, "{}", error.text());
+        assert_eq!(bench.delete("c/e").await.unwrap(), 255);
+        bench.kill("c/before", 9).await.unwrap();
+        assert_eq!(bench.wait("c/before").await, 137);
+        bench.kill("c", 0).await.unwrap();
+    });
+}
