@@ -27,8 +27,8 @@ use crate::{
 
 /// Time for what is on its way when somebody else holds a process's output.
 const TAIL: Duration = Duration::from_millis(200);
-/// Time between two looks whether the agent lives.
-const BEAT: Duration = Duration::from_secs(10);
+/// Time from a sign of life to the next look for one.
+const BEAT: Duration = Duration::from_secs(3);
 /// So many looks without a sign of life are its end.
 const MISSES: u32 = 3;
 /// A guest that always has news is heard so often.

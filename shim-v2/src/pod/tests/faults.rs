@@ -123,7 +123,7 @@ fn a_hung_agent_is_found_out_and_its_pod_ends_f52() {
             assert_eq!(bench.wait(name).await, 255, "{name}");
         }
         assert!(
-            begun.elapsed() <= Duration::from_secs(20),
+            begun.elapsed() <= Duration::from_secs(12),
             "{:?}",
             begun.elapsed()
         );
@@ -144,7 +144,7 @@ fn an_agent_that_nobody_asks_is_found_out_too_f52() {
         let begun = Instant::now();
         assert_eq!(bench.wait("c").await, 255);
         assert!(
-            begun.elapsed() <= Duration::from_secs(20),
+            begun.elapsed() <= Duration::from_secs(12),
             "{:?}",
             begun.elapsed()
         );
