@@ -6,6 +6,7 @@
 //! tree, and the container sees its own directory as the root anyway.
 
 mod devices;
+mod oom;
 
 use std::{
     ffi::CString,
@@ -17,6 +18,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub(crate) use self::oom::OomWatch;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use tokio::io::Interest;
 
@@ -120,8 +122,14 @@ impl Cgroup {
     /// How often the OOM killer has struck in it.
     pub(crate) fn oom_kills(&self) -> u64 {
         // Without a memory controller there is no such killer.
-        let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
-        value(&events, "oom_kill").unwrap_or(0)
+        self.watch_oom()
+            .and_then(|watch| watch.kills())
+            .unwrap_or(0)
+    }
+
+    /// Watches the OOM killer; does not keep the cgroup.
+    pub(crate) fn watch_oom(&self) -> io::Result<OomWatch> {
+        OomWatch::new(&self.path)
     }
 
     /// Kills what is in it, waits for its end, and removes it.

@@ -34,7 +34,7 @@ use crate::{
         self, Inherited,
         plan::{ContainerPlan, Filesystem, IdMap, MountKind, Seccomp},
     },
-    stdio::{Prepared, Pumps, prepare},
+    stdio::{Connected, Pumps, prepare},
     streams::Streams,
     sys,
 };
@@ -57,8 +57,10 @@ pub struct Config {
 pub struct Ended {
     /// Status and time.
     pub exit: Exit,
-    /// Whether the OOM killer struck in the container.
-    pub oom_killed: bool,
+    /// How often the OOM killer has struck in the container.
+    pub oom_kills: u64,
+    /// Whether somebody else still holds its output.
+    pub output_open: bool,
 }
 
 /// All containers of the pod.
@@ -171,8 +173,9 @@ impl Containers {
             plan: Box::new(plan),
             keyring: keyring.clone(),
         };
+        let connected = prepared.connect().await?;
         let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
-        let (init, waiting) = Process::new(launched, prepared)?;
+        let (init, waiting) = Process::new(launched, connected)?;
         Ok(Container {
             id: id.to_owned(),
             cgroup: Mutex::default(),
@@ -234,8 +237,9 @@ impl Containers {
                 keyring: container.keyring.clone(),
             },
         };
+        let connected = prepared.connect().await?;
         let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;
-        let (process, waiting) = Process::new(launched, prepared)?;
+        let (process, waiting) = Process::new(launched, connected)?;
         waiting.start().await?;
         let pid = process.pid;
         making.done(Arc::new(process));
@@ -248,11 +252,27 @@ impl Containers {
         let process = container.process(exec_id)?;
         let exit = ended(process.exit.clone()).await.ok_or(Error::InitKilled)?;
         // Not an error: what is not out by now may still come.
-        let _ = timeout(DRAIN_MAX, process.pumps.drained()).await;
-        let oom_killed = container
-            .cgroup()
-            .is_ok_and(|cgroup| cgroup.oom_kills() > 0);
-        Ok(Ended { exit, oom_killed })
+        let drained = timeout(DRAIN_MAX, process.pumps.drained()).await;
+        let oom_kills = container.cgroup().map_or(0, |cgroup| cgroup.oom_kills());
+        Ok(Ended {
+            exit,
+            oom_kills,
+            output_open: drained.is_err(),
+        })
+    }
+
+    /// Waits until the OOM killer has struck in a container more often than `seen`
+    /// times; an error if its first process ends before.
+    pub async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, Error> {
+        let container = self.container(id)?;
+        // Deleting the container must not wait for who waits here.
+        let watch = container.cgroup()?.watch_oom();
+        let watch = watch.doing("watch the OOM killer")?;
+        let init = &container.init;
+        tokio::select! {
+            kills = watch.beyond(seen) => kills.doing("watch the OOM killer"),
+            _ = ended(init.exit.clone()) => Err(Error::Ended { pid: init.pid }),
+        }
     }
 
     /// Sends a signal to one process.
@@ -422,13 +442,13 @@ impl Container {
 }
 
 impl Process {
-    fn new(mut launched: Launched, prepared: Prepared) -> Result<(Self, Waiting), Error> {
+    fn new(mut launched: Launched, stdio: Connected) -> Result<(Self, Waiting), Error> {
         let terminal = launched.terminal.take();
         let process = Self {
             pid: launched.pid,
             pidfd: Arc::clone(&launched.pidfd),
             exit: launched.exit.clone(),
-            pumps: prepared.start(terminal.as_ref(), &launched.exit)?,
+            pumps: stdio.start(terminal.as_ref(), &launched.exit)?,
             terminal,
         };
         Ok((process, launched.into_waiting()))

@@ -72,6 +72,9 @@ pub enum Error {
     /// A stream id that another request has named.
     #[error("Stream {0} has been claimed already")]
     StreamTaken(u64),
+    /// A stream that a request names and the host has not opened.
+    #[error("Stream {0} has not come")]
+    StreamMissing(u64),
     /// A size that no terminal can have.
     #[error("A terminal cannot have {columns} columns and {rows} rows")]
     BadSize {
@@ -122,9 +125,10 @@ impl Error {
         match self {
             Self::NoContainer(_) | Self::NoProcess { .. } | Self::Ended { .. } => Code::NOT_FOUND,
             Self::ContainerExists(_) | Self::ProcessExists { .. } => Code::ALREADY_EXISTS,
-            Self::WrongState { .. } | Self::Running { .. } | Self::NoTerminal { .. } => {
-                Code::FAILED_PRECONDITION
-            }
+            Self::WrongState { .. }
+            | Self::Running { .. }
+            | Self::NoTerminal { .. }
+            | Self::StreamMissing(_) => Code::FAILED_PRECONDITION,
             Self::BadId(_)
             | Self::BadSignal(_)
             | Self::BadSize { .. }
@@ -166,6 +170,7 @@ impl Error {
             | Self::BadSignal(_)
             | Self::BadSize { .. }
             | Self::StreamTaken(_)
+            | Self::StreamMissing(_)
             | Self::NoTerminal { .. } => (Kind::OTHER, None),
         };
         let kind = match errno {

@@ -16,7 +16,8 @@ use bulkhead_agent_api::{
     GREETING,
     agent::{
         ClockRequest, ClockResponse, ContainerRequest, CreateRequest, Empty, ExecRequest,
-        KillRequest, PidsResponse, ProcessRequest, ProcessResponse, ResizePtyRequest, WaitResponse,
+        KillRequest, PidsResponse, ProcessRequest, ProcessResponse, ResizePtyRequest, Stdio,
+        WaitOomRequest, WaitOomResponse, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
 };
@@ -72,7 +73,8 @@ where
     };
     let shutdown = Arc::new(Notify::new());
     let service = Service {
-        containers: Containers::new(config, reaper, meeting_point),
+        containers: Containers::new(config, reaper, Arc::clone(&meeting_point)),
+        streams: meeting_point,
         shutdown: Arc::clone(&shutdown),
     };
     // A listener that yields the one connection there is.
@@ -105,9 +107,14 @@ where
 {
     const AFTER_FAILURE: Duration = Duration::from_millis(100);
     pin_mut!(connections);
-    while let Some(connection) = connections.next().await {
+    loop {
+        // Without room they wait where they are.
+        let room = meeting_point.room().await;
+        let Some(connection) = connections.next().await else {
+            return;
+        };
         match connection {
-            Ok(connection) => meeting_point.accept(connection),
+            Ok(connection) => meeting_point.accept(connection, room),
             // Out of descriptors or memory: the same at once if asked at once.
             Err(_) => sleep(AFTER_FAILURE).await,
         }
@@ -116,7 +123,16 @@ where
 
 struct Service {
     containers: Containers,
+    streams: Arc<Streams>,
     shutdown: Arc<Notify>,
+}
+
+impl Service {
+    /// Lets go of the streams of a request that has failed.
+    fn forget(&self, stdio: &Stdio) {
+        self.streams
+            .forget([stdio.stdin, stdio.stdout, stdio.stderr]);
+    }
 }
 
 #[async_trait]
@@ -126,7 +142,8 @@ impl Agent for Service {
         let pid = self
             .containers
             .create(&r.container_id, &r.spec, &r.stdio, seccomp)
-            .await?;
+            .await
+            .inspect_err(|_| self.forget(&r.stdio))?;
         Ok(ProcessResponse {
             pid,
             ..Default::default()
@@ -142,7 +159,8 @@ impl Agent for Service {
         let pid = self
             .containers
             .exec(&r.container_id, &r.exec_id, &r.process, &r.stdio)
-            .await?;
+            .await
+            .inspect_err(|_| self.forget(&r.stdio))?;
         Ok(ProcessResponse {
             pid,
             ..Default::default()
@@ -154,9 +172,26 @@ impl Agent for Service {
         Ok(WaitResponse {
             exit_status: ended.exit.status,
             exited_at_ns: ended.exit.at_ns,
-            oom_killed: ended.oom_killed,
+            oom_kills: ended.oom_kills,
+            output_open: ended.output_open,
             ..Default::default()
         })
+    }
+
+    async fn wait_oom(
+        &self,
+        _: &TtrpcContext,
+        r: WaitOomRequest,
+    ) -> ttrpc::Result<WaitOomResponse> {
+        let oom_kills = self.containers.wait_oom(&r.container_id, r.seen).await?;
+        Ok(WaitOomResponse {
+            oom_kills,
+            ..Default::default()
+        })
+    }
+
+    async fn ping(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        Ok(Empty::default())
     }
 
     async fn kill(&self, _: &TtrpcContext, r: KillRequest) -> ttrpc::Result<Empty> {

@@ -28,7 +28,7 @@ use tokio::{
 use crate::{
     error::{Doing, Error},
     reaper::{ExitWatch, ended},
-    streams::{Claim, Streams},
+    streams::{BoxStream, Claim, Streams},
 };
 
 /// What one read takes: the size of a pipe.
@@ -41,10 +41,17 @@ pub(crate) struct Prepared {
     outputs: Vec<(Option<Claim>, Option<OwnedFd>)>,
 }
 
+/// The same when the host's connections are there.
+#[derive(Debug)]
+pub(crate) struct Connected {
+    stdin: Option<(BoxStream, Option<OwnedFd>)>,
+    outputs: Vec<(Option<BoxStream>, Option<OwnedFd>)>,
+}
+
 /// Makes what the process gets as its streams 0, 1 and 2, and our side of it.
 ///
 /// With a terminal all three are `/dev/null`; it is made in the container, and
-/// [`Prepared::start`] gets its other end.
+/// [`Connected::start`] gets its other end.
 pub(crate) fn prepare(
     stdio: &Stdio,
     streams: &Arc<Streams>,
@@ -110,6 +117,26 @@ pub(crate) struct Pumps {
 }
 
 impl Prepared {
+    /// Waits for the host's connections. A process is not made without them: what
+    /// it says would be lost in silence.
+    pub(crate) async fn connect(self) -> Result<Connected, Error> {
+        let stdin = match self.stdin {
+            Some((claim, pipe)) => Some((claim.stream().await?, pipe)),
+            None => None,
+        };
+        let mut outputs = Vec::new();
+        for (claim, pipe) in self.outputs {
+            let stream = match claim {
+                Some(claim) => Some(claim.stream().await?),
+                None => None,
+            };
+            outputs.push((stream, pipe));
+        }
+        Ok(Connected { stdin, outputs })
+    }
+}
+
+impl Connected {
     /// Starts to copy. `terminal` is the master of the process's terminal.
     pub(crate) fn start(
         self,
@@ -129,16 +156,16 @@ impl Prepared {
             (None, Some(terminal)) => Ok(rustix::io::fcntl_dupfd_cloexec(terminal.as_fd(), 0)?),
             (None, None) => Err(io::Error::from(io::ErrorKind::InvalidInput)),
         };
-        if let Some((claim, pipe)) = self.stdin {
+        if let Some((stream, pipe)) = self.stdin {
             let to_process = Sender::from_owned_fd_unchecked(not_blocking(our_end(pipe)?)?)?;
             let close = Arc::clone(&close_stdin);
-            tokio::spawn(pump_in(claim, to_process, close, exit.clone()));
+            tokio::spawn(pump_in(stream, to_process, close, exit.clone()));
         }
-        for (claim, pipe) in self.outputs {
+        for (stream, pipe) in self.outputs {
             let from_process = Receiver::from_owned_fd_unchecked(not_blocking(our_end(pipe)?)?)?;
             let running = running.clone();
             tokio::spawn(async move {
-                pump_out(claim, from_process).await;
+                pump_out(stream, from_process).await;
                 drop(running);
             });
         }
@@ -169,10 +196,12 @@ fn not_blocking(fd: OwnedFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-async fn pump_in(claim: Claim, mut to_process: Sender, close: Arc<Notify>, exit: ExitWatch) {
-    let Some(mut stream) = claim.stream().await else {
-        return;
-    };
+async fn pump_in(
+    mut stream: BoxStream,
+    mut to_process: Sender,
+    close: Arc<Notify>,
+    exit: ExitWatch,
+) {
     let mut buffer = vec![0; BUFFER_BYTES];
     let ended = ended(exit);
     tokio::pin!(ended);
@@ -197,11 +226,7 @@ async fn pump_in(claim: Claim, mut to_process: Sender, close: Arc<Notify>, exit:
     }
 }
 
-async fn pump_out(claim: Option<Claim>, mut from_process: Receiver) {
-    let mut stream = match claim {
-        Some(claim) => claim.stream().await,
-        None => None,
-    };
+async fn pump_out(mut stream: Option<BoxStream>, mut from_process: Receiver) {
     let mut buffer = vec![0; BUFFER_BYTES];
     // A terminal without a process reads as an error: that is its end.
     while let Ok(length @ 1..) = from_process.read(&mut buffer).await {

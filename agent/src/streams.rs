@@ -2,7 +2,10 @@
 //!
 //! Owns what has arrived and nobody has asked for, and what has been asked for
 //! and has not arrived: either can come first. Promises that neither lasts
-//! longer than [`WAIT`] and that at most [`UNCLAIMED_MAX`] connections wait.
+//! longer than [`WAIT`] and that at most [`STREAMS_WAITING`] connections wait: for
+//! each of them there is [`Room`], without which none is taken. The host keeps to
+//! the same number, so that a connection never waits for one of another process
+//! whose request comes behind it.
 
 use std::{
     collections::HashMap,
@@ -11,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use bulkhead_agent_api::STREAMS_WAITING;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite},
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
@@ -18,9 +22,6 @@ use tokio::{
 };
 
 use crate::error::Error;
-
-/// Most connections that nobody has claimed.
-pub const UNCLAIMED_MAX: usize = 64;
 
 /// How long a connection and its request wait for each other.
 pub const WAIT: Duration = Duration::from_secs(10);
@@ -43,36 +44,52 @@ pub struct Streams {
 #[derive(Debug)]
 enum Slot {
     /// The connection is there; it counts as unclaimed.
-    Arrived(
-        BoxStream,
-        #[expect(dead_code, reason = "held")] OwnedSemaphorePermit,
-    ),
+    Arrived(BoxStream, #[expect(dead_code, reason = "held")] Room),
     /// A process waits for it.
     Claimed(oneshot::Sender<BoxStream>),
 }
+
+/// The right of one connection to wait to be claimed.
+#[derive(Debug)]
+pub struct Room(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit);
 
 impl Streams {
     /// With nothing in it.
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
             slots: Mutex::default(),
-            unclaimed: Arc::new(Semaphore::new(UNCLAIMED_MAX)),
+            unclaimed: Arc::new(Semaphore::new(STREAMS_WAITING)),
         })
     }
 
-    /// Takes a new connection; closes it if too many are unclaimed.
-    pub fn accept(self: &Arc<Self>, connection: impl Stream + 'static) {
-        if let Ok(permit) = Arc::clone(&self.unclaimed).try_acquire_owned() {
-            let streams = Arc::clone(self);
-            tokio::spawn(async move { streams.place(Box::new(connection), permit).await });
+    /// Waits until there is room for another connection.
+    pub async fn room(&self) -> Room {
+        let permit = Arc::clone(&self.unclaimed).acquire_owned().await;
+        Room(permit.expect("nobody closes the semaphore"))
+    }
+
+    /// Takes a new connection.
+    pub fn accept(self: &Arc<Self>, connection: impl Stream + 'static, room: Room) {
+        let streams = Arc::clone(self);
+        tokio::spawn(async move { streams.place(Box::new(connection), room).await });
+    }
+
+    /// Closes those of these connections that have arrived and were not claimed:
+    /// the request that names them has failed.
+    pub fn forget(&self, ids: [u64; 3]) {
+        let mut slots = self.lock();
+        for id in ids {
+            if let Some(Slot::Arrived(..)) = slots.get(&id) {
+                slots.remove(&id);
+            }
         }
     }
 
-    async fn place(&self, mut connection: BoxStream, permit: OwnedSemaphorePermit) {
+    async fn place(&self, mut connection: BoxStream, room: Room) {
         let Ok(Ok(id)) = timeout(WAIT, connection.read_u64_le()).await else {
             return;
         };
-        if !self.hand_over(id, connection, permit) {
+        if !self.hand_over(id, connection, room) {
             return;
         }
         sleep(WAIT).await;
@@ -83,11 +100,11 @@ impl Streams {
     }
 
     /// Gives the connection to its process; true if it has to wait for one.
-    fn hand_over(&self, id: u64, connection: BoxStream, permit: OwnedSemaphorePermit) -> bool {
+    fn hand_over(&self, id: u64, connection: BoxStream, room: Room) -> bool {
         let mut slots = self.lock();
         match slots.remove(&id) {
             None if id != 0 => {
-                slots.insert(id, Slot::Arrived(connection, permit));
+                slots.insert(id, Slot::Arrived(connection, room));
                 true
             }
             None => false,
@@ -142,9 +159,13 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Waits for the stream; `None` if it does not come in time.
-    pub async fn stream(mut self) -> Option<BoxStream> {
-        timeout(WAIT, &mut self.receiver).await.ok()?.ok()
+    /// Waits for the stream; an error if it does not come in time.
+    pub async fn stream(mut self) -> Result<BoxStream, Error> {
+        let stream = timeout(WAIT, &mut self.receiver).await;
+        stream
+            .ok()
+            .and_then(Result::ok)
+            .ok_or(Error::StreamMissing(self.id))
     }
 }
 
@@ -168,12 +189,12 @@ mod tests {
         let streams = Streams::new();
         let (mut host, guest) = duplex(64);
         let claim = streams.claim(7).unwrap();
-        streams.accept(guest);
+        streams.accept(guest, streams.room().await);
         host.write_all(b"\x07\0\0\0\0\0\0\0x").await.unwrap();
         assert_eq!(claim.stream().await.unwrap().read_u8().await.unwrap(), b'x');
 
         let (mut host, guest) = duplex(64);
-        streams.accept(guest);
+        streams.accept(guest, streams.room().await);
         host.write_all(b"\x08\0\0\0\0\0\0\0y").await.unwrap();
         tokio::task::yield_now().await;
         let claim = streams.claim(8).unwrap();
@@ -184,29 +205,50 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn neither_waits_for_ever() {
         let streams = Streams::new();
-        assert!(streams.claim(7).unwrap().stream().await.is_none());
+        let missing = streams.claim(7).unwrap().stream().await;
+        assert!(matches!(missing, Err(Error::StreamMissing(7))));
 
         let (mut host, guest) = duplex(64);
-        streams.accept(guest);
+        streams.accept(guest, streams.room().await);
         host.write_all(b"\x08\0\0\0\0\0\0\0").await.unwrap();
         let mut byte = [0];
         assert_eq!(host.read(&mut byte).await.unwrap(), 0);
         assert!(streams.lock().is_empty());
-        assert_eq!(streams.unclaimed.available_permits(), UNCLAIMED_MAX);
+        assert_eq!(streams.unclaimed.available_permits(), STREAMS_WAITING);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_sixty_fifth_unclaimed_connection_is_closed() {
+    async fn the_sixty_fifth_unclaimed_connection_waits_and_loses_nothing() {
         let streams = Streams::new();
         let mut hosts = Vec::new();
-        for _ in 0..UNCLAIMED_MAX {
-            let (host, guest) = duplex(64);
-            streams.accept(guest);
+        for id in 1..=STREAMS_WAITING as u64 {
+            let (mut host, guest) = duplex(64);
+            streams.accept(guest, streams.room().await);
+            host.write_all(&id.to_le_bytes()).await.unwrap();
             hosts.push(host);
         }
+        let mut next = std::pin::pin!(streams.room());
+        assert!(futures::poll!(&mut next).is_pending());
+        // Whoever claims one makes room.
+        let claimed = streams.claim(7).unwrap().stream().await.unwrap();
         let (mut host, guest) = duplex(64);
-        streams.accept(guest);
+        streams.accept(guest, next.await);
+        host.write_all(b"\x00\x01\0\0\0\0\0\0z").await.unwrap();
+        let mut stream = streams.claim(256).unwrap().stream().await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'z');
+        drop(claimed);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_streams_of_a_failed_request_take_up_no_room() {
+        let streams = Streams::new();
+        let (mut host, guest) = duplex(64);
+        streams.accept(guest, streams.room().await);
+        host.write_all(b"\x07\0\0\0\0\0\0\0").await.unwrap();
+        tokio::task::yield_now().await;
+        streams.forget([0, 7, 8]);
         assert_eq!(host.read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(streams.unclaimed.available_permits(), STREAMS_WAITING);
     }
 
     #[tokio::test(start_paused = true)]
@@ -216,7 +258,7 @@ mod tests {
         assert!(matches!(streams.claim(7), Err(Error::StreamTaken(7))));
 
         let (mut host, guest) = duplex(64);
-        streams.accept(guest);
+        streams.accept(guest, streams.room().await);
         host.write_all(&[0; 8]).await.unwrap();
         assert_eq!(host.read(&mut [0]).await.unwrap(), 0);
     }

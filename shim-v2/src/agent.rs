@@ -1,7 +1,9 @@
 //! The agent in the guest, seen from the host: the only place where the shim
-//! parses bytes that a guest chose.
+//! parses what a guest says.
 //!
-//! Every call has a deadline that counts time, not progress. Frames are bounded
+//! Every call has a deadline that counts time, not progress; for those that make
+//! something in the guest it is the caller's, who must know of a late answer too.
+//! Frames are bounded
 //! before they are buffered. Texts are escaped and cut, numbers clamped, status
 //! codes taken from a short list; no id of the guest is ever used.
 
@@ -13,7 +15,7 @@ use bulkhead_agent_api::{
     GREETING,
     agent::{
         ClockRequest, ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest,
-        ProcessRequest, ResizePtyRequest, Stdio,
+        ProcessRequest, ResizePtyRequest, WaitOomRequest,
     },
     agent_ttrpc::AgentClient,
     cause,
@@ -35,6 +37,10 @@ use crate::{
 const MAX_TEXT: usize = 1024;
 /// Limit for a SIGKILL, after which the VM can be killed instead.
 const KILL: Duration = Duration::from_secs(1);
+/// Limit for forgetting a process that has ended.
+const DELETE: Duration = Duration::from_secs(3);
+/// Limit for a sign of life.
+const PING: Duration = Duration::from_secs(3);
 /// Limit for an orderly end.
 const SHUTDOWN: Duration = Duration::from_secs(2);
 
@@ -48,7 +54,9 @@ pub struct ProcessName {
 }
 
 impl ProcessName {
-    fn exec_id(&self) -> String {
+    /// The exec as the protocol names it: empty for the first process.
+    #[must_use]
+    pub fn exec_id(&self) -> String {
         self.exec
             .as_ref()
             .map_or_else(String::new, ToString::to_string)
@@ -77,8 +85,10 @@ impl std::fmt::Display for ProcessName {
 pub struct Ended {
     /// 0 to 255.
     pub status: u8,
-    /// The OOM killer struck in its container.
-    pub oom_killed: bool,
+    /// How often the OOM killer has struck in its container so far.
+    pub oom_kills: u64,
+    /// Another process still holds its output.
+    pub output_open: bool,
 }
 
 /// A connection to the agent.
@@ -126,22 +136,26 @@ impl Agent {
         })
     }
 
-    /// Creates a container and its first process.
+    /// The limits of calls.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Creates a container and its first process. The caller limits the time.
     pub async fn create(&self, request: &CreateRequest) -> Result<()> {
         let call = self.client.create(ttrpc::context::with_timeout(0), request);
-        answer(
-            "Create",
-            self.limits.create,
-            "OCI runtime create failed",
-            call,
-        )
-        .await?;
+        call.await
+            .map_err(|error| refusal("OCI runtime create failed", error))?;
         Ok(())
     }
 
     /// Lets the first process of a container run.
     pub async fn start(&self, container: &ContainerId) -> Result<()> {
-        let request = container_request(container);
+        let request = ContainerRequest {
+            container_id: container.to_string(),
+            ..ContainerRequest::default()
+        };
         let call = self.client.start(ttrpc::context::with_timeout(0), &request);
         answer(
             "Start",
@@ -153,18 +167,11 @@ impl Agent {
         Ok(())
     }
 
-    /// Creates and starts a further process. `process` is JSON of the OCI
-    /// specification.
-    pub async fn exec(&self, name: &ProcessName, process: Vec<u8>, stdio: Stdio) -> Result<()> {
-        let request = ExecRequest {
-            container_id: name.container.to_string(),
-            exec_id: name.exec_id(),
-            process,
-            stdio: Some(stdio).into(),
-            ..ExecRequest::default()
-        };
-        let call = self.client.exec(ttrpc::context::with_timeout(0), &request);
-        answer("Exec", self.limits.request, "OCI runtime exec failed", call).await?;
+    /// Creates and starts a further process. The caller limits the time.
+    pub async fn exec(&self, request: &ExecRequest) -> Result<()> {
+        let call = self.client.exec(ttrpc::context::with_timeout(0), request);
+        call.await
+            .map_err(|error| refusal("OCI runtime exec failed", error))?;
         Ok(())
     }
 
@@ -175,8 +182,34 @@ impl Agent {
         let response = call.await.map_err(|error| refusal("Wait failed", error))?;
         Ok(Ended {
             status: u8::try_from(response.exit_status).unwrap_or(255),
-            oom_killed: response.oom_killed,
+            oom_kills: response.oom_kills,
+            output_open: response.output_open,
         })
+    }
+
+    /// Waits until the OOM killer has struck in a container more often than
+    /// `seen` times, however long that takes; answers how often.
+    pub async fn wait_oom(&self, container: &ContainerId, seen: u64) -> Result<u64> {
+        let request = WaitOomRequest {
+            container_id: container.to_string(),
+            seen,
+            ..WaitOomRequest::default()
+        };
+        let call = self
+            .client
+            .wait_oom(ttrpc::context::with_timeout(0), &request);
+        let response = call
+            .await
+            .map_err(|error| refusal("WaitOom failed", error))?;
+        Ok(response.oom_kills)
+    }
+
+    /// Asks for a sign of life.
+    pub async fn ping(&self) -> Result<()> {
+        let request = Empty::default();
+        let call = self.client.ping(ttrpc::context::with_timeout(0), &request);
+        answer("Ping", PING, "Ping failed", call).await?;
+        Ok(())
     }
 
     /// Sends a signal.
@@ -204,7 +237,7 @@ impl Agent {
         let call = self
             .client
             .delete(ttrpc::context::with_timeout(0), &request);
-        answer("Delete", self.limits.request, "Delete failed", call).await?;
+        answer("Delete", DELETE, "Delete failed", call).await?;
         Ok(())
     }
 
@@ -244,13 +277,6 @@ impl Agent {
             .shutdown(ttrpc::context::with_timeout(0), &request);
         answer("Shutdown", SHUTDOWN, "Shutdown failed", call).await?;
         Ok(())
-    }
-}
-
-fn container_request(container: &ContainerId) -> ContainerRequest {
-    ContainerRequest {
-        container_id: container.to_string(),
-        ..ContainerRequest::default()
     }
 }
 

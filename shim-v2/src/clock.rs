@@ -23,7 +23,7 @@ use rustix::{
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, warn};
 
-use crate::{error::Result, vm::Vm};
+use crate::{error::Result, guest::Guest};
 
 /// How often the clock of a guest is looked at: it drifts by a few milliseconds.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -37,22 +37,22 @@ const STEP: Duration = Duration::from_millis(500);
 /// How often a clock that was moved is looked at again.
 const LOOKS: usize = 4;
 
-/// Keeps the guest's clock right until the VM ends.
-pub(crate) async fn follow(vm: Arc<Vm>) {
+/// Keeps the guest's clock right until it ends.
+pub(crate) async fn follow(guest: Arc<dyn Guest>) {
     tokio::select! {
-        _ = vm.vmm().ended() => {}
-        result = keep_right(&vm) => if let Err(error) = result {
+        _ = guest.ended() => {}
+        result = keep_right(&*guest) => if let Err(error) = result {
             warn!(%error, "the guest's clock will not follow that of the host");
         }
     }
 }
 
-async fn keep_right(vm: &Vm) -> io::Result<()> {
+async fn keep_right(guest: &dyn Guest) -> io::Result<()> {
     let alarm = Alarm::new()?;
     loop {
         alarm.next(PERIOD).await?;
         // A guest that does not answer is another one's business.
-        if let Err(error) = correct(|by| vm.agent().clock(by)).await {
+        if let Err(error) = correct(|by| guest.agent().clock(by)).await {
             debug!(error = error.text(), "the guest's clock cannot be seen");
         }
     }

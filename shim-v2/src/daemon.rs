@@ -1,8 +1,8 @@
 //! The daemon: what `start` runs in the background.
 //!
-//! Inherits the listening socket. Makes its own mount namespace while it is
-//! single-threaded, tells `start` that it is ready, then serves until Shutdown,
-//! SIGTERM, or ten minutes without a container.
+//! Inherits the listening socket, makes its own mount namespace while it is
+//! single-threaded, takes the pod's directory, tells `start` that it is ready, then
+//! serves until Shutdown, SIGTERM, or ten minutes without a container.
 
 use std::{
     fs::File,
@@ -34,12 +34,15 @@ use crate::{
     names::{GroupId, Namespace},
     pod::{Parts, Pod},
     share::{Share, enter_private_namespace},
-    statedir::{Process, Processes, StateDir},
+    statedir::{Held, StateDir},
     task::TaskService,
+    vm::Kvm,
 };
 
 /// Environment variable with the number of the listening socket.
 pub const LISTENER_FD: &str = "BULKHEAD_LISTENER_FD";
+/// Environment variable with the container for which the pod is made.
+pub const OWNER: &str = "BULKHEAD_OWNER";
 /// What the daemon says on its standard output when it is ready.
 pub const READY: &str = "ready\n";
 
@@ -60,8 +63,8 @@ pub fn run(flags: &Flags) -> Result<()> {
     let bundle = std::env::current_dir().map_err(host("find the bundle"))?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     enter_private_namespace()?;
-    // Without a readable configuration every Create says why; the pod can still be
-    // asked and deleted.
+    // A configuration that cannot be used ends the daemon, and `start` says why; but
+    // first there must be a log.
     let config = Config::load();
     log::init(
         &bundle,
@@ -75,79 +78,51 @@ pub fn run(flags: &Flags) -> Result<()> {
     }
     let config = config?;
     let dir = StateDir::of(&namespace, &group);
-    let made = Made::new(&dir, socket)?;
+    let owner = std::env::var(OWNER).unwrap_or_default();
+    let held = dir
+        .take(&owner, socket.clone())
+        .map_err(|source| Error::Path {
+            action: "make the state directory",
+            path: dir.path().to_owned(),
+            source,
+        })?;
     // The bundle may go before the daemon does.
     std::env::set_current_dir("/").map_err(host("leave the bundle"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(host("start the runtime"))?;
-    let result = runtime.block_on(serve(listener, namespace, config, &made));
+    let result = runtime.block_on(serve(listener, namespace, config, Arc::new(held), socket));
     // What still blocks in a thread (a mount on a dead server) must not keep the
     // process.
     runtime.shutdown_timeout(CLOSE);
     result
 }
 
-/// The state directory and the share, taken back if the daemon ends early.
-struct Made {
-    dir: StateDir,
-    socket: Option<PathBuf>,
-}
-
-impl Made {
-    fn new(dir: &StateDir, socket: Option<PathBuf>) -> Result<Self> {
-        let failed = |source| Error::Path {
-            action: "make the state directory",
-            path: dir.path().to_owned(),
-            source,
-        };
-        crate::delete::sweep(dir).map_err(failed)?;
-        dir.create().map_err(failed)?;
-        let made = Made {
-            dir: dir.clone(),
-            socket,
-        };
-        let shim = Process::of(std::process::id().cast_signed())
-            .map_err(host("look at the shim itself"))?;
-        let processes = Processes {
-            shim: Some(shim),
-            vmm: None,
-            socket: made.socket.clone(),
-        };
-        dir.record(&processes).map_err(failed)?;
-        Ok(made)
-    }
-}
-
-impl Drop for Made {
-    fn drop(&mut self) {
-        if self.dir.exists()
-            && let Err(error) = self.dir.remove()
-        {
-            warn!(%error, "cannot remove the state directory");
-        }
-    }
-}
-
 async fn serve(
     listener: StdListener,
     namespace: Namespace,
     config: Config,
-    made: &Made,
+    held: Arc<Held>,
+    socket: Option<PathBuf>,
 ) -> Result<()> {
-    let share = Share::mount(&made.dir.share())?;
+    let share = Share::mount(&held.dir().share())?;
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let events = Publisher::new(&namespace, &address);
+    let hypervisor = Arc::new(Kvm {
+        config: config.clone(),
+        dir: held.dir().clone(),
+    });
     let pod = Pod::new(Parts {
         namespace,
         config,
-        dir: made.dir.clone(),
+        dir: held,
         share,
         events,
+        hypervisor,
     });
     let end = Arc::new(Notify::new());
-    let service = TaskService::new(Arc::clone(&pod), made.socket.clone(), Arc::clone(&end));
+    let service = TaskService::new(Arc::clone(&pod), socket, Arc::clone(&end));
     listener
         .set_nonblocking(true)
         .map_err(host("make the socket non-blocking"))?;
@@ -163,6 +138,9 @@ async fn serve(
     let mut interrupt = signal(SignalKind::interrupt()).map_err(host("watch SIGINT"))?;
     // The end of whoever started us is no reason to end.
     let _hangup = signal(SignalKind::hangup()).map_err(host("watch SIGHUP"))?;
+    // Other shims take them as a wish to log what they do.
+    let mut dump = signal(SignalKind::user_defined1()).map_err(host("watch SIGUSR1"))?;
+    let _user2 = signal(SignalKind::user_defined2()).map_err(host("watch SIGUSR2"))?;
     say_ready()?;
     tokio::select! {
         () = end.notified() => {}
@@ -178,6 +156,7 @@ async fn serve(
             info!("nobody needs this shim");
             service.stop().await;
         }
+        () = async { while dump.recv().await.is_some() { pod.log_state() } } => {}
     }
     let _ = timeout(CLOSE, server.shutdown()).await;
     info!("shim ends");

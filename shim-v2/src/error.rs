@@ -48,7 +48,7 @@ pub enum Error {
         exec: ExecId,
     },
     /// The call does not fit the state.
-    #[error("Process {process} is {state:?}: cannot {op:?} it")]
+    #[error("Process {process} is {state}: cannot {op} it")]
     WrongState {
         /// Container, and exec if any.
         process: String,
@@ -117,6 +117,9 @@ pub enum Error {
     /// The virtual machine has ended.
     #[error("The virtual machine is gone: {0}")]
     VmGone(String),
+    /// The guest, or its VMM, takes no connection for a stream.
+    #[error("Cannot connect a stream to the guest")]
+    Stream(#[source] io::Error),
     /// The guest refuses. The text comes from there, escaped and cut.
     #[error("{context}: {text}")]
     Agent {
@@ -176,6 +179,11 @@ impl Error {
             Error::Path { source, .. } | Error::Host { source, .. } => of_io(source),
             Error::Boot(_) | Error::Panicked(_) => Code::INTERNAL,
             Error::VmGone(_) => Code::UNAVAILABLE,
+            // That a socket is not there does not mean that a process is not.
+            Error::Stream(source) => match of_io(source) {
+                Code::RESOURCE_EXHAUSTED => Code::RESOURCE_EXHAUSTED,
+                _ => Code::UNAVAILABLE,
+            },
             Error::Agent { code, .. } => *code,
             Error::Deadline { .. } => Code::DEADLINE_EXCEEDED,
             Error::Cancelled(_) => Code::ABORTED,

@@ -1,15 +1,14 @@
-//! Events for containerd: one queue, one writer, in order, each exactly once.
+//! Events for containerd: one queue, one writer, in order.
 //!
 //! An event is published over ttrpc to `TTRPC_ADDRESS`. While containerd is away
-//! it is tried again, and those behind it wait: a later event never overtakes an
-//! earlier one. Without an address (CRI-O) events are dropped silently. Publishing
-//! never blocks a request: a full queue drops the newest event and says so.
+//! it is tried again for minutes, and those behind it wait: a later event never
+//! overtakes an earlier one. Each is delivered once, unless containerd took it and
+//! its answer was lost: then it is sent again. Without an address (CRI-O) events
+//! are dropped silently. Nothing here blocks a request or the thread: a full queue
+//! drops the newest event and says so, and whoever does not accept a connection is
+//! a containerd that is away.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, io, sync::Mutex, time::Duration};
 
 use containerd_shim_protos::{
     events::task::{
@@ -25,20 +24,29 @@ use containerd_shim_protos::{
     topics,
 };
 use tokio::{
+    net::UnixStream,
     sync::mpsc,
     task::JoinHandle,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{debug, warn};
+use ttrpc::r#async::transport::Socket;
 
-use crate::names::{Namespace, plain_address};
+use crate::{
+    lock::lock,
+    names::{Namespace, plain_address},
+};
 
 /// Events that wait at most.
 const QUEUE: usize = 2048;
-/// Attempts to publish one event.
-const ATTEMPTS: u32 = 5;
+/// Time that an event is kept for a containerd that is away.
+const KEEP: Duration = Duration::from_secs(600);
+/// Times that an event is offered to a containerd that answers with an error.
+const OFFERS: u32 = 5;
 /// Limit of one attempt.
 const FORWARD: Duration = Duration::from_secs(5);
+/// First and longest pause between two attempts.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
 /// What happened, without the time and the namespace.
 #[derive(Clone, Debug, PartialEq)]
@@ -106,10 +114,18 @@ pub fn task_io(stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> TaskI
     }
 }
 
+/// An event in the queue.
+#[derive(Debug)]
+pub(crate) struct Queued {
+    at: Timestamp,
+    since: Instant,
+    event: Event,
+}
+
 /// The end of the queue that events are put into.
 #[derive(Debug)]
 pub struct Publisher {
-    queue: Mutex<Option<mpsc::Sender<(Timestamp, Event)>>>,
+    queue: Mutex<Option<mpsc::Sender<Queued>>>,
     writer: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -123,40 +139,46 @@ impl Publisher {
                 writer: None.into(),
             };
         }
+        let (publisher, events) = Self::channel();
+        let containerd = Containerd {
+            namespace: namespace.to_string(),
+            address: plain_address(address).to_owned(),
+            client: None,
+        };
+        *lock(&publisher.writer) = Some(tokio::spawn(containerd.write(events)));
+        publisher
+    }
+
+    /// A queue, and the end from which events are taken.
+    pub(crate) fn channel() -> (Self, mpsc::Receiver<Queued>) {
         let (queue, events) = mpsc::channel(QUEUE);
-        let address = format!("unix://{}", plain_address(address));
-        let writer = tokio::spawn(write(events, namespace.to_string(), address));
-        Publisher {
+        let publisher = Publisher {
             queue: Some(queue).into(),
-            writer: Some(writer).into(),
-        }
+            writer: None.into(),
+        };
+        (publisher, events)
     }
 
     /// Puts an event into the queue.
     pub fn publish(&self, event: Event) {
-        debug!(topic = event.topic(), "event");
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let topic = event.topic();
+        debug!(topic, "event");
+        let queue = lock(&self.queue);
         let Some(queue) = queue.as_ref() else { return };
-        if let Err(error) = queue.try_send((Timestamp::now(), event)) {
-            let event = match &error {
-                mpsc::error::TrySendError::Full((_, event))
-                | mpsc::error::TrySendError::Closed((_, event)) => event,
-            };
-            warn!(topic = event.topic(), "event dropped: the queue is full");
+        let queued = Queued {
+            at: Timestamp::now(),
+            since: Instant::now(),
+            event,
+        };
+        if queue.try_send(queued).is_err() {
+            warn!(topic, "event dropped: the queue is full");
         }
     }
 
     /// Ends the queue and waits until it is empty, at most `limit`.
     pub async fn flush(&self, limit: Duration) {
-        self.queue
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let writer = self
-            .writer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        lock(&self.queue).take();
+        let writer = lock(&self.writer).take();
         if let Some(writer) = writer
             && timeout(limit, writer).await.is_err()
         {
@@ -165,55 +187,82 @@ impl Publisher {
     }
 }
 
-async fn write(mut events: mpsc::Receiver<(Timestamp, Event)>, namespace: String, address: String) {
-    let mut client = None;
-    while let Some((timestamp, event)) = events.recv().await {
-        let topic = event.topic();
+/// The connection to containerd.
+struct Containerd {
+    namespace: String,
+    address: String,
+    client: Option<EventsClient>,
+}
+
+impl Containerd {
+    async fn write(mut self, mut events: mpsc::Receiver<Queued>) {
+        while let Some(queued) = events.recv().await {
+            let topic = queued.event.topic();
+            if let Err(error) = self.deliver(queued).await {
+                warn!(topic, %error, "event dropped: containerd does not take it");
+            }
+        }
+    }
+
+    async fn deliver(&mut self, queued: Queued) -> ttrpc::Result<()> {
         let request = ForwardRequest {
             envelope: MessageField::some(Envelope {
-                timestamp: MessageField::some(timestamp),
-                namespace: namespace.clone(),
-                topic: topic.to_owned(),
-                event: MessageField::some(event.payload()),
+                timestamp: MessageField::some(queued.at),
+                namespace: self.namespace.clone(),
+                topic: queued.event.topic().to_owned(),
+                event: MessageField::some(queued.event.payload()),
                 ..Envelope::default()
             }),
             ..ForwardRequest::default()
         };
-        for attempt in 1..=ATTEMPTS {
-            match forward(&mut client, &namespace, &address, &request).await {
-                Ok(()) => break,
-                Err(error) if attempt == ATTEMPTS => {
-                    warn!(topic, %error, "event dropped: containerd does not take it");
-                }
-                Err(error) => {
-                    debug!(topic, %error, attempt, "event not taken");
-                    client = None;
-                    sleep(Duration::from_millis(100 << attempt)).await;
-                }
+        let (mut pause, longest) = PAUSES;
+        let mut offers = 0;
+        loop {
+            let error = match self.forward(&request).await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            if matches!(error, ttrpc::Error::RpcStatus(_)) {
+                offers += 1;
             }
+            if offers == OFFERS || queued.since.elapsed() >= KEEP {
+                return Err(error);
+            }
+            debug!(%error, "event not taken");
+            self.client = None;
+            sleep(pause).await;
+            pause = (pause * 2).min(longest);
+        }
+    }
+
+    async fn forward(&mut self, request: &ForwardRequest) -> ttrpc::Result<()> {
+        let failed = |error: io::Error| ttrpc::Error::Socket(error.to_string());
+        let service = match &self.client {
+            Some(service) => service,
+            None => {
+                // Not the library's own way, which blocks the thread until the
+                // connection is accepted.
+                let stream = timeout(FORWARD, UnixStream::connect(&self.address)).await;
+                let stream = stream
+                    .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+                    .map_err(failed)?;
+                let client = Client::new(Socket::new(stream));
+                self.client.insert(EventsClient::new(client))
+            }
+        };
+        let mut context = ttrpc::context::with_duration(FORWARD);
+        context.metadata = HashMap::from([(
+            "containerd-namespace-ttrpc".to_owned(),
+            vec![self.namespace.clone()],
+        )]);
+        match timeout(FORWARD, service.forward(context, request)).await {
+            Ok(answer) => answer.map(drop),
+            Err(_) => Err(failed(io::ErrorKind::TimedOut.into())),
         }
     }
 }
 
-async fn forward(
-    client: &mut Option<EventsClient>,
-    namespace: &str,
-    address: &str,
-    request: &ForwardRequest,
-) -> ttrpc::Result<()> {
-    let service = match client {
-        Some(service) => service,
-        None => client.insert(EventsClient::new(Client::connect(address).await?)),
-    };
-    let metadata = HashMap::from([(
-        "containerd-namespace-ttrpc".to_owned(),
-        vec![namespace.to_owned()],
-    )]);
-    let mut context = ttrpc::context::with_duration(FORWARD);
-    context.metadata = metadata;
-    service.forward(context, request).await?;
-    Ok(())
-}
-
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

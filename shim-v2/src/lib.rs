@@ -5,13 +5,15 @@
 //! state directory and the process `bulkhead-vmm`.
 //!
 //! Promises that a pod leaves nothing behind: every thing that must be undone is
-//! held by a guard, every mount lives in the shim's own mount namespace, and the
-//! VMM dies with the shim.
+//! held by a guard, every mount lives in the shim's own mount namespace or copies of
+//! it that end with it, and the VMM dies with the shim.
 //!
-//! Never maps guest memory; parses bytes of the guest in [`agent`] only.
+//! Never maps guest memory. What a guest says is parsed in [`agent`]; what its VMM
+//! says (hostile as the guest may have made it) where it is read: a line in [`io`],
+//! descriptors and the report in [`vm`].
 //!
 //! Read order: [`start`] makes the daemon, [`daemon`] serves, [`task`] translates
-//! requests, [`pod`] carries them out.
+//! requests, [`pod`] carries them out upon a [`guest`].
 
 pub mod agent;
 pub mod assets;
@@ -22,9 +24,11 @@ pub mod delete;
 pub mod error;
 pub mod events;
 pub mod flags;
+pub mod guest;
 pub mod info;
 mod inherit;
 pub mod io;
+mod lock;
 pub mod log;
 pub mod mount;
 pub mod names;

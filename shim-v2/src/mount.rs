@@ -18,9 +18,9 @@ use rustix::{
     fs::{CWD, FsWord, Mode, OFlags},
     io::Errno,
     mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
-        fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
-        open_tree, unmount,
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+        OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+        fsmount, fsopen, move_mount, open_tree, unmount,
     },
 };
 
@@ -66,6 +66,10 @@ pub fn open_source(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Makes a detached copy of the mount at `place`, inert, with further attributes.
+///
+/// The copy is private: what the host mounts below the original from now on would
+/// come without these attributes, and does not come at all. What came while this
+/// works has them too.
 pub fn clone_tree(
     place: &OwnedFd,
     scope: Scope,
@@ -78,16 +82,29 @@ pub fn clone_tree(
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
     let tree = open_tree(place, c"", flags)?;
-    set_attributes(&tree, attributes | INERT, scope)?;
+    let attr = MountAttr {
+        attr_set: u64::from((attributes | INERT).bits()),
+        propagation: u64::from(MountPropagationFlags::PRIVATE.bits()),
+        ..MountAttr::default()
+    };
+    set(&tree, &attr, Scope::Recursive)?;
     Ok(tree)
 }
 
 /// Sets attributes of a mount, or of a tree of mounts.
-pub fn set_attributes<Fd: AsFd>(mount: Fd, set: MountAttrFlags, scope: Scope) -> io::Result<()> {
+pub fn set_attributes<Fd: AsFd>(
+    mount: Fd,
+    attributes: MountAttrFlags,
+    scope: Scope,
+) -> io::Result<()> {
     let attr = MountAttr {
-        attr_set: u64::from(set.bits()),
+        attr_set: u64::from(attributes.bits()),
         ..MountAttr::default()
     };
+    set(mount, &attr, scope)
+}
+
+fn set<Fd: AsFd>(mount: Fd, attr: &MountAttr, scope: Scope) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH
         | if scope == Scope::Recursive {
             libc::AT_RECURSIVE
@@ -104,7 +121,7 @@ pub fn set_attributes<Fd: AsFd>(mount: Fd, set: MountAttrFlags, scope: Scope) ->
             fd,
             c"".as_ptr(),
             flags,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             size,
         )
     };
@@ -194,6 +211,10 @@ pub fn overlay(options: &[&str]) -> io::Result<OwnedFd> {
                     fsconfig_set_string(&context, "lowerdir+", layer)?;
                 }
             }
+            // The quotes are mount(8)'s.
+            Some((key, value)) if is_label(key) => {
+                fsconfig_set_string(&context, key, value.trim_matches('"'))?;
+            }
             Some((key, value)) => fsconfig_set_string(&context, key, value)?,
             None => fsconfig_set_flag(&context, option)?,
         }
@@ -204,6 +225,22 @@ pub fn overlay(options: &[&str]) -> io::Result<OwnedFd> {
         FsMountFlags::FSMOUNT_CLOEXEC,
         attributes | INERT,
     )?)
+}
+
+/// Is this the name of an option whose value is an SELinux label? Labels contain
+/// commas.
+#[must_use]
+pub fn is_label(key: &str) -> bool {
+    matches!(key, "context" | "fscontext" | "defcontext" | "rootcontext")
+}
+
+/// The options as one text of mount(2), in which commas separate them.
+fn joined(options: &[&str]) -> String {
+    let quoted = options.iter().map(|option| match option.split_once('=') {
+        Some((key, value)) if is_label(key) => format!("{key}=\"{}\"", value.trim_matches('"')),
+        _ => (*option).to_owned(),
+    });
+    quoted.collect::<Vec<_>>().join(",")
 }
 
 /// Splits `lowerdir=`: layers are separated by colons; a backslash escapes.
@@ -230,7 +267,7 @@ fn split_layers(layers: &str) -> Vec<String> {
 /// no other way. Attaches at `target` at once.
 pub fn overlay_classic(options: &[&str], target: &OwnedFd) -> io::Result<()> {
     let (attributes, rest) = split_options(options);
-    let data = CString::new(rest.join(","))?;
+    let data = CString::new(joined(&rest))?;
     // The target is reached by its descriptor, not by name.
     let path = format!("/proc/self/fd/{}", target.as_raw_fd());
     rustix::mount::mount(
@@ -274,6 +311,19 @@ mod tests {
     fn layers_are_split_at_colons_that_are_not_escaped() {
         assert_eq!(split_layers("/a:/b"), ["/a", "/b"]);
         assert_eq!(split_layers(r"/a\:b:/c\\d"), ["/a:b", r"/c\d"]);
+    }
+
+    #[test]
+    fn a_label_keeps_its_commas_and_nothing_else_is_quoted() {
+        let options = ["index=off", "context=\"u:r:t:s0:c1,c2\"", "lowerdir=/a"];
+        assert_eq!(
+            joined(&options),
+            "index=off,context=\"u:r:t:s0:c1,c2\",lowerdir=/a"
+        );
+        assert_eq!(
+            joined(&["context=u:r:t:s0:c1,c2"]),
+            "context=\"u:r:t:s0:c1,c2\""
+        );
     }
 
     #[test]

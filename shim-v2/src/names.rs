@@ -262,16 +262,13 @@ mod tests {
             &namespace,
             &group,
         );
-        // sha256 of "/run/containerd/containerd.sock/default/redis".
-        let expected = hex::encode(Sha256::digest(
-            b"/run/containerd/containerd.sock/default/redis",
-        ));
+        // printf %s /run/containerd/containerd.sock/default/redis | sha256sum
+        let expected = "f6b99128c07bdbd0902363ba979c22f8ef053e683a7ce24dd016a1ab17092c33";
         assert_eq!(path, PathBuf::from(SOCKET_DIR).join(expected));
+        // printf %s default/redis | sha256sum
+        let expected = "cca61c73e111fd7b9d0f64d503bd2ce9b1acc3828e4dfd6969c394b994032e8a";
         let empty = socket_path(SOCKET_DIR, "", &namespace, &group);
-        assert_eq!(
-            empty,
-            PathBuf::from(SOCKET_DIR).join(hex::encode(Sha256::digest(b"default/redis")))
-        );
+        assert_eq!(empty, PathBuf::from(SOCKET_DIR).join(expected));
     }
 
     #[test]

@@ -1,30 +1,31 @@
 //! One pod: its VM, its containers, and the order in which they come and go.
 //!
 //! All changes go through [`Pod`]; nothing else in the shim holds a container.
-//! What is legal when is in `state.rs`. Locks guard maps for the length of a
-//! look-up and are never held across an await; the one exception is
-//! `Process::moving`. Kill takes no lock that another request holds while it waits.
+//! What is legal when is in `state.rs`, how a process moves in `process.rs`, how it
+//! ends in `pod/watch.rs`. Locks guard maps for the length of a look-up and are never
+//! held across an await, but for `Container::deleting`. Kill of a first process
+//! waits for nobody; Kill of an exec, and Delete, wait for a start that is under way,
+//! which has limits of its own.
 //!
 //! The first Create boots the VM, which then lives until [`Pod::stop`]. If the VM
 //! ends by itself, every process of the pod ends with it.
 
 mod create;
 mod exec;
+mod making;
+mod watch;
 
 use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use containerd_shim_protos::{
-    events::task::{TaskDelete, TaskExit, TaskOOM, TaskStart},
-    protobuf::MessageField,
-};
+use containerd_shim_protos::{events::task::TaskDelete, protobuf::MessageField};
 use tokio::{
     sync::{Mutex as AsyncMutex, Notify, OnceCell},
     time::timeout,
@@ -39,12 +40,14 @@ use crate::{
     config::Config,
     error::{Error, Result},
     events::{Event, Publisher},
+    guest::{self, Boots, Guest},
+    lock::lock,
     names::{ContainerId, ExecId, Namespace},
     process::{Exit, Process},
     share::{ContainerShare, Share},
     state::{self, Op, Refusal, State},
-    statedir::StateDir,
-    vm::{Boot, Size, Vm, vmm::End},
+    statedir::Held,
+    vm::{Size, vmm::End},
 };
 
 /// Time that output gets to be delivered after its process ended.
@@ -54,6 +57,11 @@ const DIE: Duration = Duration::from_secs(3);
 /// Time for containerd to take the last events.
 const FLUSH: Duration = Duration::from_secs(2);
 
+/// SIGKILL as the protocols number it.
+const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
+/// Exit status of what SIGKILL ended.
+const KILLED: u8 = 137;
+
 /// What a pod is made with.
 #[derive(Debug)]
 pub struct Parts {
@@ -61,22 +69,29 @@ pub struct Parts {
     pub namespace: Namespace,
     /// The administrator's settings.
     pub config: Config,
-    /// The pod's state directory, which exists.
-    pub dir: StateDir,
+    /// The pod's state directory.
+    pub dir: Arc<Held>,
     /// The pod's share.
     pub share: Share,
     /// Takes events.
     pub events: Publisher,
+    /// Boots the guest.
+    pub hypervisor: Arc<dyn Boots>,
 }
 
 /// A pod.
 #[derive(Debug)]
 pub struct Pod {
     config: Config,
-    dir: StateDir,
+    dir: Arc<Held>,
     share: Arc<Share>,
-    events: Publisher,
-    vm: OnceCell<Arc<Vm>>,
+    events: Arc<Publisher>,
+    hypervisor: Arc<dyn Boots>,
+    guest: OnceCell<Arc<dyn Guest>>,
+    /// Why the shim itself ended the guest, if it had to.
+    failure: OnceLock<End>,
+    /// The agent has let somebody wait in vain: look at once whether it lives.
+    doubt: Notify,
     slots: Mutex<BTreeMap<ContainerId, Slot>>,
     stopping: AtomicBool,
     stopped: OnceCell<()>,
@@ -104,12 +119,22 @@ struct Container {
     id: ContainerId,
     bundle: PathBuf,
     init: Arc<Process>,
-    execs: Mutex<BTreeMap<ExecId, Arc<Process>>>,
+    execs: Mutex<Execs>,
     files: Mutex<Option<ContainerShare>>,
     /// Held while it is deleted.
     deleting: AsyncMutex<()>,
     /// A SIGKILL was not answered; the next one ends the VM.
     kill_unanswered: AtomicBool,
+    /// How often the OOM killer struck, as far as containerd was told.
+    ooms: AtomicU64,
+}
+
+/// The further processes of a container.
+#[derive(Debug, Default)]
+struct Execs {
+    all: BTreeMap<ExecId, Arc<Process>>,
+    /// The first process has ended: no further one may start.
+    closed: bool,
 }
 
 /// What State answers.
@@ -132,8 +157,11 @@ impl Pod {
             config: parts.config,
             dir: parts.dir,
             share: Arc::new(parts.share),
-            events: parts.events,
-            vm: OnceCell::new(),
+            events: Arc::new(parts.events),
+            hypervisor: parts.hypervisor,
+            guest: OnceCell::new(),
+            failure: OnceLock::new(),
+            doubt: Notify::new(),
             slots: Mutex::default(),
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),
@@ -144,22 +172,32 @@ impl Pod {
     /// pid.
     pub async fn start(self: &Arc<Self>, name: &ProcessName) -> Result<u32> {
         let (container, process) = self.find(name)?;
-        let _moving = process.moving.lock().await;
         if name.exec.is_some() {
-            return self.start_exec(&container, &process).await;
+            self.start_exec(&container, &process).await?;
+        } else {
+            self.start_init(&container).await?;
         }
-        state::init(process.state(), Op::Start)
-            .map_err(|refusal| refused(&process, Op::Start, refusal))?;
-        let vm = self.living_vm()?;
-        vm.agent().start(&container.id).await?;
-        process.running();
-        let pid = self.pid();
-        self.events.publish(Event::Start(TaskStart {
-            container_id: container.id.to_string(),
-            pid,
-            ..TaskStart::default()
-        }));
-        Ok(pid)
+        Ok(self.pid())
+    }
+
+    async fn start_init(self: &Arc<Self>, container: &Container) -> Result<()> {
+        let init = &container.init;
+        let start = init
+            .begin(|state| state::init(state, Op::Start))
+            .map_err(|refusal| refused(init, Op::Start, refusal))?;
+        let guest = self.living()?;
+        if let Err(error) = guest.agent().start(&container.id).await {
+            if matches!(error, Error::Deadline { .. }) {
+                // It may come to run after all, and its caller was told otherwise.
+                self.doubt.notify_one();
+                let (guest, name) = (Arc::clone(guest), init.name.clone());
+                tokio::spawn(async move { guest.agent().kill(&name, SIGKILL, false).await });
+            }
+            return Err(error);
+        }
+        // Only an exec can be given up meanwhile.
+        let _ = start.confirm();
+        Ok(())
     }
 
     /// Sends a signal to a process, or to all of the container.
@@ -172,26 +210,42 @@ impl Pod {
                 reason: "it must lie between 0 and 64".to_owned(),
             });
         }
+        if name.exec.is_some() {
+            process.settled().await;
+        }
         check(&container, &process, Op::Kill)?;
         // Signal 0 only asks whether the process lives.
         if signal == 0 {
             return Ok(());
         }
-        let vm = self.living_vm()?;
-        match vm.agent().kill(name, signal, all).await {
+        let finished = || Error::Finished(name.to_string());
+        // With its VM every process is gone, though its end may not be recorded yet.
+        let guest = self.living().map_err(|_| finished())?;
+        match guest.agent().kill(name, signal, all).await {
             Err(Error::Agent {
                 code: Code::NOT_FOUND,
                 ..
-            }) => Err(Error::Finished(name.to_string())),
-            Err(error @ (Error::Deadline { .. } | Error::VmGone(_)))
-                if signal == libc::SIGKILL.unsigned_abs() && name.exec.is_none() =>
-            {
+            }) => Err(finished()),
+            // Without its agent a VM is of no use.
+            Err(Error::VmGone(_)) if signal == SIGKILL => {
+                guest.kill();
+                Ok(())
+            }
+            Err(Error::VmGone(_)) => {
+                self.lost(&**guest).await;
+                Err(finished())
+            }
+            Err(error @ Error::Deadline { .. }) => {
+                self.doubt.notify_one();
+                if signal != SIGKILL || name.exec.is_some() {
+                    return Err(error);
+                }
                 // The guest cannot be asked. For the only container its VM is as
                 // good; in a pod siblings would die, so only if asked again.
                 let again = container.kill_unanswered.swap(true, Ordering::SeqCst);
                 if self.is_alone(&container) || again {
                     warn!(container = %container.id, %error, "killing the VM instead");
-                    vm.vmm().kill();
+                    guest.kill();
                     return Ok(());
                 }
                 Err(error)
@@ -207,26 +261,22 @@ impl Pod {
             self.cancel_create(&name.container).await;
         }
         let (container, process) = self.find(name)?;
-        check(&container, &process, Op::Delete)?;
+        process.settled().await;
         if let Some(exec) = &name.exec {
             return self.delete_exec(&container, exec, &process).await;
         }
+        check(&container, &process, Op::Delete)?;
         let _deleting = container.deleting.lock().await;
         // The id may be gone while this waited.
         self.find(name)?;
-        if process.state() == State::Created {
-            self.kill_created(&container, &process).await;
+        if process.state() == State::Registered {
+            self.kill_created(&container).await;
         }
         let exit = process.exit().await;
         process.drained(DRAIN).await;
         process.close_streams();
-        if let Some(vm) = self.vm.get().filter(|vm| vm.vmm().has_ended().is_none())
-            && let Err(error) = vm.agent().delete(name).await
-        {
-            warn!(container = %container.id, error = error.text(), "the guest does not delete it");
-        }
-        for exec in std::mem::take(&mut *lock(&container.execs)).into_values() {
-            exec.exited(Exit::now(255));
+        self.forget_in_guest(name).await;
+        for exec in std::mem::take(&mut lock(&container.execs).all).into_values() {
             exec.close_streams();
         }
         let files = lock(&container.files).take();
@@ -241,6 +291,21 @@ impl Pod {
             ..TaskDelete::default()
         }));
         Ok((pid, exit))
+    }
+
+    /// What the host forgets, the guest shall forget too, if it can.
+    async fn forget_in_guest(&self, name: &ProcessName) {
+        let Ok(guest) = self.living() else { return };
+        match guest.agent().delete(name).await {
+            Ok(()) => {}
+            Err(error) if error.code() == Code::NOT_FOUND => {}
+            Err(error) => {
+                if matches!(error, Error::Deadline { .. }) {
+                    self.doubt.notify_one();
+                }
+                warn!(process = %name, error = error.text(), "the guest does not forget it");
+            }
+        }
     }
 
     /// Looks up a process.
@@ -265,13 +330,19 @@ impl Pod {
         if !process.stdio.terminal || columns == 0 || rows == 0 {
             return Ok(());
         }
+        if name.exec.is_some() {
+            process.settled().await;
+        }
         match (name.exec.is_some(), process.state()) {
-            (_, State::Stopped) => Ok(()),
-            (true, State::Created) => {
+            (_, State::Ended) => Ok(()),
+            (true, State::Registered) => {
                 process.set_size(columns, rows);
                 Ok(())
             }
-            _ => self.living_vm()?.agent().resize(name, columns, rows).await,
+            _ => match self.living() {
+                Ok(guest) => guest.agent().resize(name, columns, rows).await,
+                Err(_) => Ok(()),
+            },
         }
     }
 
@@ -292,9 +363,25 @@ impl Pod {
     /// VM.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.vm
+        self.guest
             .get()
-            .map_or(0, |vm| vm.vmm().process().pid.unsigned_abs())
+            .map_or(0, |guest| guest.process().pid.unsigned_abs())
+    }
+
+    /// Writes into the log what there is and in which state.
+    pub fn log_state(&self) {
+        let end = self.guest.get().map(|guest| guest.has_ended());
+        info!(pid = self.pid(), ?end, "state of the pod");
+        for (id, slot) in &*lock(&self.slots) {
+            let Slot::Ready(container) = slot else {
+                info!(container = %id, "is being created");
+                continue;
+            };
+            info!(container = %id, state = ?container.init.phase(), "state");
+            for (exec, process) in &lock(&container.execs).all {
+                info!(container = %id, %exec, state = ?process.phase(), "state");
+            }
+        }
     }
 
     /// Ends the pod: VM, containers, events, state directory. Whoever calls it
@@ -313,24 +400,28 @@ impl Pod {
         for id in creating {
             self.cancel_create(&id).await;
         }
-        match self.vm.get() {
-            // Every container was deleted, so the guest holds nothing of value.
-            Some(vm) if self.is_empty() => vm.vmm().kill(),
-            Some(vm) => vm.stop().await,
-            None => {}
-        }
-        if let Some(vm) = self.vm.get() {
-            vm.vmm().ended().await;
+        if let Some(guest) = self.guest.get() {
+            if self.is_empty() {
+                // Every container was deleted, so the guest holds nothing of value.
+                guest.kill();
+            } else {
+                guest::stop(&**guest).await;
+            }
+            if timeout(DIE, guest.ended()).await.is_err() {
+                warn!("the VMM does not end");
+            }
         }
         for container in self.containers() {
             // The end of the VM ends every process that was started in it.
-            let _ = timeout(DIE, container.init.exit()).await;
-            container.init.drained(DRAIN).await;
+            if timeout(DIE, container.init.exit()).await.is_err() {
+                self.conclude(&container, Exit::now(KILLED), Duration::ZERO)
+                    .await;
+            }
             container.init.close_streams();
         }
         self.events.flush(FLUSH).await;
         let slots = std::mem::take(&mut *lock(&self.slots));
-        let (share, dir) = (Arc::clone(&self.share), self.dir.clone());
+        let (share, dir) = (Arc::clone(&self.share), Arc::clone(&self.dir));
         let removed = tokio::task::spawn_blocking(move || {
             drop(slots);
             share.unmount();
@@ -364,166 +455,65 @@ impl Pod {
         };
         let process = match &name.exec {
             None => Arc::clone(&container.init),
-            Some(exec) => {
-                lock(&container.execs)
-                    .get(exec)
-                    .cloned()
-                    .ok_or_else(|| Error::NoExec {
-                        container: name.container.clone(),
-                        exec: exec.clone(),
-                    })?
-            }
+            Some(exec) => lock(&container.execs)
+                .all
+                .get(exec)
+                .cloned()
+                .ok_or_else(|| Error::NoExec {
+                    container: name.container.clone(),
+                    exec: exec.clone(),
+                })?,
         };
         Ok((container, process))
     }
 
-    fn living_vm(&self) -> Result<&Arc<Vm>> {
-        let vm = self
-            .vm
+    fn living(&self) -> Result<&Arc<dyn Guest>> {
+        let guest = self
+            .guest
             .get()
             .ok_or_else(|| Error::VmGone("it was never started".to_owned()))?;
-        match vm.vmm().has_ended() {
-            None => Ok(vm),
-            Some(end) => Err(Error::VmGone(end.reason)),
+        match guest.has_ended() {
+            None => Ok(guest),
+            Some(end) => Err(Error::VmGone(self.verdict(end).reason)),
         }
     }
 
-    /// The VM, booted by whoever comes first.
-    async fn boot(self: &Arc<Self>, size: Size, oom_score_adj: i32) -> Result<Arc<Vm>> {
+    /// The guest, booted by whoever comes first.
+    async fn boot(self: &Arc<Self>, size: Size, oom_score_adj: i32) -> Result<Arc<dyn Guest>> {
         let boot = || async {
-            let boot = Boot {
-                config: &self.config,
-                dir: &self.dir,
-                size,
-                oom_score_adj,
-            };
-            let vm = Arc::new(Vm::boot(boot).await?);
-            let mut processes = self.dir.processes();
-            processes.vmm = Some(vm.vmm().process());
-            if let Err(error) = self.dir.record(&processes) {
-                warn!(%error, "delete will not know of the VMM");
-            }
-            tokio::spawn(Arc::clone(self).watch_vm(Arc::clone(&vm)));
-            tokio::spawn(clock::follow(Arc::clone(&vm)));
-            Ok::<_, Error>(vm)
+            let guest = self.hypervisor.boot(size, oom_score_adj).await?;
+            let (dir, process) = (Arc::clone(&self.dir), guest.process());
+            let recorded = tokio::task::spawn_blocking(move || dir.record_vmm(process)).await;
+            recorded
+                .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+                .map_err(|source| Error::Path {
+                    action: "record the VMM in",
+                    path: self.dir.dir().path().to_owned(),
+                    source,
+                })?;
+            tokio::spawn(Arc::clone(self).watch_guest(Arc::clone(&guest)));
+            tokio::spawn(Arc::clone(self).watch_agent(Arc::clone(&guest)));
+            tokio::spawn(clock::follow(Arc::clone(&guest)));
+            Ok::<_, Error>(guest)
         };
-        let vm = Arc::clone(self.vm.get_or_try_init(boot).await?);
-        match vm.vmm().has_ended() {
-            None => Ok(vm),
-            Some(end) => Err(Error::VmGone(end.reason)),
-        }
+        self.guest.get_or_try_init(boot).await?;
+        self.living().map(Arc::clone)
     }
 
-    async fn watch_vm(self: Arc<Self>, vm: Arc<Vm>) {
-        let end = vm.vmm().ended().await;
-        if self.stopping.load(Ordering::SeqCst) {
-            return;
-        }
-        warn!(status = end.status, reason = end.reason, "the VM ended");
-        for line in &end.console {
-            warn!(message_of = "guest", "{line}");
-        }
-        self.write_reason(&end);
-    }
-
-    /// Leaves the reason of an end that nobody asked for where clients look for it.
-    fn write_reason(&self, end: &End) {
-        if self.stopping.load(Ordering::SeqCst) {
-            return;
-        }
-        if let Err(error) = self.dir.write_reason(&end.reason) {
-            warn!(%error, "cannot write the reason");
-        }
-    }
-
-    /// Waits for the end of a process in the guest, or of the VM, and records it.
-    fn watch(self: &Arc<Self>, vm: &Arc<Vm>, container: &Arc<Container>, process: &Arc<Process>) {
-        let (pod, vm) = (Arc::clone(self), Arc::clone(vm));
-        let (container, process) = (Arc::clone(container), Arc::clone(process));
-        tokio::spawn(async move {
-            let (status, oom) = match vm.agent().wait(&process.name).await {
-                Ok(ended) => (ended.status, ended.oom_killed),
-                Err(Error::VmGone(reason)) => {
-                    // Without its agent a VM is of no use.
-                    if timeout(DRAIN, vm.vmm().ended()).await.is_err() {
-                        warn!(reason, "killing the VM");
-                        vm.vmm().kill();
-                    }
-                    let end = vm.vmm().ended().await;
-                    // Before anybody learns of the exit and asks why.
-                    pod.write_reason(&end);
-                    (end.status, false)
-                }
-                Err(error) => {
-                    warn!(process = %process.name, error = error.text(), "its end is not known");
-                    (255, false)
-                }
-            };
-            process.drained(DRAIN).await;
-            if process.name.exec.is_none() {
-                pod.end_execs(&container).await;
-            }
-            // An end is told after the start.
-            let _moving = process.moving.lock().await;
-            pod.record_exit(&container, &process, status, oom);
-        });
-    }
-
-    /// All execs of a container end before its first process is said to have.
-    async fn end_execs(&self, container: &Container) {
-        let execs: Vec<Arc<Process>> = lock(&container.execs).values().cloned().collect();
-        for exec in execs {
-            if exec.state() == State::Running {
-                let _ = timeout(DIE, exec.exit()).await;
-            } else {
-                exec.exited(Exit::now(255));
-            }
-        }
-    }
-
-    fn record_exit(&self, container: &Container, process: &Process, status: u8, oom: bool) {
-        let exit = Exit::now(status);
-        info!(process = %process.name, status, oom, "exit");
-        if oom {
-            // CRI-O looks for this file.
-            let _ = std::fs::File::create_new(container.bundle.join("oom"));
-            self.events.publish(Event::Oom(TaskOOM {
-                container_id: container.id.to_string(),
-                ..TaskOOM::default()
-            }));
-        }
-        if !process.exited(exit.clone()) {
-            return;
-        }
-        let id = process
-            .name
-            .exec
-            .as_ref()
-            .map_or_else(|| container.id.to_string(), ToString::to_string);
-        self.events.publish(Event::Exit(TaskExit {
-            container_id: container.id.to_string(),
-            id,
-            pid: self.pid(),
-            exit_status: u32::from(status),
-            exited_at: MessageField::some(exit.at),
-            ..TaskExit::default()
-        }));
-    }
-
-    async fn kill_created(&self, container: &Container, process: &Process) {
-        let killed = self
-            .kill(&process.name, libc::SIGKILL.unsigned_abs(), false)
-            .await;
-        if timeout(DIE, process.exit()).await.is_ok() {
+    async fn kill_created(&self, container: &Container) {
+        let init = &container.init;
+        let killed = self.kill(&init.name, SIGKILL, false).await;
+        if timeout(DIE, init.exit()).await.is_ok() {
             return;
         }
         warn!(container = %container.id, ?killed, "the guest does not end it");
         if self.is_alone(container)
-            && let Some(vm) = self.vm.get()
+            && let Some(guest) = self.guest.get()
         {
-            vm.vmm().kill();
+            guest.kill();
         }
-        process.exited(Exit::now(137));
+        self.conclude(container, Exit::now(KILLED), Duration::ZERO)
+            .await;
     }
 
     /// Cancels a creation and waits until it has cleaned up.
@@ -534,7 +524,7 @@ impl Pod {
         };
         let over = creation.over.notified();
         creation.cancel.notify_one();
-        if timeout(DIE, over).await.is_err() {
+        if timeout(DIE * 2, over).await.is_err() {
             warn!(container = %id, "its creation does not end");
         }
     }
@@ -561,7 +551,5 @@ fn refused(process: &Process, op: Op, refusal: Refusal) -> Error {
     }
 }
 
-/// A lock that outlives a panic: what it guards is changed in single steps.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,25 +1,34 @@
 //! One process of a container as the host knows it: its state, its end, its
-//! streams.
+//! streams, and what containerd is told of it.
 //!
-//! The state moves under [`Process::moving`]; whoever only looks needs no lock.
-//! An end is recorded once and kept.
+//! The state is one value, [`Phase`], changed under one lock. The event that
+//! belongs to a change is published under that lock too, so that no change goes
+//! without its event, no event is told twice, and the start comes before the end
+//! however early the end is. The end of an exec of which no start was told, has no
+//! event: for containerd it never ran.
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
-use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim_protos::{
+    events::task::{TaskExecStarted, TaskExit, TaskStart},
+    protobuf::{MessageField, well_known_types::timestamp::Timestamp},
+};
 use serde_json::Value;
-use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio::sync::watch;
+use tracing::info;
 
 use crate::{
     agent::ProcessName,
+    events::{Event, Publisher},
     io::{Stdio, Streams},
-    state::State,
+    lock::lock,
+    state::{Refusal, State},
 };
 
 /// How a process ended.
@@ -42,13 +51,83 @@ impl Exit {
     }
 }
 
-/// State and end, changed together.
+/// Where a process is in its life, with what belongs to that place.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Status {
-    /// The state.
-    pub state: State,
-    /// The end, once there is one.
-    pub exit: Option<Exit>,
+pub enum Phase {
+    /// It waits for start.
+    Registered,
+    /// It is being started; an end that came meanwhile is told after the start.
+    Starting {
+        /// That end.
+        ended: Option<Exit>,
+    },
+    /// Its program runs, and its start was told.
+    Live,
+    /// It has ended.
+    Ended(Exit),
+}
+
+impl Phase {
+    /// The state, for the table of what is legal.
+    #[must_use]
+    pub fn state(&self) -> State {
+        match self {
+            Phase::Registered => State::Registered,
+            Phase::Starting { .. } => State::Starting,
+            Phase::Live => State::Live,
+            Phase::Ended(_) => State::Ended,
+        }
+    }
+
+    /// The end, if it has come.
+    #[must_use]
+    pub fn exit(&self) -> Option<&Exit> {
+        match self {
+            Phase::Ended(exit) => Some(exit),
+            Phase::Registered | Phase::Starting { .. } | Phase::Live => None,
+        }
+    }
+}
+
+/// Tells containerd what happens to a process.
+#[derive(Clone, Debug)]
+pub struct Herald {
+    /// Takes the events.
+    pub events: Arc<Publisher>,
+    /// The process of the host that stands for it.
+    pub pid: u32,
+}
+
+impl Herald {
+    fn started(&self, name: &ProcessName) {
+        let container_id = name.container.to_string();
+        self.events.publish(match &name.exec {
+            None => Event::Start(TaskStart {
+                container_id,
+                pid: self.pid,
+                ..TaskStart::default()
+            }),
+            Some(exec) => Event::ExecStarted(TaskExecStarted {
+                container_id,
+                exec_id: exec.to_string(),
+                pid: self.pid,
+                ..TaskExecStarted::default()
+            }),
+        });
+    }
+
+    fn ended(&self, name: &ProcessName, exit: &Exit) {
+        let container_id = name.container.to_string();
+        let exec = name.exec.as_ref().map(ToString::to_string);
+        self.events.publish(Event::Exit(TaskExit {
+            id: exec.unwrap_or_else(|| container_id.clone()),
+            container_id,
+            pid: self.pid,
+            exit_status: u32::from(exit.status),
+            exited_at: MessageField::some(exit.at.clone()),
+            ..TaskExit::default()
+        }));
+    }
 }
 
 /// A process.
@@ -58,10 +137,8 @@ pub struct Process {
     pub name: ProcessName,
     /// Its streams as the caller named them.
     pub stdio: Stdio,
-    /// Held while the process is started: an end that comes meanwhile is recorded
-    /// after the start.
-    pub moving: AsyncMutex<()>,
-    status: watch::Sender<Status>,
+    herald: Herald,
+    phase: watch::Sender<Phase>,
     streams: Mutex<Option<Arc<Streams>>>,
     stdin_closed: AtomicBool,
     /// Size of the terminal, until there is one.
@@ -70,18 +147,73 @@ pub struct Process {
     pending: Mutex<Option<Value>>,
 }
 
-impl Process {
-    /// A process that waits for start.
+/// A start under way. Dropping it is a failed start.
+#[derive(Debug)]
+pub struct Start<'a> {
+    process: &'a Process,
+    /// What an exec ends with if it does not come about.
+    failed: u8,
+}
+
+impl Start<'_> {
+    /// The program runs: tells the start, and after it an end that came meanwhile.
+    /// False if it was given up meanwhile.
     #[must_use]
-    pub fn new(name: ProcessName, stdio: Stdio, size: (u32, u32), pending: Option<Value>) -> Self {
+    pub fn confirm(self) -> bool {
+        let process = self.process;
+        process.phase.send_if_modified(|phase| {
+            let Phase::Starting { ended } = phase else {
+                return false;
+            };
+            process.herald.started(&process.name);
+            *phase = match ended.take() {
+                None => Phase::Live,
+                Some(exit) => process.told(exit),
+            };
+            true
+        })
+    }
+
+    /// The program does not run; an exec ends with `status`.
+    pub fn fail(mut self, status: u8) {
+        self.failed = status;
+    }
+}
+
+impl Drop for Start<'_> {
+    fn drop(&mut self) {
+        let process = self.process;
+        process.phase.send_if_modified(|phase| {
+            let Phase::Starting { ended } = phase else {
+                return false;
+            };
+            *phase = match (ended.take(), &process.name.exec) {
+                (Some(exit), _) => process.told(exit),
+                (None, None) => Phase::Registered,
+                // Waiters and Delete must not hang on an exec that never ran.
+                (None, Some(_)) => Phase::Ended(Exit::now(self.failed)),
+            };
+            true
+        });
+    }
+}
+
+impl Process {
+    /// A process that waits for start. `pending` is the OCI process object of an
+    /// exec.
+    #[must_use]
+    pub fn new(
+        name: ProcessName,
+        stdio: Stdio,
+        size: (u32, u32),
+        pending: Option<Value>,
+        herald: Herald,
+    ) -> Self {
         Process {
             name,
             stdio,
-            moving: AsyncMutex::new(()),
-            status: watch::Sender::new(Status {
-                state: State::Created,
-                exit: None,
-            }),
+            herald,
+            phase: watch::Sender::new(Phase::Registered),
             streams: Mutex::new(None),
             stdin_closed: AtomicBool::new(false),
             size: Mutex::new(size),
@@ -89,52 +221,95 @@ impl Process {
         }
     }
 
-    /// State and end.
+    /// Where it is in its life.
     #[must_use]
-    pub fn status(&self) -> Status {
-        self.status.borrow().clone()
+    pub fn phase(&self) -> Phase {
+        self.phase.borrow().clone()
     }
 
     /// The state.
     #[must_use]
     pub fn state(&self) -> State {
-        self.status.borrow().state
+        self.phase.borrow().state()
     }
 
-    /// The program runs now; an end is not undone.
-    pub fn running(&self) {
-        self.status.send_modify(|status| {
-            if status.exit.is_none() {
-                status.state = State::Running;
+    /// Begins the start, if `legal` allows it in the present state.
+    pub fn begin(
+        &self,
+        legal: impl FnOnce(State) -> Result<(), Refusal>,
+    ) -> Result<Start<'_>, Refusal> {
+        let mut verdict = Ok(());
+        self.phase.send_if_modified(|phase| {
+            verdict = legal(phase.state());
+            if verdict.is_ok() {
+                *phase = Phase::Starting { ended: None };
             }
+            verdict.is_ok()
         });
+        verdict.map(|()| Start {
+            process: self,
+            failed: 255,
+        })
     }
 
-    /// Records the end; false if there was one already.
-    pub fn exited(&self, exit: Exit) -> bool {
-        let first = self.status.send_if_modified(|status| {
-            let first = status.exit.is_none();
-            if first {
-                *status = Status {
-                    state: State::Stopped,
-                    exit: Some(exit),
-                };
-            }
-            first
+    /// Records the end and tells it: the only place that does. Later ends are
+    /// not heard.
+    pub fn end(&self, exit: Exit) {
+        let exec = self.name.exec.is_some();
+        self.phase.send_if_modified(|phase| {
+            *phase = match phase {
+                Phase::Ended(_) => return false,
+                // Its first process exists before the start; that of an exec does not.
+                Phase::Registered | Phase::Starting { .. } if exec => Phase::Ended(exit),
+                Phase::Starting { ended } => {
+                    ended.get_or_insert(exit);
+                    return false;
+                }
+                Phase::Registered | Phase::Live => self.told(exit),
+            };
+            true
         });
         if let Some(streams) = self.streams() {
             streams.stop_stdin();
         }
-        first
+    }
+
+    fn told(&self, exit: Exit) -> Phase {
+        info!(process = %self.name, status = exit.status, "exit");
+        self.herald.ended(&self.name, &exit);
+        Phase::Ended(exit)
+    }
+
+    /// Ends a process that was never started with status 0, and answers the end
+    /// of one that has ended; else its state.
+    pub fn retire(&self) -> Result<Exit, State> {
+        let mut answer = Err(State::Registered);
+        self.phase.send_if_modified(|phase| {
+            let registered = *phase == Phase::Registered;
+            if registered {
+                *phase = Phase::Ended(Exit::now(0));
+            }
+            answer = phase.exit().cloned().ok_or_else(|| phase.state());
+            registered
+        });
+        answer
+    }
+
+    /// Waits until no start is under way.
+    pub async fn settled(&self) {
+        let mut phase = self.phase.subscribe();
+        let _ = phase
+            .wait_for(|phase| phase.state() != State::Starting)
+            .await;
     }
 
     /// Waits for the end.
     pub async fn exit(&self) -> Exit {
-        let mut status = self.status.subscribe();
-        let ended = status.wait_for(|status| status.exit.is_some()).await;
+        let mut phase = self.phase.subscribe();
+        let ended = phase.wait_for(|phase| phase.exit().is_some()).await;
         ended
             .ok()
-            .and_then(|status| status.exit.clone())
+            .and_then(|phase| phase.exit().cloned())
             .unwrap_or_else(|| Exit::now(255))
     }
 
@@ -143,14 +318,11 @@ impl Process {
         if self.stdin_closed.load(Ordering::SeqCst) {
             streams.close_stdin();
         }
-        *self.streams.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(streams));
+        *lock(&self.streams) = Some(Arc::new(streams));
     }
 
     fn streams(&self) -> Option<Arc<Streams>> {
-        self.streams
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        lock(&self.streams).clone()
     }
 
     /// Lets stdin end, now or as soon as it is open.
@@ -170,68 +342,133 @@ impl Process {
 
     /// Closes the streams by force.
     pub fn close_streams(&self) {
-        self.streams
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        lock(&self.streams).take();
     }
 
     /// First size of the terminal.
     #[must_use]
     pub fn size(&self) -> (u32, u32) {
-        *self.size.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.size)
     }
 
     /// Remembers the size for a terminal that does not exist yet.
     pub fn set_size(&self, columns: u32, rows: u32) {
-        *self.size.lock().unwrap_or_else(PoisonError::into_inner) = (columns, rows);
+        *lock(&self.size) = (columns, rows);
     }
 
     /// Takes the OCI process object of an exec.
     #[must_use]
     pub fn take_pending(&self) -> Option<Value> {
-        self.pending
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        lock(&self.pending).take()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::names::ContainerId;
+    use std::pin::pin;
 
-    fn process() -> Process {
+    use futures::{FutureExt, future::join_all, poll};
+    use tokio::task::unconstrained;
+
+    use super::*;
+    use crate::{
+        events::testing::Told,
+        names::{ContainerId, ExecId},
+    };
+
+    fn process(exec: Option<&str>) -> (Process, Told) {
         let name = ProcessName {
             container: ContainerId::new("c").unwrap(),
-            exec: None,
+            exec: exec.map(|exec| ExecId::new(exec).unwrap()),
         };
-        Process::new(name, Stdio::default(), (0, 0), None)
+        let (events, told) = Publisher::kept();
+        let herald = Herald {
+            events: Arc::new(events),
+            pid: 7,
+        };
+        let process = Process::new(name, Stdio::default(), (0, 0), None, herald);
+        (process, told)
+    }
+
+    fn any(_: State) -> Result<(), Refusal> {
+        Ok(())
     }
 
     #[tokio::test]
     async fn an_end_is_recorded_once_and_told_to_every_waiter() {
-        let process = Arc::new(process());
-        let waiters: Vec<_> = (0..1000)
-            .map(|_| {
-                let process = Arc::clone(&process);
-                tokio::spawn(async move { process.exit().await.status })
-            })
-            .collect();
-        assert!(process.exited(Exit::now(7)));
-        assert!(!process.exited(Exit::now(8)));
-        for waiter in waiters {
-            assert_eq!(waiter.await.unwrap(), 7);
-        }
+        let (process, events) = process(None);
+        let mut waiters = pin!(unconstrained(join_all((0..1000).map(|_| process.exit()))));
+        // All of them wait before there is anything to be told.
+        assert!(poll!(&mut waiters).is_pending());
+        process.end(Exit::now(7));
+        process.end(Exit::now(8));
+        let told = waiters.now_or_never().expect("nobody waits any more");
+        assert!(told.iter().all(|exit| exit.status == 7));
         assert_eq!(process.exit().await.status, 7);
+        assert_eq!(events.all(), ["/tasks/exit c 7"]);
     }
 
     #[test]
     fn a_process_that_ended_cannot_run_again() {
-        let process = process();
-        process.exited(Exit::now(1));
-        process.running();
-        assert_eq!(process.state(), State::Stopped);
+        let (process, _) = process(None);
+        let start = process.begin(any).unwrap();
+        process.end(Exit::now(1));
+        assert!(start.confirm());
+        assert_eq!(process.state(), State::Ended);
+        assert!(
+            process
+                .begin(|state| crate::state::init(state, crate::state::Op::Start))
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn an_end_that_overtakes_the_start_is_told_after_it_lc_73() {
+        let (process, events) = process(None);
+        let start = process.begin(any).unwrap();
+        process.end(Exit::now(3));
+        assert_eq!(process.state(), State::Starting);
+        assert!(events.all().is_empty());
+        assert!(start.confirm());
+        assert_eq!(events.all(), ["/tasks/start c", "/tasks/exit c 3"]);
+    }
+
+    #[test]
+    fn a_failed_start_leaves_an_init_that_can_be_deleted_and_an_exec_that_has_ended_ta_25() {
+        let (init, events) = process(None);
+        drop(init.begin(any).unwrap());
+        assert_eq!(init.state(), State::Registered);
+        // Its process dies of the failure.
+        init.end(Exit::now(1));
+        assert_eq!(events.all(), ["/tasks/exit c 1"]);
+        let (exec, events) = process(Some("e"));
+        exec.begin(any).unwrap().fail(127);
+        assert_eq!(exec.phase().exit().map(|exit| exit.status), Some(127));
+        assert!(events.all().is_empty());
+    }
+
+    #[test]
+    fn an_exec_that_is_given_up_while_it_starts_is_not_told_as_started() {
+        let (exec, events) = process(Some("e"));
+        let start = exec.begin(any).unwrap();
+        exec.end(Exit::now(137));
+        assert_eq!(exec.state(), State::Ended);
+        assert!(!start.confirm());
+        assert!(events.all().is_empty());
+    }
+
+    #[test]
+    fn only_what_does_not_run_is_retired() {
+        let (exec, _) = process(Some("e"));
+        let start = exec.begin(any).unwrap();
+        assert_eq!(exec.retire(), Err(State::Starting));
+        assert!(start.confirm());
+        assert_eq!(exec.retire(), Err(State::Live));
+        exec.end(Exit::now(5));
+        assert_eq!(exec.retire().unwrap().status, 5);
+        let (exec, events) = process(Some("e"));
+        assert_eq!(exec.retire().unwrap().status, 0);
+        assert_eq!(exec.state(), State::Ended);
+        assert!(events.all().is_empty());
     }
 }

@@ -114,8 +114,17 @@ fn check(mount: &Mount) -> Result<()> {
         if prefixes.iter().any(|prefix| option.starts_with(prefix)) || option.contains("{{") {
             return Err(refuse("rootfs mount option", option, "it is not supported"));
         }
-        if mount.type_ == "overlay" && option.contains(',') {
-            return Err(refuse("rootfs mount option", option, "it contains a comma"));
+        let label = option
+            .split_once('=')
+            .filter(|(key, _)| mount::is_label(key));
+        match label {
+            Some((_, value)) if value.trim_matches('"').contains('"') => {
+                return Err(refuse("rootfs mount option", option, "it contains a quote"));
+            }
+            None if mount.type_ == "overlay" && option.contains(',') => {
+                return Err(refuse("rootfs mount option", option, "it contains a comma"));
+            }
+            _ => {}
         }
     }
     Ok(())
@@ -204,6 +213,11 @@ mod tests {
             &["lowerdir=/a,upperdir=/etc"],
         ));
         refused(request("bind", "/x", &["uidmap=0:1000:1"]));
+        refused(request(
+            "overlay",
+            "overlay",
+            &["context=\"u:r:t:s0\",upperdir=\"/etc\""],
+        ));
         refused(Mount {
             target: "sub".into(),
             ..request("bind", "/x", &[])
@@ -217,6 +231,17 @@ mod tests {
             Source::new(&[good], bundle, Path::new("rootfs")),
             Ok(Source::Mounts(_))
         ));
+    }
+
+    #[test]
+    fn a_label_of_selinux_may_contain_commas() {
+        for label in [
+            "context=\"system_u:object_r:container_file_t:s0:c1,c2\"",
+            "context=system_u:object_r:container_file_t:s0:c1,c2",
+        ] {
+            let mount = request("overlay", "overlay", &[label, "lowerdir=/a"]);
+            Source::new(&[mount], Path::new("/b"), Path::new("rootfs")).unwrap();
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! `start`: makes the daemon of a pod, or finds it, and prints its address.
 //!
-//! Binding the socket is the lock: of two that come at once one makes the daemon
-//! and the other finds it. On success nothing is written but the answer, and the
+//! Of two that come at once one binds the socket and makes the daemon, the other
+//! finds it; the pod's lock is held meanwhile, so that a stale socket is replaced
+//! once. What can fail comes before the daemon is made. On success nothing is written but the answer, and the
 //! daemon inherits neither standard stream, since containerd waits for their end.
 
 use std::{
@@ -26,12 +27,15 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::{
-    daemon::{LISTENER_FD, READY},
+    daemon::{LISTENER_FD, OWNER, READY},
     flags::Flags,
     inherit, json,
     names::{self, ContainerId, Group, Namespace, Role, SOCKET_DIR, socket_path},
+    statedir::StateDir,
 };
 
+/// File in the bundle by which others find the shim again.
+const ADDRESS: &str = "address";
 /// Largest input, in bytes.
 const MAX_INPUT: u64 = 10 << 20;
 /// Longest path of a socket (unix(7)), without the final NUL.
@@ -95,7 +99,7 @@ pub fn run(flags: &Flags) -> Result<Vec<u8>, Error> {
         .read_to_end(&mut input)
         .map_err(failed("read the standard input"))?;
     let caller = caller(&input, &flags.id);
-    let group = Group::of(&id, spec()?.as_ref())?;
+    let group = Group::of(&id, spec(Path::new("."))?.as_ref())?;
     let dir = match &caller {
         Caller::Bootstrap {
             socket_dir: Some(dir),
@@ -113,8 +117,13 @@ pub fn run(flags: &Flags) -> Result<Vec<u8>, Error> {
         .create(dir)
         .map_err(failed("make the directory of sockets"))?;
     let address = format!("unix://{}", socket.display());
-    match bind(&socket)? {
-        Bound::Alive => {}
+    let bound = {
+        let dir = StateDir::of(&namespace, &group.id);
+        let _lock = dir.lock().map_err(failed("take the lock of the pod"))?;
+        bind(&socket)?
+    };
+    match bound {
+        Bound::Alive => write_address(&address).map_err(failed("write the file address"))?,
         Bound::New(bound) => {
             if group.role == Role::Member {
                 return Err(Error::NoSandbox {
@@ -122,11 +131,13 @@ pub fn run(flags: &Flags) -> Result<Vec<u8>, Error> {
                     id: flags.id.clone(),
                 });
             }
-            spawn(flags, &group, &bound)?;
+            write_address(&address).map_err(failed("write the file address"))?;
+            spawn(flags, &group, &bound).inspect_err(|_| {
+                let _ = fs::remove_file(ADDRESS);
+            })?;
             bound.keep();
         }
     }
-    write_address(&address).map_err(failed("write the file address"))?;
     Ok(answer(&caller, &address))
 }
 
@@ -159,9 +170,9 @@ fn answer(caller: &Caller, address: &str) -> Vec<u8> {
     }
 }
 
-/// `config.json` in the current directory, the bundle.
-fn spec() -> Result<Option<Value>, Error> {
-    let file = match File::open("config.json") {
+/// `config.json` of a bundle.
+pub(crate) fn spec(bundle: &Path) -> Result<Option<Value>, Error> {
+    let file = match File::open(bundle.join("config.json")) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed("open config.json")(error)),
@@ -238,6 +249,7 @@ fn spawn(flags: &Flags, group: &Group, socket: &Socket) -> Result<(), Error> {
         .env_clear()
         .env("PATH", PATH)
         .env(LISTENER_FD, listener.to_string())
+        .env(OWNER, &flags.id)
         .env(
             "TTRPC_ADDRESS",
             std::env::var("TTRPC_ADDRESS").unwrap_or_default(),
@@ -279,7 +291,7 @@ fn set_oom_score(child: u32) {
     if let Some(score) = score {
         let _ = fs::write(
             format!("/proc/{child}/oom_score_adj"),
-            (score + 1).min(1000).to_string(),
+            score.saturating_add(1).min(1000).to_string(),
         );
     }
 }
@@ -290,7 +302,9 @@ fn write_address(address: &str) -> io::Result<()> {
     let _ = fs::remove_file(&temporary);
     let mut file = File::create_new(&temporary)?;
     file.write_all(address.as_bytes())?;
-    fs::rename(&temporary, "address")
+    fs::rename(&temporary, ADDRESS).inspect_err(|_| {
+        let _ = fs::remove_file(&temporary);
+    })
 }
 
 #[cfg(test)]

@@ -1,24 +1,41 @@
 //! What is legal when: the states of a process and the calls upon it.
 //!
 //! ```text
-//!            start            exit
-//!  Created ────────► Running ──────► Stopped ──► (deleted)
-//!     │                                 ▲
-//!     └───────── kill, exit ────────────┘
+//!              start             started           exit
+//!  Registered ──────► Starting ─────────► Live ─────────► Ended ──► (deleted)
+//!     │  ▲                │                                  ▲
+//!     │  └── failed ──────┤ (an exec: has ended)             │
+//!     └───── kill, exit ──┴──────────────────────────────────┘
 //! ```
 //!
 //! Pure: no IO, no lock. Every pair is listed; the tests hold the table of
-//! containerd's task API against it.
+//! containerd's task API against it. Who meets `Starting` has waited for its end
+//! already if the call may wait (Delete, and Kill of an exec).
+
+use std::fmt;
 
 /// State of a process, the first one of a container or an exec.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// It exists (an exec: is registered) and waits for start.
-    Created,
+    /// It exists (an exec: is known by name only) and waits for start.
+    Registered,
+    /// It is being started.
+    Starting,
     /// Its program runs.
-    Running,
+    Live,
     /// It has ended.
-    Stopped,
+    Ended,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            State::Registered => "created",
+            State::Starting => "being started",
+            State::Live => "running",
+            State::Ended => "stopped",
+        })
+    }
 }
 
 /// A call that depends on the state.
@@ -32,6 +49,17 @@ pub enum Op {
     Kill,
     /// Register a further process.
     Exec,
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Op::Start => "start",
+            Op::Delete => "delete",
+            Op::Kill => "kill",
+            Op::Exec => "execute in",
+        })
+    }
 }
 
 /// Why a call is refused.
@@ -48,14 +76,13 @@ pub enum Refusal {
 /// May `op` be done to the first process of a container in `state`?
 pub fn init(state: State, op: Op) -> Result<(), Refusal> {
     match (state, op) {
-        (State::Created, Op::Start | Op::Delete | Op::Kill | Op::Exec)
-        | (State::Running, Op::Kill | Op::Exec)
-        | (State::Stopped, Op::Delete) => Ok(()),
-        (State::Running | State::Stopped, Op::Start) | (State::Running, Op::Delete) => {
-            Err(Refusal::WrongState)
-        }
-        (State::Stopped, Op::Kill) => Err(Refusal::Finished),
-        (State::Stopped, Op::Exec) => Err(Refusal::InitNotRunning),
+        (State::Registered, Op::Start | Op::Delete | Op::Kill | Op::Exec)
+        | (State::Starting | State::Live, Op::Kill | Op::Exec)
+        | (State::Ended, Op::Delete) => Ok(()),
+        (State::Starting | State::Live | State::Ended, Op::Start)
+        | (State::Starting | State::Live, Op::Delete) => Err(Refusal::WrongState),
+        (State::Ended, Op::Kill) => Err(Refusal::Finished),
+        (State::Ended, Op::Exec) => Err(Refusal::InitNotRunning),
     }
 }
 
@@ -63,16 +90,16 @@ pub fn init(state: State, op: Op) -> Result<(), Refusal> {
 /// in the state `init`?
 pub fn exec(init: State, state: State, op: Op) -> Result<(), Refusal> {
     match (init, state, op) {
-        (State::Running, State::Created, Op::Start)
-        | (_, State::Created | State::Stopped, Op::Delete)
-        | (_, State::Running, Op::Kill) => Ok(()),
-        (State::Created | State::Stopped, State::Created, Op::Start) => {
+        (State::Live, State::Registered, Op::Start)
+        | (_, State::Registered | State::Ended, Op::Delete)
+        | (_, State::Live, Op::Kill) => Ok(()),
+        (State::Registered | State::Starting | State::Ended, State::Registered, Op::Start) => {
             Err(Refusal::InitNotRunning)
         }
-        (_, State::Stopped, Op::Kill) => Err(Refusal::Finished),
-        (_, State::Running | State::Stopped, Op::Start)
-        | (_, State::Running, Op::Delete)
-        | (_, State::Created, Op::Kill)
+        (_, State::Ended, Op::Kill) => Err(Refusal::Finished),
+        (_, State::Starting | State::Live | State::Ended, Op::Start)
+        | (_, State::Starting | State::Live, Op::Delete)
+        | (_, State::Registered | State::Starting, Op::Kill)
         | (_, _, Op::Exec) => Err(Refusal::WrongState),
     }
 }
@@ -84,47 +111,41 @@ mod tests {
     const WRONG: Result<(), Refusal> = Err(Refusal::WrongState);
     const GONE: Result<(), Refusal> = Err(Refusal::Finished);
     const DOWN: Result<(), Refusal> = Err(Refusal::InitNotRunning);
+    const STATES: [State; 4] = [
+        State::Registered,
+        State::Starting,
+        State::Live,
+        State::Ended,
+    ];
 
     #[test]
     fn calls_on_a_container_follow_the_table_ta_03() {
-        for (op, created, running, stopped) in [
-            (Op::Start, Ok(()), WRONG, WRONG),
-            (Op::Delete, Ok(()), WRONG, Ok(())),
-            (Op::Kill, Ok(()), Ok(()), GONE),
-            (Op::Exec, Ok(()), Ok(()), DOWN),
+        for (op, expected) in [
+            (Op::Start, [Ok(()), WRONG, WRONG, WRONG]),
+            (Op::Delete, [Ok(()), WRONG, WRONG, Ok(())]),
+            (Op::Kill, [Ok(()), Ok(()), Ok(()), GONE]),
+            (Op::Exec, [Ok(()), Ok(()), Ok(()), DOWN]),
         ] {
-            assert_eq!(init(State::Created, op), created, "{op:?} created");
-            assert_eq!(init(State::Running, op), running, "{op:?} running");
-            assert_eq!(init(State::Stopped, op), stopped, "{op:?} stopped");
+            assert_eq!(STATES.map(|state| init(state, op)), expected, "{op:?}");
         }
     }
 
     #[test]
     fn calls_on_an_exec_follow_the_table_ta_03() {
-        for (container, op, created, running, stopped) in [
-            (State::Created, Op::Start, DOWN, WRONG, WRONG),
-            (State::Running, Op::Start, Ok(()), WRONG, WRONG),
-            (State::Stopped, Op::Start, DOWN, WRONG, WRONG),
-            (State::Running, Op::Delete, Ok(()), WRONG, Ok(())),
-            (State::Stopped, Op::Delete, Ok(()), WRONG, Ok(())),
-            (State::Running, Op::Kill, WRONG, Ok(()), GONE),
-            (State::Stopped, Op::Kill, WRONG, Ok(()), GONE),
-        ] {
-            assert_eq!(
-                exec(container, State::Created, op),
-                created,
-                "{container:?} {op:?} created"
-            );
-            assert_eq!(
-                exec(container, State::Running, op),
-                running,
-                "{container:?} {op:?} running"
-            );
-            assert_eq!(
-                exec(container, State::Stopped, op),
-                stopped,
-                "{container:?} {op:?} stopped"
-            );
+        for container in STATES {
+            let start = if container == State::Live {
+                Ok(())
+            } else {
+                DOWN
+            };
+            for (op, expected) in [
+                (Op::Start, [start, WRONG, WRONG, WRONG]),
+                (Op::Delete, [Ok(()), WRONG, WRONG, Ok(())]),
+                (Op::Kill, [WRONG, WRONG, Ok(()), GONE]),
+            ] {
+                let verdicts = STATES.map(|state| exec(container, state, op));
+                assert_eq!(verdicts, expected, "{container:?} {op:?}");
+            }
         }
     }
 }

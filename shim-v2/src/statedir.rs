@@ -4,21 +4,27 @@
 //! the pod's share in its own mount namespace), `processes.json` for `delete`, and
 //! after an end that was not asked for `reason`. Removal knows these names and
 //! never walks.
+//!
+//! Two shims of one id may meet: one at its end, one at its beginning. Whoever makes
+//! or removes something here or at the pod's socket holds the [`Lock`], a file beside
+//! the directory; a shim removes only what records its own process.
 
 use std::{
     fs::{self, DirBuilder, File},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fd::OwnedFd,
+    fs::FlockOperation,
     io::Errno,
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::names::{GroupId, Namespace};
 
@@ -26,23 +32,26 @@ use crate::names::{GroupId, Namespace};
 pub const RUN_DIR: &str = "/run/bulkhead";
 
 /// Files that may be in the directory of a pod.
-const FILES: [&str; 4] = [
+const FILES: [&str; 5] = [
     "vsock.sock",
     "processes.json",
     "processes.json.new",
     "reason",
+    "reason.new",
 ];
+/// Time for a killed process to be gone; it takes what the kernel needs.
+const KILLED_MS: u32 = 1000;
 
 /// A process that cannot be mistaken for another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Process {
+pub struct HostProcess {
     /// Its number.
     pub pid: i32,
     /// When it started, in clock ticks since boot (proc_pid_stat(5), field 22).
     pub start_time: u64,
 }
 
-impl Process {
+impl HostProcess {
     /// Looks up a living process.
     pub fn of(pid: i32) -> io::Result<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -53,7 +62,7 @@ impl Process {
             .nth(19)
             .and_then(|field| field.parse().ok());
         let start_time = start_time.ok_or_else(|| io::Error::other("no start time in stat"))?;
-        Ok(Process { pid, start_time })
+        Ok(HostProcess { pid, start_time })
     }
 
     /// A descriptor of the process, unless it has ended.
@@ -96,11 +105,15 @@ pub fn ended(process: &OwnedFd, limit_ms: u32) -> bool {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Processes {
     /// The shim.
-    pub shim: Option<Process>,
+    pub shim: Option<HostProcess>,
     /// The VMM, once there is one.
-    pub vmm: Option<Process>,
+    pub vmm: Option<HostProcess>,
     /// Path of the shim's socket.
     pub socket: Option<PathBuf>,
+    /// The container for which the pod was made; another one than the pod's name
+    /// says if a label groups containers.
+    #[serde(default)]
+    pub owner: Option<String>,
 }
 
 /// The directory of one pod.
@@ -120,8 +133,116 @@ impl StateDir {
         }
     }
 
+    /// The directories of all pods of a namespace.
+    pub fn all(namespace: &Namespace) -> Vec<Self> {
+        let entries = fs::read_dir(Path::new(RUN_DIR).join(namespace.as_str()));
+        entries.map_or_else(
+            |_| Vec::new(),
+            |entries| {
+                entries
+                    .filter_map(Result::ok)
+                    .map(|entry| StateDir { path: entry.path() })
+                    .filter(StateDir::exists)
+                    .collect()
+            },
+        )
+    }
+
+    /// Waits until nobody else makes or removes anything of this pod.
+    pub fn lock(&self) -> io::Result<Lock> {
+        let parent = self.path.parent().unwrap_or_else(|| Path::new(RUN_DIR));
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        // No id begins with a dot.
+        let path = parent.join(format!(".{name}.lock"));
+        let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::CLOEXEC;
+        loop {
+            let mut builder = DirBuilder::new();
+            match builder.recursive(true).mode(0o700).create(parent) {
+                // It went while it was looked at.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !parent.exists() => {
+                    continue;
+                }
+                created => created?,
+            }
+            let opened = File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags(flags.bits().cast_signed())
+                .open(&path);
+            let file = match opened {
+                // The last pod of the namespace went in between.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => {
+                    let _ = fs::remove_dir(parent);
+                    return Err(error);
+                }
+                Ok(file) => file,
+            };
+            while let Err(error) = rustix::fs::flock(&file, FlockOperation::LockExclusive) {
+                if error != Errno::INTR {
+                    return Err(error.into());
+                }
+            }
+            // Whoever had the lock before may have removed its file.
+            let inode = file.metadata()?.ino();
+            if fs::symlink_metadata(&path).is_ok_and(|there| there.ino() == inode) {
+                return Ok(Lock {
+                    _file: file,
+                    path,
+                    dir: self.path.clone(),
+                });
+            }
+        }
+    }
+
+    /// Makes the directory the calling process's own, and clears what an earlier
+    /// pod of the same name left.
+    ///
+    /// A pod whose shim lives is left alone: that is an error.
+    pub fn take(&self, owner: &str, socket: Option<PathBuf>) -> io::Result<Held> {
+        let me = HostProcess::of(std::process::id().cast_signed())?;
+        let _lock = self.lock()?;
+        self.sweep()?;
+        let held = Held {
+            dir: self.clone(),
+            me,
+        };
+        let made = self.create().and_then(|()| {
+            self.record(&Processes {
+                shim: Some(me),
+                vmm: None,
+                socket,
+                owner: Some(owner.to_owned()),
+            })
+        });
+        if let Err(error) = made {
+            // It may record nobody yet.
+            let _ = self.remove();
+            return Err(error);
+        }
+        Ok(held)
+    }
+
+    fn sweep(&self) -> io::Result<()> {
+        if !self.exists() {
+            return Ok(());
+        }
+        let processes = self.processes();
+        if let Some(shim) = processes.shim
+            && let Some(process) = shim.open()?
+            && !ended(&process, 0)
+        {
+            let text = format!("it is in use by a shim with pid {}", shim.pid);
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        kill(processes.vmm);
+        self.remove()
+    }
+
     /// Makes the directory and those above it.
-    pub fn create(&self) -> io::Result<()> {
+    fn create(&self) -> io::Result<()> {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700);
         builder.create(&self.path)?;
@@ -154,16 +275,11 @@ impl StateDir {
     }
 
     /// Writes what `delete` must know.
-    pub fn record(&self, processes: &Processes) -> io::Result<()> {
+    fn record(&self, processes: &Processes) -> io::Result<()> {
         replace(
             &self.path.join("processes.json"),
             &serde_json::to_vec(processes)?,
         )
-    }
-
-    /// Writes why the pod ended.
-    pub fn write_reason(&self, reason: &str) -> io::Result<()> {
-        replace(&self.path.join("reason"), format!("{reason}\n").as_bytes())
     }
 
     /// Removes the directory and what is known to be in it. What is gone already
@@ -174,11 +290,89 @@ impl StateDir {
         }
         gone(fs::remove_dir(self.share()))?;
         gone(fs::remove_dir(&self.path))?;
-        // The namespace's directory goes with its last pod.
-        if let Some(parent) = self.path.parent() {
-            let _ = fs::remove_dir(parent);
+        Ok(())
+    }
+}
+
+/// The right to make and remove things of one pod. Dropping it gives it up, and
+/// leaves no trace if there is no such pod.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+    path: PathBuf,
+    dir: PathBuf,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if !self.dir.exists() {
+            let _ = fs::remove_file(&self.path);
+            // The namespace's directory goes with its last pod.
+            if let Some(parent) = self.path.parent() {
+                let _ = fs::remove_dir(parent);
+            }
+        }
+    }
+}
+
+/// The directory of a pod while it is this process's own. Dropping it removes it.
+#[derive(Debug)]
+pub struct Held {
+    dir: StateDir,
+    me: HostProcess,
+}
+
+impl Held {
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &StateDir {
+        &self.dir
+    }
+
+    /// Records the VMM for `delete`.
+    pub fn record_vmm(&self, vmm: HostProcess) -> io::Result<()> {
+        self.while_ours(|dir| {
+            let mut processes = dir.processes();
+            processes.vmm = Some(vmm);
+            dir.record(&processes)
+        })
+    }
+
+    /// Writes why the pod ended.
+    pub fn write_reason(&self, reason: &str) -> io::Result<()> {
+        self.while_ours(|dir| replace(&dir.path.join("reason"), format!("{reason}\n").as_bytes()))
+    }
+
+    /// Removes the directory, if it is not another shim's by now.
+    pub fn remove(&self) -> io::Result<()> {
+        self.while_ours(StateDir::remove)
+    }
+
+    fn while_ours(&self, act: impl FnOnce(&StateDir) -> io::Result<()>) -> io::Result<()> {
+        if !self.dir.exists() {
+            return Ok(());
+        }
+        let _lock = self.dir.lock()?;
+        if self.dir.processes().shim == Some(self.me) {
+            act(&self.dir)?;
         }
         Ok(())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            warn!(%error, "cannot remove the state directory");
+        }
+    }
+}
+
+/// Kills a process and waits for its end.
+pub fn kill(process: Option<HostProcess>) {
+    if let Some(process) = process.and_then(|process| process.open().ok().flatten()) {
+        let _ = signal(&process, Signal::KILL);
+        ended(&process, KILLED_MS);
     }
 }
 
@@ -195,13 +389,18 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     name.push(".new");
     let temporary = PathBuf::from(name);
     gone(fs::remove_file(&temporary))?;
-    let mut file = File::options()
+    let written = File::options()
         .write(true)
         .create_new(true)
         .mode(0o600)
-        .open(&temporary)?;
-    file.write_all(content)?;
-    fs::rename(&temporary, path)
+        .open(&temporary)
+        .and_then(|mut file| file.write_all(content))
+        .and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        // On a full disk half a file is worth nothing and in the way.
+        let _ = fs::remove_file(&temporary);
+    }
+    written
 }
 
 #[cfg(test)]
@@ -214,8 +413,8 @@ mod tests {
             .arg("60")
             .spawn()
             .unwrap();
-        let process = Process::of(child.id().cast_signed()).unwrap();
-        let other = Process {
+        let process = HostProcess::of(child.id().cast_signed()).unwrap();
+        let other = HostProcess {
             start_time: process.start_time + 1,
             ..process
         };
@@ -229,26 +428,150 @@ mod tests {
         signal(&fd, Signal::KILL).unwrap();
     }
 
+    fn state_dir(root: &tempfile::TempDir) -> StateDir {
+        StateDir {
+            path: root.path().join("ns/pod"),
+        }
+    }
+
+    /// A process that has ended and was reaped.
+    fn dead() -> HostProcess {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let process = HostProcess::of(child.id().cast_signed()).unwrap();
+        child.wait().unwrap();
+        process
+    }
+
+    fn entries(dir: &Path) -> Vec<std::ffi::OsString> {
+        let entries = fs::read_dir(dir).unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect()
+    }
+
     #[test]
     fn removal_is_idempotent_and_touches_only_known_names_lc_49() {
         let root = tempfile::tempdir().unwrap();
-        let dir = StateDir {
-            path: root.path().join("ns/pod"),
-        };
-        dir.create().unwrap();
-        let processes = Processes {
-            socket: Some("/x".into()),
-            ..Processes::default()
-        };
-        dir.record(&processes).unwrap();
-        dir.write_reason("guest panic").unwrap();
-        assert_eq!(dir.processes(), processes);
-        dir.remove().unwrap();
-        assert!(!dir.exists());
-        dir.remove().unwrap();
-        dir.create().unwrap();
+        let dir = state_dir(&root);
+        let held = dir.take("pod", Some("/x".into())).unwrap();
+        held.write_reason("guest panic").unwrap();
+        assert_eq!(dir.processes().socket, Some("/x".into()));
+        assert_eq!(dir.processes().owner.as_deref(), Some("pod"));
+        held.remove().unwrap();
+        assert!(
+            entries(root.path()).is_empty(),
+            "no lock file is left either"
+        );
+        held.remove().unwrap();
+        drop(held);
+        let held = dir.take("pod", None).unwrap();
         fs::write(dir.share().join("precious"), "x").unwrap();
-        assert!(dir.remove().is_err());
+        assert!(held.remove().is_err());
         assert!(dir.share().join("precious").exists());
+    }
+
+    #[test]
+    fn what_a_full_disk_left_behind_is_in_nobodys_way_f9() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = state_dir(&root);
+        let held = dir.take("pod", None).unwrap();
+        for name in ["reason.new", "processes.json.new"] {
+            fs::write(dir.path().join(name), "hal").unwrap();
+        }
+        held.remove().unwrap();
+        assert!(!dir.exists());
+    }
+
+    #[test]
+    fn half_a_file_does_not_stay_on_a_full_disk_f9() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let mount = root.path().to_owned();
+        std::thread::spawn(move || {
+            crate::share::enter_private_namespace().unwrap();
+            let flags = rustix::mount::MountFlags::empty();
+            rustix::mount::mount("t", &mount, "tmpfs", flags, c"size=64k").unwrap();
+            let dir = StateDir {
+                path: mount.join("ns/pod"),
+            };
+            let held = dir.take("pod", None).unwrap();
+            let error = held.write_reason(&"x".repeat(1 << 20)).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+            assert!(!dir.path().join("reason.new").exists());
+            held.remove().unwrap();
+            assert!(!dir.exists());
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_cannot_be_had_leaves_nothing_f8() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = state_dir(&root);
+        fs::create_dir_all(dir.path().with_file_name(".pod.lock")).unwrap();
+        dir.lock().unwrap_err();
+        fs::remove_dir(dir.path().with_file_name(".pod.lock")).unwrap();
+        let link = dir.path().with_file_name(".pod.lock");
+        std::os::unix::fs::symlink("/dev/null", link).unwrap();
+        dir.take("pod", None).unwrap_err();
+        assert!(!dir.exists());
+    }
+
+    #[test]
+    fn a_shim_at_its_end_leaves_its_successors_directory_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = state_dir(&root);
+        let first = dir.take("pod", None).unwrap();
+        // Another shim has taken over meanwhile.
+        let mut processes = dir.processes();
+        processes.shim = Some(dead());
+        dir.record(&processes).unwrap();
+        fs::write(dir.path().join("vsock.sock"), "").unwrap();
+        first.write_reason("not this pod's").unwrap();
+        first.record_vmm(dead()).unwrap();
+        drop(first);
+        assert_eq!(dir.processes(), processes);
+        assert!(dir.share().is_dir() && dir.path().join("vsock.sock").exists());
+        assert!(!dir.path().join("reason").exists());
+    }
+
+    #[test]
+    fn a_dead_shims_directory_is_taken_over_and_a_living_ones_is_not() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = state_dir(&root);
+        let held = dir.take("pod", None).unwrap();
+        let error = dir.take("pod", None).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        let mut processes = dir.processes();
+        processes.shim = Some(dead());
+        dir.record(&processes).unwrap();
+        let successor = dir.take("pod", None).unwrap();
+        assert_eq!(dir.processes().shim, Some(successor.me));
+        // This process is both: tell the first one apart.
+        std::mem::forget(held);
+        drop(successor);
+        assert!(entries(root.path()).is_empty());
+    }
+
+    #[test]
+    fn a_lock_has_one_holder_although_its_file_comes_and_goes() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = state_dir(&root);
+        let inside = std::sync::atomic::AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let _lock = dir.lock().unwrap();
+                        assert_eq!(inside.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                        std::thread::yield_now();
+                        inside.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert!(entries(root.path()).is_empty());
     }
 }

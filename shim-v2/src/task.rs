@@ -6,9 +6,8 @@
 
 use std::{
     collections::HashMap,
-    future::Future,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use async_trait::async_trait;
@@ -32,6 +31,7 @@ use crate::{
     error::{Error, Result},
     io::Stdio,
     json,
+    lock::lock,
     names::{ContainerId, ExecId},
     pod::{Create, Pod},
     state::State,
@@ -92,11 +92,7 @@ impl TaskService {
     pub async fn stop(&self) {
         // Who comes from now on starts a shim of their own, whose socket has the
         // same name.
-        let socket = self
-            .socket
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let socket = lock(&self.socket).take();
         if let Some(socket) = socket
             && let Err(error) = std::fs::remove_file(socket)
         {
@@ -104,26 +100,31 @@ impl TaskService {
         }
         self.pod.stop().await;
     }
+
+    /// Runs a handler in a task of its own: it goes on when the caller has lost
+    /// patience, and its panic is only a failed request.
+    async fn answer<T, F>(
+        &self,
+        call: &'static str,
+        id: &str,
+        handler: impl FnOnce(Self) -> F,
+    ) -> ttrpc::Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        debug!(call, id, "request");
+        let result = tokio::spawn(handler(self.clone())).await;
+        result
+            .unwrap_or(Err(Error::Panicked(call)))
+            .map_err(|error| refuse(call, id, &error))
+    }
 }
 
 /// Logs a failure and gives it its status.
 fn refuse(call: &'static str, id: &str, error: &Error) -> ttrpc::Error {
     warn!(call, id, error = error.text(), "request failed");
     error.into()
-}
-
-/// Runs a handler in a task of its own: it goes on when the caller has lost
-/// patience, and its panic is only a failed request.
-async fn answer<T: Send + 'static>(
-    call: &'static str,
-    id: &str,
-    handler: impl Future<Output = Result<T>> + Send + 'static,
-) -> ttrpc::Result<T> {
-    debug!(call, id, "request");
-    let result = tokio::spawn(handler).await;
-    result
-        .unwrap_or(Err(Error::Panicked(call)))
-        .map_err(|error| refuse(call, id, &error))
 }
 
 fn name(id: &str, exec: &str) -> Result<ProcessName> {
@@ -149,9 +150,8 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("Create", &id, async move {
+        self.answer("Create", &id, |service| async move {
             if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
                 return Err(Error::Unsupported("Restoring a checkpoint"));
             }
@@ -178,9 +178,8 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("Start", &id, async move {
+        self.answer("Start", &id, |service| async move {
             let pid = service
                 .pod
                 .start(&name(&request.id, &request.exec_id)?)
@@ -194,23 +193,22 @@ impl Task for TaskService {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("State", &id, async move {
+        self.answer("State", &id, |service| async move {
             let found = service
                 .pod
                 .describe(&name(&request.id, &request.exec_id)?)?;
-            let status = found.process.status();
+            let phase = found.process.phase();
             let stdio = found.process.stdio.clone();
             let mut response = StateResponse {
                 id: request.id.clone(),
                 exec_id: request.exec_id.clone(),
                 bundle: found.bundle.display().to_string(),
                 pid: found.pid,
-                status: EnumOrUnknown::new(match status.state {
-                    State::Created => Status::CREATED,
-                    State::Running => Status::RUNNING,
-                    State::Stopped => Status::STOPPED,
+                status: EnumOrUnknown::new(match phase.state() {
+                    State::Registered | State::Starting => Status::CREATED,
+                    State::Live => Status::RUNNING,
+                    State::Ended => Status::STOPPED,
                 }),
                 stdin: stdio.stdin,
                 stdout: stdio.stdout,
@@ -218,9 +216,9 @@ impl Task for TaskService {
                 terminal: stdio.terminal,
                 ..StateResponse::default()
             };
-            if let Some(exit) = status.exit {
+            if let Some(exit) = phase.exit() {
                 response.exit_status = u32::from(exit.status);
-                response.exited_at = MessageField::some(exit.at);
+                response.exited_at = MessageField::some(exit.at.clone());
             }
             Ok(response)
         })
@@ -241,9 +239,8 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("Kill", &id, async move {
+        self.answer("Kill", &id, |service| async move {
             let name = name(&request.id, &request.exec_id)?;
             service.pod.kill(&name, request.signal, request.all).await?;
             Ok(Empty::new())
@@ -256,9 +253,8 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("Delete", &id, async move {
+        self.answer("Delete", &id, |service| async move {
             let (pid, exit) = service
                 .pod
                 .delete(&name(&request.id, &request.exec_id)?)
@@ -274,9 +270,8 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("Exec", &id, async move {
+        self.answer("Exec", &id, |service| async move {
             let process = json::parse(&request.spec.value).map_err(|source| Error::Json {
                 what: "the process of an exec".to_owned(),
                 source,
@@ -299,9 +294,8 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("Pids", &id, async move {
+        self.answer("Pids", &id, |service| async move {
             // Processes of the guest have no number on the host: the VMM stands
             // for them.
             let pid = service.pod.describe(&init(&request.id)?)?.pid;
@@ -318,9 +312,8 @@ impl Task for TaskService {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("CloseIO", &id, async move {
+        self.answer("CloseIO", &id, |service| async move {
             let name = name(&request.id, &request.exec_id)?;
             if request.stdin {
                 service.pod.close_stdin(&name)?;
@@ -337,9 +330,8 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: ResizePtyRequest,
     ) -> ttrpc::Result<Empty> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("ResizePty", &id, async move {
+        self.answer("ResizePty", &id, |service| async move {
             let name = name(&request.id, &request.exec_id)?;
             // A terminal counts in 16 bits.
             let cells = |count: u32| count.min(u32::from(u16::MAX));
@@ -353,9 +345,8 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("Stats", &id, async move {
+        self.answer("Stats", &id, |service| async move {
             service.pod.describe(&init(&request.id)?)?;
             let stats = MessageField::some(stats::zeros());
             Ok(StatsResponse {
@@ -371,9 +362,8 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: ConnectRequest,
     ) -> ttrpc::Result<ConnectResponse> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("Connect", &id, async move {
+        self.answer("Connect", &id, |service| async move {
             let found = init(&request.id).and_then(|name| service.pod.describe(&name));
             Ok(ConnectResponse {
                 shim_pid: std::process::id(),
@@ -386,9 +376,8 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        let service = self.clone();
         let id = request.id.clone();
-        answer("Shutdown", &id, async move {
+        self.answer("Shutdown", &id, |service| async move {
             if service.pod.is_empty() || request.now {
                 service.stop().await;
                 service.end.notify_one();
@@ -422,3 +411,6 @@ impl Task for TaskService {
         Err(refuse("Update", &request.id, &Error::Unsupported("Update")))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,8 +11,10 @@ use std::{
     fs::File,
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt, unix::net::UnixListener},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
+use async_trait::async_trait;
 use bulkhead_agent_api::{AGENT_PORT, SHARE_TAG};
 use bulkhead_vmm::config as vmm_config;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -24,10 +26,11 @@ use crate::{
     assets::Assets,
     config::Config,
     error::{Error, Result, host},
+    guest::{Boots, Guest},
     io::Dialer,
     mount,
     spec::Limits,
-    statedir::StateDir,
+    statedir::{HostProcess, StateDir},
 };
 
 /// Base of the guest kernel's command line.
@@ -177,31 +180,61 @@ impl Vm {
             }
         }
     }
+}
 
-    /// The agent.
-    #[must_use]
-    pub fn agent(&self) -> &Agent {
+/// Boots virtual machines for one pod.
+#[derive(Debug)]
+pub struct Kvm {
+    /// The administrator's settings.
+    pub config: Config,
+    /// The pod's directory.
+    pub dir: StateDir,
+}
+
+#[async_trait]
+impl Boots for Kvm {
+    async fn boot(&self, size: Size, oom_score_adj: i32) -> Result<Arc<dyn Guest>> {
+        let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
+        let boot = Boot {
+            config: &self.config,
+            dir: &self.dir,
+            size,
+            oom_score_adj: oom_score(oom_score_adj, &own),
+        };
+        Ok(Arc::new(Vm::boot(boot).await?))
+    }
+}
+
+/// A VMM is never harder to kill than its shim, whatever its container wants.
+/// `own` is the shim's own score as the kernel writes it.
+fn oom_score(wanted: i32, own: &str) -> i32 {
+    wanted.max(own.trim().parse().unwrap_or(0)).min(1000)
+}
+
+#[async_trait]
+impl Guest for Vm {
+    fn agent(&self) -> &Agent {
         &self.agent
     }
 
-    /// Connects streams.
-    #[must_use]
-    pub fn dialer(&self) -> &Dialer {
+    fn dialer(&self) -> &Dialer {
         &self.dialer
     }
 
-    /// The VMM's process.
-    #[must_use]
-    pub fn vmm(&self) -> &Vmm {
-        &self.vmm
+    fn process(&self) -> HostProcess {
+        self.vmm.process()
     }
 
-    /// Ends the virtual machine: in order if the guest answers, else by force.
-    pub async fn stop(&self) {
-        if self.vmm.has_ended().is_none() && self.agent.shutdown().await.is_ok() {
-            let _ = timeout(REPORT, self.vmm.ended()).await;
-        }
+    fn kill(&self) {
         self.vmm.kill();
+    }
+
+    fn has_ended(&self) -> Option<End> {
+        self.vmm.has_ended()
+    }
+
+    async fn ended(&self) -> End {
+        self.vmm.ended().await
     }
 }
 
@@ -322,6 +355,18 @@ mod tests {
                 memory_mib: 129
             }
         );
+    }
+
+    #[test]
+    fn a_vmm_is_never_harder_to_kill_than_its_shim_lc_45() {
+        for (wanted, own, score) in [
+            (-1000, "-998\n", -998),
+            (0, "-998\n", 0),
+            (1000, "0\n", 1000),
+            (-500, "", 0),
+        ] {
+            assert_eq!(oom_score(wanted, own), score, "{wanted} {own:?}");
+        }
     }
 
     #[test]

@@ -15,6 +15,9 @@
 //!    used twice in a pod); the request that names this id may arrive before or
 //!    after it. stdin flows to the guest, stdout and stderr to the host; the
 //!    end of a stream is the shutdown of the vsock connection in its direction.
+//!    At most [`STREAMS_WAITING`] connections are open whose request has not been
+//!    answered; the agent accepts no more of them, and refuses a request whose
+//!    streams do not come.
 
 #[expect(missing_debug_implementations, reason = "generated code")]
 #[expect(
@@ -39,6 +42,10 @@ pub const AGENT_PORT: u32 = 1024;
 
 /// Guest port on which the agent accepts standard streams.
 pub const STREAM_PORT: u32 = 1025;
+
+/// Most connections of standard streams that wait for the answer to the request
+/// that names them.
+pub const STREAMS_WAITING: usize = 64;
 
 /// virtio-fs tag of the pod's share.
 pub const SHARE_TAG: &str = "bulkhead";

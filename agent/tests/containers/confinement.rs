@@ -344,6 +344,34 @@ fn a_container_that_takes_too_much_memory_is_killed_and_says_so_f56() {
 }
 
 #[test]
+fn an_oom_kill_is_told_while_the_container_lives_lc_77() {
+    block_on(async |host: &mut Host| {
+        if !host.has_controller("memory") {
+            return;
+        }
+        let mut spec = busybox_spec(["sleep", "1000"]);
+        spec["linux"]["resources"]["memory"] = json!({"limit": 16 << 20, "swap": 16 << 20});
+        let id = host.create(spec, Stdio::default()).await.unwrap();
+        host.start_container(&id).await.unwrap();
+        let mut news = std::pin::pin!(host.wait_oom(&id, 0));
+        assert!(futures::poll!(&mut news).is_pending());
+        let script = "dd if=/dev/zero of=/dev/null bs=64M; exit $?";
+        let process = json!({"args": ["sh", "-c", script], "cwd": "/", "env": ["PATH=/bin"]});
+        let ran = host.run_exec(&id, &process).await;
+        assert!(ran.oom_killed);
+        let kills = news.await.unwrap();
+        assert!(kills >= 1);
+        // The end of the container ends whoever waits for more.
+        let more = host.wait_oom(&id, u64::MAX);
+        let (more, killed) = tokio::join!(more, host.kill(&id, "", 9));
+        killed.unwrap();
+        assert!(more.is_err());
+        host.wait(&id, "").await.unwrap();
+        host.delete(&id, "").await.unwrap();
+    });
+}
+
+#[test]
 fn a_fork_bomb_stops_at_the_limit_and_can_be_killed_f58() {
     block_on(async |host: &mut Host| {
         if !host.has_controller("pids") {

@@ -17,7 +17,7 @@ use bulkhead_agent_api::{
     GREETING,
     agent::{
         ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
-        ResizePtyRequest, Stdio, WaitResponse,
+        ResizePtyRequest, Stdio, WaitOomRequest, WaitResponse,
     },
     agent_ttrpc::AgentClient,
 };
@@ -348,6 +348,16 @@ impl Host {
             .await
     }
 
+    pub(crate) async fn wait_oom(&self, id: &str, seen: u64) -> ttrpc::Result<u64> {
+        let request = WaitOomRequest {
+            container_id: id.into(),
+            seen,
+            ..Default::default()
+        };
+        let answer = self.client.wait_oom(context::Context::default(), &request);
+        Ok(answer.await?.oom_kills)
+    }
+
     pub(crate) async fn delete(&self, id: &str, exec_id: &str) -> ttrpc::Result<Empty> {
         self.client
             .delete(context::Context::default(), &process(id, exec_id))
@@ -454,7 +464,7 @@ impl Host {
             status: exit.exit_status,
             stdout: out,
             stderr: err,
-            oom_killed: exit.oom_killed,
+            oom_killed: exit.oom_kills > 0,
         }
     }
 

@@ -44,12 +44,25 @@ fn reader(path: &str) -> pipe::Receiver {
 
 #[test]
 fn names_of_streams_follow_containerd_io_02() {
-    assert_eq!(fifo_path("").unwrap(), None);
-    assert_eq!(fifo_path("/run/a").unwrap(), Some("/run/a".into()));
-    assert_eq!(fifo_path("fifo:///run/a").unwrap(), Some("/run/a".into()));
+    let fifo = || Some(Target::Fifo("/run/a".into()));
+    assert_eq!(Target::named("").unwrap(), None);
+    assert_eq!(Target::named("/run/a").unwrap(), fifo());
+    assert_eq!(Target::named("fifo:///run/a").unwrap(), fifo());
+    assert_eq!(
+        Target::named("file:///a/log").unwrap(),
+        Some(Target::File("/a/log".into()))
+    );
+    let stdin = Stdio {
+        stdin: "file:///a/log".into(),
+        ..Stdio::default()
+    };
+    assert_eq!(
+        stdin.check().unwrap_err().code(),
+        ttrpc::Code::INVALID_ARGUMENT
+    );
     for bad in [
         "binary:///bin/x",
-        "file:///log",
+        "file://log",
         "npipe://x",
         "ttrpc+unix:///x",
         "relative",
@@ -57,7 +70,7 @@ fn names_of_streams_follow_containerd_io_02() {
         "fifo://x",
     ] {
         assert_eq!(
-            fifo_path(bad).unwrap_err().code(),
+            Target::named(bad).unwrap_err().code(),
             ttrpc::Code::INVALID_ARGUMENT,
             "{bad:?}"
         );
@@ -86,7 +99,7 @@ async fn output_reaches_a_reader_that_comes_late_and_ends_with_the_guests() {
     };
     let (streams, (id, mut stream)) =
         tokio::join!(Streams::open(&stdio, &guest.dialer), guest.accept());
-    let (streams, told) = streams.unwrap();
+    let (streams, told, _room) = streams.unwrap();
     assert_eq!((told.stdin, told.stdout, told.stderr), (0, id, 0));
     stream.write_all(b"hello").await.unwrap();
     let mut out = reader(&stdio.stdout);
@@ -148,7 +161,7 @@ async fn stdin_ends_only_after_close_io_and_with_all_that_was_written_ta_55() {
     };
     let (streams, (_, mut stream)) =
         tokio::join!(Streams::open(&stdio, &guest.dialer), guest.accept());
-    let (streams, _) = streams.unwrap();
+    let (streams, _, _room) = streams.unwrap();
     let mut writer = pipe::OpenOptions::new().open_sender(&stdio.stdin).unwrap();
     writer.write_all(b"one").await.unwrap();
     drop(writer);
@@ -162,4 +175,77 @@ async fn stdin_ends_only_after_close_io_and_with_all_that_was_written_ta_55() {
     let mut rest = Vec::new();
     stream.read_to_end(&mut rest).await.unwrap();
     assert_eq!(rest, b"two");
+}
+
+#[tokio::test]
+async fn output_is_appended_to_a_log_file_which_both_streams_may_share() {
+    let guest = Guest::new();
+    let log = guest.dir.path().join("new/dir/out.log");
+    let name = format!("file://{}", log.display());
+    let stdio = Stdio {
+        stdout: name.clone(),
+        stderr: name,
+        ..Stdio::default()
+    };
+    for round in ["one", "two"] {
+        let accept = async { (guest.accept().await, guest.accept().await) };
+        let (streams, ((_, mut out), (_, mut err))) =
+            tokio::join!(Streams::open(&stdio, &guest.dialer), accept);
+        let (streams, _, _room) = streams.unwrap();
+        out.write_all(format!("{round} to stdout\n").as_bytes())
+            .await
+            .unwrap();
+        drop(out);
+        err.write_all(format!("{round} to stderr\n").as_bytes())
+            .await
+            .unwrap();
+        drop(err);
+        streams.drained(Duration::from_secs(10)).await;
+    }
+    let text = std::fs::read_to_string(&log).unwrap();
+    let mut lines: Vec<&str> = text.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(
+        lines,
+        [
+            "one to stderr",
+            "one to stdout",
+            "two to stderr",
+            "two to stdout"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_log_that_is_no_file_is_refused_without_waiting_b20() {
+    let guest = Guest::new();
+    guest.fifo("fifo");
+    for bad in [guest.dir.path().join("fifo"), guest.dir.path().to_owned()] {
+        assert!(open_file(&bad).is_err(), "{bad:?}");
+    }
+    assert!(open_file(Path::new("/dev/null")).is_err());
+}
+
+#[tokio::test]
+async fn room_in_the_guest_is_reserved_before_dialling_and_given_back() {
+    let guest = Guest::new();
+    let stdio = Stdio {
+        stdout: guest.fifo("out"),
+        ..Stdio::default()
+    };
+    let mut held = Vec::new();
+    for _ in 0..STREAMS_WAITING {
+        let (opened, connection) =
+            tokio::join!(Streams::open(&stdio, &guest.dialer), guest.accept());
+        held.push((opened.unwrap(), connection));
+    }
+    let mut next = std::pin::pin!(Streams::open(&stdio, &guest.dialer));
+    assert!(futures::poll!(&mut next).is_pending());
+    // Nothing was dialled.
+    assert!(futures::poll!(std::pin::pin!(guest.listener.accept())).is_pending());
+    let ((streams, _, room), _connection) = held.pop().unwrap();
+    drop(room);
+    let (opened, _) = tokio::join!(next, guest.accept());
+    let (_streams, _, _room) = opened.unwrap();
+    drop(streams);
 }

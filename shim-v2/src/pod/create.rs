@@ -1,35 +1,38 @@
 //! Create: from a request to a container whose first process waits.
 //!
-//! The VM boots while the files of the container are put up. Each step returns
-//! something that undoes itself when it is dropped, so that a failure, or a Delete
-//! that overtakes, leaves nothing behind on the host.
+//! The VM boots while the files of the container are put up. What was done when a
+//! step fails, or a Delete overtakes, is in [`Traces`] and taken back: first in the
+//! guest, however late that answers, then on the host.
 
 use std::{
-    collections::BTreeMap,
     fs::File,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
 use bulkhead_agent_api::agent::CreateRequest;
 use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::MessageField};
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use tracing::{info, warn};
 
-use super::{Container, Creation, Pod, Slot, lock};
+use super::{Container, Creation, DIE, Pod, Slot, making::Making};
 use crate::{
     agent::ProcessName,
     error::{Error, Result},
     events::{Event, task_io},
+    guest::Guest,
     io::{Stdio, Streams},
-    json, mount,
+    json,
+    lock::lock,
+    mount,
     names::ContainerId,
-    process::Process,
+    process::{Herald, Process},
     rootfs::Source,
+    share::ContainerShare,
     spec::{self, Prepared, Terminal},
     vm::Size,
 };
@@ -77,9 +80,20 @@ impl Pod {
     pub async fn create(self: &Arc<Self>, request: Create) -> Result<u32> {
         let reserved = self.reserve(&request.id)?;
         let creation = Arc::clone(&reserved.creation);
-        let container = tokio::select! {
-            result = self.build(&request) => result?,
-            () = creation.cancel.notified() => return Err(Error::Cancelled(request.id)),
+        let mut traces = Traces::default();
+        let built = tokio::select! {
+            built = self.build(&request, &mut traces) => built,
+            () = creation.cancel.notified() => Err(Error::Cancelled(request.id.clone())),
+        };
+        let (guest, container) = match built {
+            Ok(built) => built,
+            Err(error) => {
+                if matches!(error, Error::Deadline { .. }) {
+                    self.doubt.notify_one();
+                }
+                traces.undo().await;
+                return Err(error);
+            }
         };
         reserved.fill(Arc::clone(&container));
         let pid = self.pid();
@@ -97,8 +111,8 @@ impl Pod {
             pid,
             ..TaskCreate::default()
         })));
-        let vm = self.living_vm()?;
-        self.watch(vm, &container, &container.init);
+        self.watch(&guest, &container, &container.init);
+        self.watch_oom(&guest, &container);
         Ok(pid)
     }
 
@@ -120,7 +134,11 @@ impl Pod {
         })
     }
 
-    async fn build(self: &Arc<Self>, request: &Create) -> Result<Arc<Container>> {
+    async fn build(
+        self: &Arc<Self>,
+        request: &Create,
+        traces: &mut Traces,
+    ) -> Result<(Arc<dyn Guest>, Arc<Container>)> {
         request.stdio.check()?;
         let (id, bundle) = (request.id.clone(), request.bundle.clone());
         let terminal = Terminal::from(request.stdio.terminal);
@@ -141,8 +159,9 @@ impl Pod {
             share.add(&id, &root, &volumes)
         });
         let size = Size::on_this_host(prepared.limits, &self.config);
-        let (vm, files) = tokio::try_join!(self.boot(size, prepared.oom_score_adj), files)?;
-        let (streams, mut stdio) = Streams::open(&request.stdio, vm.dialer()).await?;
+        let (guest, files) = tokio::try_join!(self.boot(size, prepared.oom_score_adj), files)?;
+        traces.files = Some(files);
+        let (streams, mut stdio, room) = Streams::open(&request.stdio, guest.dialer()).await?;
         (stdio.columns, stdio.rows) = prepared.console;
         let message = CreateRequest {
             container_id: request.id.to_string(),
@@ -152,22 +171,65 @@ impl Pod {
             seccomp_flags: prepared.filter.flags,
             ..CreateRequest::default()
         };
-        vm.agent().create(&message).await?;
         let name = ProcessName {
             container: request.id.clone(),
             exec: None,
         };
-        let init = Process::new(name, request.stdio.clone(), prepared.console, None);
+        let agent = guest.agent().clone();
+        let limit = agent.limits().create;
+        let making = Making::begin(&guest, name.clone(), async move {
+            let answer = agent.create(&message).await;
+            drop(room);
+            answer
+        });
+        let making = traces.making.insert(making);
+        making.answer("Create", limit).await?;
+        let stdio = request.stdio.clone();
+        let init = Process::new(name, stdio, prepared.console, None, self.herald());
         init.attach(streams);
-        Ok(Arc::new(Container {
+        let container = Arc::new(Container {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
             init: Arc::new(init),
-            execs: Mutex::new(BTreeMap::new()),
-            files: Mutex::new(Some(files)),
+            execs: Mutex::default(),
+            files: Mutex::new(traces.files.take()),
             deleting: AsyncMutex::new(()),
             kill_unanswered: AtomicBool::new(false),
-        }))
+            ooms: AtomicU64::new(0),
+        });
+        Ok((guest, container))
+    }
+
+    /// Tells containerd of a process of this pod.
+    pub(super) fn herald(&self) -> Herald {
+        Herald {
+            events: Arc::clone(&self.events),
+            pid: self.pid(),
+        }
+    }
+}
+
+/// What a creation that does not come to its end must take back.
+#[derive(Debug, Default)]
+struct Traces {
+    /// In the guest.
+    making: Option<Making>,
+    /// On the host, where the guest may still use them.
+    files: Option<ContainerShare>,
+}
+
+impl Traces {
+    async fn undo(self) {
+        if let Some(making) = self.making {
+            // The id is not free before; but a guest that does not answer keeps it
+            // to itself.
+            let undone = tokio::spawn(making.undo());
+            if timeout(DIE, undone).await.is_err() {
+                warn!("the guest does not take a container back yet");
+            }
+        }
+        let files = self.files;
+        let _ = tokio::task::spawn_blocking(move || drop(files)).await;
     }
 }
 

@@ -5,17 +5,19 @@
 
 use std::sync::Arc;
 
-use bulkhead_agent_api::agent::cause::Kind;
-use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted};
+use bulkhead_agent_api::agent::{ExecRequest, cause::Kind};
+use containerd_shim_protos::events::task::TaskExecAdded;
 use serde_json::Value;
-use tracing::{info, warn};
+use tracing::info;
 
-use super::{Container, DRAIN, Pod, lock, refused};
+use super::{Container, DRAIN, Pod, making::Making, refused};
 use crate::{
     agent::ProcessName,
     error::{Error, Result},
     events::Event,
+    guest::Guest,
     io::{Stdio, Streams},
+    lock::lock,
     names::{ContainerId, ExecId},
     process::{Exit, Process},
     spec::{self, Terminal},
@@ -43,7 +45,10 @@ impl Pod {
         }
         {
             let mut execs = lock(&container.execs);
-            if execs.contains_key(&exec) {
+            if execs.closed {
+                return Err(Error::InitNotRunning(id.clone()));
+            }
+            if execs.all.contains_key(&exec) {
                 return Err(Error::ExecExists {
                     container: id.clone(),
                     exec,
@@ -53,8 +58,9 @@ impl Pod {
                 container: id.clone(),
                 exec: Some(exec.clone()),
             };
-            let process = Process::new(name, stdio, prepared.console, Some(prepared.guest));
-            execs.insert(exec.clone(), Arc::new(process));
+            let pending = Some(prepared.guest);
+            let process = Process::new(name, stdio, prepared.console, pending, self.herald());
+            execs.all.insert(exec.clone(), Arc::new(process));
         }
         self.events.publish(Event::ExecAdded(TaskExecAdded {
             container_id: id.to_string(),
@@ -69,43 +75,72 @@ impl Pod {
         self: &Arc<Self>,
         container: &Arc<Container>,
         process: &Arc<Process>,
-    ) -> Result<u32> {
-        state::exec(container.init.state(), process.state(), Op::Start)
-            .map_err(|refusal| refused(process, Op::Start, refusal))?;
-        let started = self.make(process).await;
-        if let Err(error) = started {
-            // Waiters and Delete must not hang on an exec that never ran.
-            process.exited(Exit::now(failed_status(&error)));
-            process.close_streams();
-            return Err(error);
+    ) -> Result<()> {
+        let start = {
+            let execs = lock(&container.execs);
+            if execs.closed {
+                return Err(Error::InitNotRunning(container.id.clone()));
+            }
+            process
+                .begin(|state| state::exec(container.init.state(), state, Op::Start))
+                .map_err(|refusal| refused(process, Op::Start, refusal))?
+        };
+        let made = match self.living() {
+            Ok(guest) => self.make(guest, process).await.map(|made| (guest, made)),
+            Err(error) => Err(error),
+        };
+        match made {
+            Ok((guest, making)) => {
+                if start.confirm() {
+                    self.watch(guest, container, process);
+                    return Ok(());
+                }
+                // Its container has ended meanwhile.
+                tokio::spawn(making.undo());
+                process.close_streams();
+                Err(Error::InitNotRunning(container.id.clone()))
+            }
+            Err(error) => {
+                start.fail(failed_status(&error));
+                process.close_streams();
+                Err(error)
+            }
         }
-        process.running();
-        let pid = self.pid();
-        self.events.publish(Event::ExecStarted(TaskExecStarted {
-            container_id: container.id.to_string(),
-            exec_id: process
-                .name
-                .exec
-                .as_ref()
-                .map_or_else(String::new, ToString::to_string),
-            pid,
-            ..TaskExecStarted::default()
-        }));
-        self.watch(self.living_vm()?, container, process);
-        Ok(pid)
     }
 
-    async fn make(&self, process: &Process) -> Result<()> {
-        let vm = self.living_vm()?;
-        let (streams, mut stdio) = Streams::open(&process.stdio, vm.dialer()).await?;
+    async fn make(&self, guest: &Arc<dyn Guest>, process: &Process) -> Result<Making> {
+        let (streams, mut stdio, room) = Streams::open(&process.stdio, guest.dialer()).await?;
         (stdio.columns, stdio.rows) = process.size();
         process.attach(streams);
-        let spec = process
-            .take_pending()
-            .unwrap_or_default()
-            .to_string()
-            .into_bytes();
-        vm.agent().exec(&process.name, spec, stdio).await
+        let name = process.name.clone();
+        let request = ExecRequest {
+            container_id: name.container.to_string(),
+            exec_id: name.exec_id(),
+            process: process
+                .take_pending()
+                .unwrap_or_default()
+                .to_string()
+                .into_bytes(),
+            stdio: Some(stdio).into(),
+            ..ExecRequest::default()
+        };
+        let agent = guest.agent().clone();
+        let limit = agent.limits().request;
+        let mut making = Making::begin(guest, name, async move {
+            let answer = agent.exec(&request).await;
+            drop(room);
+            answer
+        });
+        match making.answer("Exec", limit).await {
+            Ok(()) => Ok(making),
+            Err(error) => {
+                if matches!(error, Error::Deadline { .. }) {
+                    self.doubt.notify_one();
+                    tokio::spawn(making.undo());
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Forgets an exec that does not run.
@@ -115,19 +150,17 @@ impl Pod {
         exec: &ExecId,
         process: &Process,
     ) -> Result<(u32, Exit)> {
-        let started = process.take_pending().is_none();
-        process.exited(Exit::now(0));
-        let exit = process.exit().await;
+        let exit = process.retire().map_err(|state| Error::WrongState {
+            process: process.name.to_string(),
+            state,
+            op: Op::Delete,
+        })?;
         process.drained(DRAIN).await;
         process.close_streams();
-        if started
-            && let Ok(vm) = self.living_vm()
-            && let Err(error) = vm.agent().delete(&process.name).await
-            && error.code() != ttrpc::Code::NOT_FOUND
-        {
-            warn!(process = %process.name, error = error.text(), "the guest does not forget it");
+        if process.take_pending().is_none() {
+            self.forget_in_guest(&process.name).await;
         }
-        lock(&container.execs).remove(exec);
+        lock(&container.execs).all.remove(exec);
         Ok((self.pid(), exit))
     }
 }

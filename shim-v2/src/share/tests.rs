@@ -171,3 +171,54 @@ fn a_bind_of_an_empty_directory_is_a_plain_root_b21() {
         assert_eq!(error.raw_os_error(), Some(libc::EROFS));
     });
 }
+
+#[test]
+fn what_the_host_mounts_later_below_a_volume_does_not_arrive_b34() {
+    in_namespace(|dir| {
+        // A mount that tells others what is mounted in it, as those of a host do.
+        let host = dir.join("host");
+        fs::create_dir(&host).unwrap();
+        rustix::mount::mount("t", &host, "tmpfs", MountFlags::empty(), None).unwrap();
+        mount_change(&host, MountPropagationFlags::SHARED).unwrap();
+        let (volumes, bundle) = (host.join("volume"), host.join("bundle"));
+        for path in [volumes.join("later"), volumes.join("before")] {
+            fs::create_dir_all(path).unwrap();
+        }
+        fs::create_dir_all(bundle.join("rootfs/later")).unwrap();
+        let before = volumes.join("before");
+        rustix::mount::mount("t", &before, "tmpfs", MountFlags::empty(), None).unwrap();
+        let top = dir.join("share");
+        fs::create_dir(&top).unwrap();
+        let share = Share::mount(&top).unwrap();
+        let root = Source::new(&[], &bundle, Path::new("rootfs")).unwrap();
+        let flat = Volume {
+            recursive: false,
+            ..volume(volumes.clone(), true)
+        };
+        let _files = share
+            .add(&id(), &root, &[volume(volumes.clone(), true), flat])
+            .unwrap();
+        let mounts = mounts_below(&top);
+        for later in [volumes.join("later"), bundle.join("rootfs/later")] {
+            rustix::mount::mount("t", &later, "tmpfs", MountFlags::empty(), None).unwrap();
+            fs::write(later.join("on the host"), "").unwrap();
+        }
+        assert_eq!(mounts_below(&top), mounts);
+        for place in [
+            "c1/volumes/0/later",
+            "c1/volumes/1/later",
+            "c1/rootfs/later",
+        ] {
+            assert!(!top.join(place).join("on the host").exists(), "{place}");
+        }
+        // What was there before is as inert as the rest.
+        for place in [
+            "c1/volumes/0/later",
+            "c1/volumes/0/before",
+            "c1/volumes/1/before",
+        ] {
+            let error = fs::write(top.join(place).join("x"), "").unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{place}");
+        }
+    });
+}

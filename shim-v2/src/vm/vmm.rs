@@ -36,7 +36,7 @@ use crate::{
     error::{Error, Result, host},
     inherit,
     mount::{self, Scope},
-    statedir::{Process, signal},
+    statedir::{HostProcess, signal},
 };
 
 /// Name of the binary.
@@ -133,7 +133,7 @@ impl End {
 /// A running VMM. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Vmm {
-    process: Process,
+    process: HostProcess,
     pidfd: Arc<OwnedFd>,
     /// The VMM ends when this closes.
     alive: Mutex<Option<OwnedFd>>,
@@ -165,7 +165,7 @@ impl Vmm {
 
     /// The process, as the host numbers it.
     #[must_use]
-    pub fn process(&self) -> Process {
+    pub fn process(&self) -> HostProcess {
         self.process
     }
 
@@ -232,7 +232,7 @@ pub fn find(shim: &Path) -> Result<PathBuf> {
     })
 }
 
-type Started = oneshot::Sender<Result<(Process, OwnedFd)>>;
+type Started = oneshot::Sender<Result<(HostProcess, OwnedFd)>>;
 
 /// The life of the thread: start, tell, wait, report.
 fn parent(launch: Launch, alive: OwnedFd, started: Started, end: &watch::Sender<Option<End>>) {
@@ -269,12 +269,12 @@ fn parent(launch: Launch, alive: OwnedFd, started: Started, end: &watch::Sender<
     end.send_replace(Some(result));
 }
 
-fn open(child: &Child) -> io::Result<(Process, OwnedFd)> {
+fn open(child: &Child) -> io::Result<(HostProcess, OwnedFd)> {
     let number = child.id().cast_signed();
     let pid = Pid::from_raw(number).ok_or_else(|| io::Error::other("no process id"))?;
     // The child is not reaped yet, so the number is its own.
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    Ok((Process::of(number)?, pidfd))
+    Ok((HostProcess::of(number)?, pidfd))
 }
 
 fn spawn(launch: Launch, alive: OwnedFd, stderr: PipeWriter) -> Result<(Child, PipeReader)> {

@@ -1,0 +1,52 @@
+//! The other end of the queue of events, for tests.
+
+use std::sync::Mutex;
+
+use tokio::sync::mpsc;
+
+use super::{Event, Publisher, Queued};
+use crate::lock::lock;
+
+/// What was published, in order.
+#[derive(Debug)]
+pub(crate) struct Told {
+    queue: Mutex<mpsc::Receiver<Queued>>,
+    told: Mutex<Vec<String>>,
+}
+
+impl Publisher {
+    /// A publisher whose events are kept.
+    pub(crate) fn kept() -> (Self, Told) {
+        let (publisher, queue) = Self::channel();
+        let told = Told {
+            queue: Mutex::new(queue),
+            told: Mutex::default(),
+        };
+        (publisher, told)
+    }
+}
+
+impl Told {
+    /// All events so far: topic, container, exec and status.
+    pub(crate) fn all(&self) -> Vec<String> {
+        let mut told = lock(&self.told);
+        let mut queue = lock(&self.queue);
+        while let Ok(queued) = queue.try_recv() {
+            told.push(brief(&queued.event));
+        }
+        told.clone()
+    }
+}
+
+fn brief(event: &Event) -> String {
+    let topic = event.topic();
+    match event {
+        Event::Create(event) => format!("{topic} {}", event.container_id),
+        Event::Start(event) => format!("{topic} {}", event.container_id),
+        Event::ExecAdded(event) => format!("{topic} {}", event.exec_id),
+        Event::ExecStarted(event) => format!("{topic} {}", event.exec_id),
+        Event::Oom(event) => format!("{topic} {}", event.container_id),
+        Event::Exit(event) => format!("{topic} {} {}", event.id, event.exit_status),
+        Event::Delete(event) => format!("{topic} {} {}", event.container_id, event.exit_status),
+    }
+}

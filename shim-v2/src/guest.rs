@@ -1,0 +1,59 @@
+//! What a pod needs of whatever runs its guest.
+//!
+//! The seam between the life cycle and the virtual machine: [`Pod`](crate::pod::Pod)
+//! knows these two traits and nothing of KVM. The product's side is
+//! [`vm`](crate::vm); the tests put the agent's service into their own process.
+
+use std::{fmt::Debug, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use tokio::time::timeout;
+
+use crate::{
+    agent::Agent,
+    error::Result,
+    io::Dialer,
+    statedir::HostProcess,
+    vm::{Size, vmm::End},
+};
+
+/// Time for the guest's end to be seen after its agent said farewell.
+const PARTING: Duration = Duration::from_millis(500);
+
+/// Starts guests.
+#[async_trait]
+pub trait Boots: Debug + Send + Sync {
+    /// Boots a guest and waits for its agent. Giving up the future ends what was
+    /// begun.
+    async fn boot(&self, size: Size, oom_score_adj: i32) -> Result<Arc<dyn Guest>>;
+}
+
+/// A running guest. Dropping it kills it.
+#[async_trait]
+pub trait Guest: Debug + Send + Sync {
+    /// The agent.
+    fn agent(&self) -> &Agent;
+
+    /// Connects streams.
+    fn dialer(&self) -> &Dialer;
+
+    /// The process of the host that runs it.
+    fn process(&self) -> HostProcess;
+
+    /// Kills it: always possible, needs no answer.
+    fn kill(&self);
+
+    /// How it ended, if it did.
+    fn has_ended(&self) -> Option<End>;
+
+    /// Waits for the end.
+    async fn ended(&self) -> End;
+}
+
+/// Ends a guest: in order if its agent answers, else by force.
+pub(crate) async fn stop(guest: &dyn Guest) {
+    if guest.has_ended().is_none() && guest.agent().shutdown().await.is_ok() {
+        let _ = timeout(PARTING, guest.ended()).await;
+    }
+    guest.kill();
+}
