@@ -180,10 +180,10 @@ impl Error {
             Error::Boot(_) | Error::Panicked(_) => Code::INTERNAL,
             Error::VmGone(_) => Code::UNAVAILABLE,
             // That a socket is not there does not mean that a process is not.
-            Error::Stream(source) => match of_io(source) {
-                Code::RESOURCE_EXHAUSTED => Code::RESOURCE_EXHAUSTED,
-                _ => Code::UNAVAILABLE,
-            },
+            Error::Stream(source) if of_io(source) == Code::RESOURCE_EXHAUSTED => {
+                Code::RESOURCE_EXHAUSTED
+            }
+            Error::Stream(_) => Code::UNAVAILABLE,
             Error::Agent { code, .. } => *code,
             Error::Deadline { .. } => Code::DEADLINE_EXCEEDED,
             Error::Cancelled(_) => Code::ABORTED,

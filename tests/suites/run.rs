@@ -324,9 +324,3 @@ fn a_fork_bomb_stops_at_its_limit_and_leaves_exec_and_kill_alone_f58() {
     Command::bulkhead(["kill", "bomb", "KILL"]).run().success();
     assert_eq!(run.wait().code, 137);
 }
-
-#[test]
-fn a_memory_hog_without_a_limit_is_killed_and_its_machine_lives_f55() {
-    let line = "(tail /dev/zero); echo $?; echo alive";
-    assert_eq!(sh(line).success(), "137\nalive\n");
-}
