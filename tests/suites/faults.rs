@@ -12,7 +12,7 @@ use std::{
 };
 
 use bulkhead_agent_api::SHARE_DIR;
-use bulkhead_tests::{BUSYBOX, Command, Outcome, Running, bundle};
+use bulkhead_tests::{BUSYBOX, Command, LeakCheck, Outcome, Running, bundle};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -28,6 +28,17 @@ fn endless() -> Running {
         "echo ready; while :; do sleep 1; done",
     ])
     .start();
+    run.wait_for_output("ready");
+    run
+}
+
+/// A named container that sleeps.
+fn endless_named(name: &str) -> Running {
+    let line = "echo ready; exec sleep 1000";
+    let run = [
+        "run", "--rm", "--name", name, BUSYBOX, "--", "sh", "-c", line,
+    ];
+    let run = Command::bulkhead(run).start();
     run.wait_for_output("ready");
     run
 }

@@ -22,6 +22,7 @@ use anyhow::{Context, Result, ensure};
 use bulkhead_bench::{Goals, KVM_COUNTERS, Running, head, kvm_counters, median, row};
 use bulkhead_shim::{
     config::Config,
+    guest::Guest,
     names::{GroupId, Namespace},
     share::{Share, enter_private_namespace},
     statedir::StateDir,
@@ -169,7 +170,7 @@ fn boot_ours() -> Result<Boot> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    dir.create()?;
+    let held = dir.take("bench-boot", None)?;
     let share = Share::mount(&dir.share())?;
     let config = Config::default();
     let before = kvm_counters()?;
@@ -185,13 +186,13 @@ fn boot_ours() -> Result<Boot> {
             oom_score_adj: 0,
         })
         .await?;
-        let boot = measured(start, &before, vm.vmm().process().pid.cast_unsigned());
-        vm.vmm().kill();
-        vm.vmm().ended().await;
+        let boot = measured(start, &before, vm.process().pid.cast_unsigned());
+        vm.kill();
+        vm.ended().await;
         boot
     });
     drop(share);
-    dir.remove()?;
+    held.remove()?;
     boot
 }
 
