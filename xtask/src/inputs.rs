@@ -36,8 +36,22 @@ fn guest_kernel(cache: &Cache) -> Result<Made> {
             None => "guest kernel".to_owned(),
         },
         content: kernel.as_ref().map(|kernel| kernel.sha256.clone()),
-        inputs: kernel.map(|kernel| kernel.inputs).unwrap_or_default(),
+        inputs: kernel.map_or_else(BTreeMap::new, |kernel| named(kernel.inputs)),
     })
+}
+
+/// The names of compilers and linkers are those of packages, too: told apart from them.
+fn named(inputs: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let named = inputs.into_iter().map(|(name, version)| {
+        let is_package = name.starts_with("linux-source");
+        let name = if is_package {
+            name
+        } else {
+            format!("program {name}:")
+        };
+        (name, version)
+    });
+    named.collect()
 }
 
 /// A heading for each thing, a line for each input; what the archive has in another
@@ -66,6 +80,16 @@ mod tests {
     fn pairs(of: &[(&str, &str)]) -> BTreeMap<String, String> {
         let own = |(name, version): &(&str, &str)| ((*name).to_owned(), (*version).to_owned());
         of.iter().map(own).collect()
+    }
+
+    #[test]
+    fn a_compiler_is_not_taken_for_the_package_of_its_name() {
+        let named = named(pairs(&[
+            ("gcc", "gcc 12"),
+            ("linux-source-6.12", "6.12.118-1"),
+        ]));
+        let names: Vec<&String> = named.keys().collect();
+        assert_eq!(names, ["linux-source-6.12", "program gcc:"]);
     }
 
     #[test]
