@@ -4,6 +4,7 @@ mod faults;
 pub(crate) mod harness;
 mod script;
 
+use bulkhead_agent_api::agent::cause::Kind;
 use futures::{future::join_all, poll};
 use tokio::{io::AsyncReadExt, net::unix::pipe, time::Instant};
 
@@ -230,7 +231,8 @@ fn an_exec_whose_container_ends_during_its_start_is_taken_back() {
 fn a_program_that_cannot_be_executed_is_a_failed_start_ta_25() {
     run(async |bench| {
         bench.running("c").await;
-        bench.agent.refuse("Exec", Code::INVALID_ARGUMENT);
+        let missing = Kind::PROGRAM_NOT_FOUND;
+        bench.agent.refuse("Exec", Code::INVALID_ARGUMENT, missing);
         bench.add("c/e", Stdio::default()).unwrap();
         let mut wait = std::pin::pin!(bench.wait("c/e"));
         assert!(poll!(&mut wait).is_pending());
@@ -238,7 +240,9 @@ fn a_program_that_cannot_be_executed_is_a_failed_start_ta_25() {
         assert_eq!(error.code(), Code::INVALID_ARGUMENT);
         assert_eq!(wait.await, 127);
         assert_eq!(bench.delete("c/e").await.unwrap(), 127);
-        bench.agent.refuse("Create", Code::INVALID_ARGUMENT);
+        bench
+            .agent
+            .refuse("Create", Code::INVALID_ARGUMENT, missing);
         assert!(bench.create("d").await.is_err());
         assert_eq!(bench.shared(), 1);
         let told = bench.told.all();

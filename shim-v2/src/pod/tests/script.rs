@@ -10,10 +10,11 @@ use async_trait::async_trait;
 use bulkhead_agent::streams::{BoxStream, Streams};
 use bulkhead_agent_api::{
     agent::{
-        ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
-        ProcessResponse, Stdio, WaitOomRequest, WaitOomResponse, WaitResponse,
+        Cause, ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
+        ProcessResponse, Stdio, WaitOomRequest, WaitOomResponse, WaitResponse, cause::Kind,
     },
     agent_ttrpc::Agent,
+    cause,
 };
 use tokio::{io::AsyncWriteExt, sync::watch, time::timeout};
 use ttrpc::{Code, r#async::TtrpcContext};
@@ -35,7 +36,7 @@ struct Model {
 struct Guts {
     calls: Vec<String>,
     held: BTreeSet<&'static str>,
-    refused: BTreeMap<&'static str, Code>,
+    refused: BTreeMap<&'static str, (Code, Kind)>,
     processes: BTreeMap<(String, String), Model>,
     ooms: BTreeMap<String, u64>,
     /// Somebody else holds the output of what ends.
@@ -52,7 +53,17 @@ pub(crate) struct Script {
 }
 
 fn refusal(code: Code) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(ttrpc::get_status(code, "refused".to_owned()))
+    refused(code, Kind::OTHER)
+}
+
+fn refused(code: Code, kind: Kind) -> ttrpc::Error {
+    let mut status = ttrpc::get_status(code, "refused".to_owned());
+    let cause = Cause {
+        kind: kind.into(),
+        ..Cause::default()
+    };
+    cause::add(&mut status, &cause);
+    ttrpc::Error::RpcStatus(status)
 }
 
 impl Script {
@@ -78,9 +89,9 @@ impl Script {
     }
 
     /// Calls of this name fail from now on.
-    pub(crate) fn refuse(&self, call: &'static str, code: Code) {
+    pub(crate) fn refuse(&self, call: &'static str, code: Code, kind: Kind) {
         self.guts.send_modify(|guts| {
-            guts.refused.insert(call, code);
+            guts.refused.insert(call, (code, kind));
         });
     }
 
@@ -150,7 +161,7 @@ impl Script {
         let mut guts = self.guts.subscribe();
         let guts = guts.wait_for(|guts| !guts.held.contains(call)).await;
         match guts.map(|guts| guts.refused.get(call).copied()) {
-            Ok(Some(code)) => Err(refusal(code)),
+            Ok(Some((code, kind))) => Err(refused(code, kind)),
             _ => Ok(()),
         }
     }
