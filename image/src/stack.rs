@@ -117,7 +117,11 @@ fn mount(scratch: &Path, options: &str) -> io::Result<OwnedFd> {
         flags,
         Some(options),
     )?;
-    open_root(Path::new("root"))
+    let root = open_root(Path::new("root"))?;
+    // The namespace may end a little later than this thread; the mount ends with the
+    // descriptor.
+    nix::mount::umount2("root", nix::mount::MntFlags::MNT_DETACH)?;
+    Ok(root)
 }
 
 fn open_root(dir: &Path) -> io::Result<OwnedFd> {
