@@ -447,7 +447,9 @@ fn processors(
                 vcpus: count,
                 tsc_deadline,
             },
-        );
+        )
+        .map_err(io::Error::other)
+        .during("a processor's CPUID")?;
         fd.set_cpuid2(&table).during("set a processor's CPUID")?;
         boot::cpu::prepare(&fd).during("prepare a processor")?;
         if id == 0 {
