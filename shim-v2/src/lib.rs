@@ -6,7 +6,7 @@
 //!
 //! Promises that a pod leaves nothing behind: every thing that must be undone is
 //! held by a guard, every mount lives in the shim's own mount namespace, and the
-//! VMM dies with the shim.
+//! VMM ends when the shim's end of its control socket does.
 //!
 //! Never maps guest memory; parses bytes of the guest in [`agent`] only.
 //!
