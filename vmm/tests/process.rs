@@ -10,7 +10,7 @@ use std::{
     fs::File,
     io::{self, PipeReader, Read, Seek, Write},
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
+        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
     process::{Child, Command, ExitStatus, Stdio},
@@ -144,16 +144,16 @@ impl Machine {
             .args(["--config-fd", &config.as_raw_fd().to_string()])
             .env_clear()
             .stdin(Stdio::null());
-        // SAFETY: changes flags of descriptors that are open until the exec.
-        unsafe {
-            command.pre_exec(move || {
-                for fd in &inherited {
-                    let fd = std::os::fd::BorrowedFd::borrow_raw(*fd);
-                    fcntl_setfd(fd, FdFlags::empty())?;
-                }
-                Ok(())
-            });
-        }
+        let inherit = move || {
+            for fd in &inherited {
+                // SAFETY: it is open until the exec, and the child has its own table.
+                let fd = unsafe { BorrowedFd::borrow_raw(*fd) };
+                fcntl_setfd(fd, FdFlags::empty())?;
+            }
+            Ok(())
+        };
+        // SAFETY: the closure neither allocates nor locks.
+        unsafe { command.pre_exec(inherit) };
         let place = root.path().to_owned();
         // The namespaces are those of a thread that ends.
         let child = std::thread::spawn(move || {
@@ -333,4 +333,30 @@ fn every_thread_of_a_running_machine_has_what_the_table_says() {
     kinds.dedup();
     use ThreadKind::{Devices, Files, Main, Processor};
     assert_eq!(kinds, [Devices, Files, Main, Processor]);
+}
+
+#[test]
+fn a_configuration_that_names_its_own_descriptor_is_refused() {
+    let json = r#"{"kvm":9,"kernel":FD,"cmdline":"","vcpus":1,"memory_mib":32,"shares":[],
+        "disks":[],"rng":false}"#;
+    let mut config = file(&[]);
+    let text = json.replace("FD", &config.as_raw_fd().to_string());
+    config.write_all(text.as_bytes()).unwrap();
+    config.rewind().unwrap();
+    fcntl_setfd(&config, FdFlags::empty()).unwrap();
+    let run = |number: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm"));
+        let output = command.args(["--config-fd", number]).output().unwrap();
+        let errors = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), errors)
+    };
+    let number = config.as_raw_fd().to_string();
+    let expected = format!(
+        "bulkhead-vmm: Descriptor {number} is named by the configuration that came from it\n"
+    );
+    assert_eq!(run(&number), (Some(15), expected));
+    for number in ["-1", "0", "2"] {
+        let (status, errors) = run(number);
+        assert_eq!(status, Some(2), "{number}: {errors}");
+    }
 }

@@ -103,12 +103,21 @@ pub(super) fn report_violations(report: Option<RawFd>) -> io::Result<()> {
         .map_err(|errno| io::Error::from_raw_os_error(errno.errno()))
 }
 
+/// The system call that a filter blocked; -1 if the signal has another cause.
+///
+/// # Safety
+/// `info` points to the whole `siginfo_t` of a SIGSYS.
+pub(super) unsafe fn blocked_call(info: *const siginfo_t) -> c_int {
+    // SAFETY: as the caller vouches; it is larger than this part of it, which has
+    // this layout for SIGSYS on x86-64.
+    let Blocked { code, number, .. } = unsafe { info.cast::<Blocked>().read() };
+    if code == SYS_SECCOMP { number } else { -1 }
+}
+
 /// Reports and ends the process, by calls that are safe in a handler of signals.
 extern "C" fn violation(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
-    // SAFETY: the kernel passes a whole `siginfo_t`, which is larger than this part
-    // and has this layout for SIGSYS on x86-64.
-    let Blocked { code, number, .. } = unsafe { info.cast::<Blocked>().read() };
-    let number = if code == SYS_SECCOMP { number } else { -1 };
+    // SAFETY: the kernel passes the `siginfo_t` of a SIGSYS.
+    let number = unsafe { blocked_call(info) };
     let mut name = [0_u8; 16];
     // SAFETY: the kernel writes at most 16 bytes, its end included.
     unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };

@@ -290,8 +290,8 @@ thread_local! {
 
 /// Notes the call and returns to whoever made it.
 extern "C" fn note(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: as in `filter.rs`.
-    let number = unsafe { info.cast::<i32>().add(6).read() };
+    // SAFETY: the kernel passes the `siginfo_t` of a SIGSYS.
+    let number = unsafe { filter::blocked_call(info) };
     BLOCKED.set(number.into());
 }
 
