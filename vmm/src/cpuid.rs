@@ -212,12 +212,12 @@ mod tests {
     #[test]
     fn what_this_hosts_kvm_supports_becomes_a_table_that_it_takes() {
         let Ok(kvm) = kvm_ioctls::Kvm::new() else {
+            println!("skipped: it needs /dev/kvm");
             return;
         };
         let most = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-        let (Ok(supported), Ok(vm)) = (kvm.get_supported_cpuid(most), kvm.create_vm()) else {
-            return;
-        };
+        let supported = kvm.get_supported_cpuid(most).unwrap();
+        let vm = kvm.create_vm().unwrap();
         for id in 0..3 {
             let processor = Processor {
                 id,

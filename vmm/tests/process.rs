@@ -90,13 +90,14 @@ impl Machine {
     /// Starts it; `None` where that is not possible.
     fn start(code: &[u8], vcpus: u8) -> Option<Machine> {
         if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: it needs root");
             return None;
         }
-        let kvm = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-            .ok()?;
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        if kvm.is_err() {
+            eprintln!("skipped: it needs /dev/kvm");
+        }
+        let kvm = kvm.ok()?;
         let kernel = kernel(code);
         let (control, its_control) = socketpair(
             AddressFamily::UNIX,
