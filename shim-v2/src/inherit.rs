@@ -12,32 +12,15 @@ use std::{
     process::Command,
 };
 
-use rustix::{
-    io::{FdFlags, fcntl_setfd},
-    process::{Signal, set_parent_process_death_signal},
-};
-
-/// What happens to the process when the thread that started it ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum OnParentDeath {
-    /// It is killed.
-    Kill,
-    /// It lives on, in a session of its own.
-    Live,
-}
+use rustix::io::{FdFlags, fcntl_setfd};
 
 /// Lets the process that `command` starts inherit its standard streams and `fds`,
-/// under the same numbers.
+/// under the same numbers. It gets a session of its own.
 ///
 /// The numbers must stay open until the process is started.
-pub(crate) fn only(command: &mut Command, fds: Vec<RawFd>, death: OnParentDeath) {
+pub(crate) fn only(command: &mut Command, fds: Vec<RawFd>) {
     let prepare = move || {
-        match death {
-            OnParentDeath::Kill => set_parent_process_death_signal(Some(Signal::KILL))?,
-            OnParentDeath::Live => {
-                rustix::process::setsid()?;
-            }
-        }
+        rustix::process::setsid()?;
         // SAFETY: changes flags of descriptors of this process only; the arguments
         // are plain numbers.
         let closed = unsafe {

@@ -6,7 +6,8 @@
 //!
 //! Promises that a pod leaves nothing behind: every thing that must be undone is
 //! held by a guard, every mount lives in the shim's own mount namespace or copies of
-//! it that end with it, and the VMM dies with the shim.
+//! it that end with it, and the VMM ends when the shim's end of its control socket
+//! does.
 //!
 //! Never maps guest memory. What a guest says is parsed in [`agent`]; what its VMM
 //! says (hostile as the guest may have made it) where it is read: a line in [`io`],

@@ -260,7 +260,7 @@ fn spawn(flags: &Flags, group: &Group, socket: &Socket) -> Result<(), Error> {
     if flags.debug {
         command.arg("-debug");
     }
-    inherit::only(&mut command, vec![listener], inherit::OnParentDeath::Live);
+    inherit::only(&mut command, vec![listener]);
     let mut child = command.spawn().map_err(failed("start the daemon"))?;
     let mut said = String::new();
     let read = child

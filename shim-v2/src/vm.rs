@@ -5,6 +5,7 @@
 //! [`Vm::ended`], and nobody needs the guest or a lock to kill it.
 
 mod acceptor;
+pub mod control;
 pub mod vmm;
 
 use std::{
@@ -166,7 +167,7 @@ impl Vm {
             },
             Err(_) => {
                 // Once the shim seems gone, the VMM reports what the console said.
-                vmm.release();
+                vmm.control().release();
                 let console = match timeout(REPORT, vmm.ended()).await {
                     Ok(End { console, .. }) if !console.is_empty() => {
                         format!("; last words of the guest: {}", console.join(" | "))

@@ -164,6 +164,17 @@ fn a_killed_shim_takes_the_machine_with_it_f1() {
     assert_said(&run.wait(), "its supervisor is gone");
 }
 
+#[test]
+fn a_vmm_that_is_stopped_while_its_shim_is_killed_leaves_nothing_f25() {
+    let run = endless();
+    // It cannot see its socket end: whoever cleans up must kill it.
+    Command::new("pkill", ["-STOP", "-x", "bulkhead-vmm"])
+        .run()
+        .success();
+    kill_all("containerd-shim-bulkhead-v2");
+    assert_said(&run.wait(), "its supervisor is gone");
+}
+
 /// Name of the container in [`run_privileged`].
 const PRIVILEGED: &str = "privileged";
 

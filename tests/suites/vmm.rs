@@ -13,13 +13,11 @@ mod machine;
 
 use std::{
     fs, io,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::{fs::PermissionsExt, net::UnixStream},
-    },
+    os::{fd::AsRawFd, unix::fs::PermissionsExt},
 };
 
-use machine::{Machine, ended_with};
+use bulkhead_vmm::control::{Answer, Request};
+use machine::{Machine, ask, control, ended_with};
 
 #[test]
 fn power_off_ends_with_0_and_the_console_is_complete() {
@@ -184,7 +182,7 @@ fn a_directory_is_shared_and_a_read_only_one_refuses_writes() {
 }
 
 #[test]
-fn a_boot_with_file_system_and_vsock_stays_within_150_exits() {
+fn a_boot_with_file_system_and_vsock_stays_within_60_exits() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let end = Machine::running("poweroff -f")
         .without_console()
@@ -195,14 +193,14 @@ fn a_boot_with_file_system_and_vsock_stays_within_150_exits() {
     ended_with(&end, 0, "The guest powered off");
     let count = |kind: &str| end.stats["exits"][kind].as_u64().expect("a number");
     let exits = count("port") + count("mmio") + count("other");
-    assert!(exits <= 150, "{}", end.stats);
+    assert!(exits <= 60, "{}", end.stats);
 }
 
 #[test]
 fn the_machine_ends_with_whoever_started_it() -> io::Result<()> {
-    let (alive, parent) = UnixStream::pair()?;
+    let (its_end, parent) = control()?;
     let machine = Machine::running("echo up; sleep 1000");
-    let mut running = machine.start_by_config(&OwnedFd::from(alive))?;
+    let mut running = machine.start_by_config(&its_end)?;
     running.wait_for("up");
     drop(parent);
     let (status, report) = running.finish();
@@ -218,14 +216,41 @@ fn the_machine_ends_with_whoever_started_it() -> io::Result<()> {
 
 #[test]
 fn an_idle_machine_takes_at_most_5_mib_beside_the_guests_memory() -> io::Result<()> {
-    let (alive, parent) = UnixStream::pair()?;
+    let (its_end, parent) = control()?;
     let machine = Machine::running("echo up; sleep 1000");
-    let mut running = machine.start_by_config(&OwnedFd::from(alive))?;
+    let mut running = machine.start_by_config(&its_end)?;
     running.wait_for("up");
     let resident = running.resident_beside_guest_kib();
     assert!(resident <= 5 << 10, "{resident} KiB");
     assert!(parent.as_raw_fd() >= 0);
     drop(parent);
     running.finish();
+    Ok(())
+}
+
+#[test]
+fn a_guest_survives_being_paused_again_and_again() -> io::Result<()> {
+    let (its_end, socket) = control()?;
+    let machine = Machine::running(
+        "echo up; i=0; while [ $i -lt 300 ]; do echo \"line $i\"; i=$((i+1)); done; poweroff -f",
+    );
+    let mut running = machine.start_by_config(&its_end)?;
+    running.wait_for("up");
+    drop(its_end);
+    let mut paused = 0;
+    // Until it has ended: then nobody answers.
+    while let Some(answer) = ask(&socket, Request::Pause) {
+        assert_eq!(answer, Answer::Done);
+        match ask(&socket, Request::Status) {
+            Some(Answer::Status(status)) => assert!(status.paused),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(ask(&socket, Request::Resume), Some(Answer::Done));
+        paused += 1;
+    }
+    assert!(paused > 0);
+    running.wait_for("line 299");
+    let (status, report) = running.finish();
+    assert_eq!((status, &report["end"]), (Some(0), &"power_off".into()));
     Ok(())
 }

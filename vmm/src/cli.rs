@@ -24,14 +24,15 @@ Examples:
 
 Exit status:
   0 power off, 10 reboot, 11 guest panic, 12 triple fault, 13 KVM error,
-  14 unknown exit, 15 refused, 16 device failed, 17 parent gone";
+  14 unknown exit, 15 refused, 16 device failed, 17 parent gone,
+  18 blocked system call";
 
 /// Runs one virtual machine with KVM, as long as its guest does.
 #[derive(Debug, Parser)]
 #[command(version, about, after_help = EXAMPLES, arg_required_else_help = true)]
 pub(crate) struct Cli {
     /// Read the configuration, as JSON, from this inherited descriptor
-    #[arg(long, value_name = "N", conflicts_with_all = ["kernel", "initramfs", "cmdline", "share", "disk", "vsock"])]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..), conflicts_with_all = ["kernel", "initramfs", "cmdline", "share", "disk", "vsock"])]
     pub(crate) config_fd: Option<i32>,
 
     /// Kernel: an uncompressed x86-64 ELF file (vmlinux)
@@ -158,7 +159,7 @@ impl Cli {
             console: self.console.then(|| console(input)).transpose()?,
             rng: self.rng,
             jail: None,
-            alive: None,
+            control: None,
             report: None,
         })
     }

@@ -62,8 +62,9 @@ pub struct Config {
     pub rng: bool,
     /// Confinement before the first guest instruction; `None` runs unconfined.
     pub jail: Option<Jail>,
-    /// Read end of a pipe or a socket: when its other end closes, the VM ends.
-    pub alive: Option<Fd>,
+    /// Unix SOCK_SEQPACKET socket by which the VM is controlled
+    /// ([`control`](crate::control)); when its other end closes, the VM ends.
+    pub control: Option<Fd>,
     /// Where the reason for the VM's end is written, one JSON line
     /// (`exit::Report`), just before the process exits.
     pub report: Option<Fd>,
@@ -134,6 +135,9 @@ pub struct Jail {
     /// namespace in which it was started. Mounts made below it later, by whoever
     /// holds the namespace from which this one was copied, appear inside.
     pub root: PathBuf,
+    /// User and group id of all threads that need no files: of nobody else on the
+    /// host, and not root's.
+    pub user: u32,
 }
 
 /// Virtual processors that a machine may have.
@@ -173,6 +177,12 @@ pub enum Error {
     /// A descriptor can be taken once.
     #[error("Descriptor {0} is named twice")]
     SameDescriptor(RawFd),
+    /// Negative, or a standard stream, which others use.
+    #[error("Descriptor {0} cannot be taken: 3 and more can")]
+    Descriptor(RawFd),
+    /// 0 is root, the largest number means none.
+    #[error("The jail's user cannot be {0}")]
+    User(u32),
 }
 
 impl Config {
@@ -212,19 +222,30 @@ impl Config {
         if devices > MOST_DEVICES {
             return Err(Error::Devices(devices));
         }
-        let mut seen = HashSet::new();
-        match self.descriptors().find(|fd| !seen.insert(*fd)) {
-            Some(twice) => Err(Error::SameDescriptor(twice)),
-            None => Ok(()),
+        if let Some(Jail { user, .. }) = self.jail
+            && (user == 0 || user == u32::MAX)
+        {
+            return Err(Error::User(user));
         }
+        let mut seen = HashSet::new();
+        for fd in self.descriptors() {
+            if fd < 3 {
+                return Err(Error::Descriptor(fd));
+            }
+            if !seen.insert(fd) {
+                return Err(Error::SameDescriptor(fd));
+            }
+        }
+        Ok(())
     }
 
-    fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+    /// The descriptors that it names.
+    pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         let vsock = self.vsock.iter().flat_map(|v| [v.listener, v.acceptor]);
         let console = self.console.iter().flat_map(|c| [c.output, c.input]);
         [Some(self.kvm), Some(self.kernel), self.initramfs]
             .into_iter()
-            .chain([self.alive, self.report])
+            .chain([self.control, self.report])
             .chain(vsock)
             .chain(console)
             .chain(self.disks.iter().map(|disk| Some(disk.fd)))
@@ -298,7 +319,37 @@ mod tests {
             |c| c.disks = disks(15).collect(),
             "18 devices are too many: at most 17 are possible",
         );
-        check(|c| c.alive = Some(Fd(5)), "Descriptor 5 is named twice");
+        check(|c| c.control = Some(Fd(5)), "Descriptor 5 is named twice");
+    }
+
+    #[test]
+    fn only_numbers_of_descriptors_that_can_be_taken_are_accepted() {
+        let refused = |fd: i32| format!("Descriptor {fd} cannot be taken: 3 and more can");
+        for fd in [-1, i32::MIN, 0, 2] {
+            check(|c| c.kvm = Fd(fd), &refused(fd));
+            check(|c| c.report = Some(Fd(fd)), &refused(fd));
+            check(
+                |c| c.vsock.as_mut().unwrap().acceptor = Some(Fd(fd)),
+                &refused(fd),
+            );
+        }
+        check(|c| c.kvm = Fd(i32::MAX), "");
+    }
+
+    #[test]
+    fn a_jail_has_a_user_who_is_not_root() {
+        let jail = |user| {
+            Some(Jail {
+                root: "/s".into(),
+                user,
+            })
+        };
+        check(|c| c.jail = jail(1000), "");
+        check(|c| c.jail = jail(0), "The jail's user cannot be 0");
+        check(
+            |c| c.jail = jail(u32::MAX),
+            "The jail's user cannot be 4294967295",
+        );
     }
 
     #[test]

@@ -18,7 +18,6 @@ use std::{
     marker::PhantomData,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    thread,
 };
 
 use rustix::event::epoll::{self, CreateFlags, EventData};
@@ -91,7 +90,7 @@ impl<F: AsFd> Drop for Watched<F> {
     }
 }
 
-/// The loop; its thread runs after [`EventLoop::spawn`].
+/// The loop; a thread serves it by [`EventLoop::run`].
 pub struct EventLoop {
     name: &'static str,
     epoll: Arc<OwnedFd>,
@@ -122,21 +121,29 @@ impl EventLoop {
         }))
     }
 
-    /// Starts the thread, which runs as long as the process. A handler's error
-    /// ends the virtual machine through `ending`.
-    pub fn spawn(self: &Arc<Self>, ending: Ending) -> io::Result<()> {
+    /// Serves events as long as the process runs. A handler's error ends the virtual
+    /// machine through `ending`.
+    pub fn run(&self, ending: &Ending) {
+        loop {
+            if let Err(error) = self.turn() {
+                ending.end(End::Device, format!("{}: {error}", self.name));
+                return;
+            }
+        }
+    }
+
+    /// [`EventLoop::run`] in a thread that nothing confines.
+    #[cfg(test)]
+    pub(crate) fn spawn(self: &Arc<Self>, ending: Ending) -> io::Result<()> {
         let this = Arc::clone(self);
-        thread::Builder::new()
-            .name(self.name.into())
-            .spawn(move || {
-                loop {
-                    if let Err(error) = this.turn() {
-                        ending.end(End::Device, format!("{}: {error}", this.name));
-                        return;
-                    }
-                }
-            })?;
+        std::thread::Builder::new().spawn(move || this.run(&ending))?;
         Ok(())
+    }
+
+    /// Its name, for the thread.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.name
     }
 
     /// Adds the handler that `build` makes, with the descriptors that it watches.

@@ -38,6 +38,8 @@ pub enum End {
     Device,
     /// Whoever started the VM is gone.
     Orphaned,
+    /// A thread of the VMM made a system call that it must not make.
+    Blocked,
 }
 
 impl End {
@@ -54,6 +56,7 @@ impl End {
             End::Refused => 15,
             End::Device => 16,
             End::Orphaned => 17,
+            End::Blocked => 18,
         }
     }
 }

@@ -6,39 +6,33 @@
 //!    come, but from which nothing goes out;
 //! 2. one directory as the root, the rest of the host detached. No device, no
 //!    set-user-id program, no program at all can be used below it;
-//! 3. no privilege but what a file server needs, and no way to get one back.
+//! 3. no privilege but what a file server needs.
 //!
-//! Then the file system's threads start, which keep those privileges, then
-//! [`Confined::drop_capabilities`] takes them from the calling thread and so from
-//! each thread that it starts afterwards.
-//!
-//! The capabilities of the file server are those by which root in a container
-//! acts on its own files, and no more:
-//!
-//! | capability | for |
-//! | --- | --- |
-//! | CHOWN, FOWNER, FSETID | owners and modes as the guest says |
-//! | DAC_OVERRIDE | the guest has checked permissions, the host must not again |
-//! | SETUID, SETGID | a new file belongs to whoever made it |
-//! | SETFCAP | capabilities of programs, as package managers set them |
-//! | MKNOD | device nodes in an image being built; nobody can open them here |
-//!
-//! Not among them: DAC_READ_SEARCH, with which files can be opened by handle. It
-//! would save descriptors, but reaches everything on the file system of which the
-//! share is a part.
+//! Then each thread seals itself as the first thing it does ([`Confined::spawn`],
+//! [`Seal::apply`]), the main thread last ([`Confined::close`]): identity,
+//! capabilities and system calls of its kind, as `threads.rs` says in one table.
+//! The guest runs after that. What is given up cannot be won back: a user
+//! namespace, in which it could be, is behind system calls that no kind may make.
 //!
 //! `/proc/self/fd`, through which a file server opens what it has found, is the
 //! one directory of an unnamed procfs that shows processes of this PID namespace
 //! only, and nothing but processes. Nothing else of it can be named.
 //!
-//! The death of the parent is not watched here but through `config::alive`:
-//! PR_SET_PDEATHSIG would also strike when the parent's *thread* that started
-//! this process ends, or when the parent re-executes itself.
+//! The death of the parent is seen by the end of the control socket: PR_SET_PDEATHSIG
+//! would also strike when the parent's *thread* that started this process ends, or
+//! when the parent re-executes itself.
+
+mod filter;
+pub mod posture;
+mod syscalls;
+pub mod threads;
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
+    sync::{Arc, mpsc},
+    thread,
 };
 
 use rustix::{
@@ -48,34 +42,25 @@ use rustix::{
         fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, unmount,
     },
     process::{
-        DumpableBehavior, Resource, Rlimit, getpid, getrlimit, pivot_root, set_dumpable_behavior,
-        setrlimit, umask,
+        DumpableBehavior, Gid, Resource, Rlimit, Uid, getpid, getrlimit, pivot_root,
+        set_dumpable_behavior, setrlimit, umask,
     },
     thread::{
         CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags,
         clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
-        set_capabilities_secure_bits, set_no_new_privs,
+        set_capabilities_secure_bits, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+        set_thread_res_uid,
     },
 };
 
+use self::{
+    filter::Filter,
+    threads::{DESCRIPTORS, Identity, THREADS, ThreadKind},
+};
 use crate::config::Jail;
 
 #[cfg(test)]
 mod tests;
-
-/// What the threads of the file system keep.
-const FILE_SERVER: CapabilitySet = CapabilitySet::CHOWN
-    .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::FOWNER)
-    .union(CapabilitySet::FSETID)
-    .union(CapabilitySet::SETUID)
-    .union(CapabilitySet::SETGID)
-    .union(CapabilitySet::SETFCAP)
-    .union(CapabilitySet::MKNOD);
-
-/// Most descriptors, if the parent allows that many: each file that the guest
-/// knows is one.
-const DESCRIPTORS: u64 = 1 << 20;
 
 /// Why the process could not be confined. It must not run a guest then.
 #[derive(Debug, thiserror::Error)]
@@ -106,13 +91,41 @@ pub enum Error {
     /// A privilege could not be given up.
     #[error("Cannot give privileges up")]
     Privileges(#[source] io::Error),
+    /// The filters of system calls could not be made.
+    #[error("Cannot prepare the filters of system calls")]
+    Filters(#[source] io::Error),
+    /// A thread could not be confined.
+    #[error("Cannot confine a thread of the kind {kind:?}")]
+    Thread {
+        /// Which kind.
+        kind: ThreadKind,
+        /// What the kernel said.
+        source: io::Error,
+    },
 }
 
 /// Proof that [`enter`] has run, and what is needed of the place.
 #[derive(Debug)]
 pub struct Confined {
-    jailed: bool,
     proc_self_fd: OwnedFd,
+    rules: Option<Arc<Rules>>,
+    sealed: mpsc::Sender<Result<(), Error>>,
+    reports: mpsc::Receiver<Result<(), Error>>,
+}
+
+/// What threads seal themselves with.
+#[derive(Debug)]
+struct Rules {
+    /// User and group of the pod.
+    user: u32,
+    filters: [Filter; ThreadKind::ALL.len()],
+}
+
+/// Lets a system call that a thread must not make be reported to `report`, which
+/// stays open as long as the process, as a [`Report`](crate::exit::Report). Without
+/// this such a call ends the process all the same, by SIGSYS.
+pub fn report_violations(report: Option<RawFd>) -> Result<(), Error> {
+    filter::report_violations(report).map_err(Error::Filters)
 }
 
 /// Confines the process, which has one thread; without a jail it stays as it is.
@@ -120,53 +133,141 @@ pub struct Confined {
 /// With a jail the process is root, the first of its PID namespace, and
 /// `jail.root` is a mount point.
 pub fn enter(jail: Option<&Jail>) -> Result<Confined, Error> {
+    let (sealed, reports) = mpsc::channel();
     let Some(jail) = jail else {
         let proc_self_fd = open_directory(CWD, "/proc/self/fd").map_err(Error::Proc)?;
         return Ok(Confined {
-            jailed: false,
             proc_self_fd,
+            rules: None,
+            sealed,
+            reports,
         });
     };
     let pid = getpid().as_raw_nonzero().get();
     if pid != 1 {
         return Err(Error::NotFirst { pid });
     }
+    let rules = rules(jail.user).map_err(Error::Filters)?;
     leave_mount_namespace().map_err(Error::Namespace)?;
     let proc_self_fd = own_proc_self_fd().map_err(Error::Proc)?;
     change_root(&jail.root).map_err(|source| Error::Root {
         root: jail.root.clone(),
         source,
     })?;
+    leave_keyring().map_err(Error::Privileges)?;
     set_limits().map_err(Error::Limits)?;
     give_up_privileges().map_err(Error::Privileges)?;
     Ok(Confined {
-        jailed: true,
         proc_self_fd,
+        rules: Some(Arc::new(rules)),
+        sealed,
+        reports,
     })
 }
 
+fn rules(user: u32) -> io::Result<Rules> {
+    let mut filters = Vec::new();
+    for kind in ThreadKind::ALL {
+        filters.push(Filter::new(kind)?);
+    }
+    let filters = filters
+        .try_into()
+        .map_err(|_| io::Error::other("a kind of thread has no filter"))?;
+    Ok(Rules { user, filters })
+}
+
 impl Confined {
-    /// Takes all capabilities from the calling thread, and from those that it
-    /// will start. Threads that run already keep theirs.
-    ///
-    /// Does nothing without a jail.
-    pub fn drop_capabilities(&self) -> Result<(), Error> {
-        if self.jailed {
-            set_capabilities(None, only(CapabilitySet::empty()))
-                .map_err(|errno| Error::Privileges(errno.into()))?;
+    /// What a thread of this kind puts on before it serves the guest.
+    #[must_use]
+    pub fn seal(&self, kind: ThreadKind) -> Seal {
+        Seal {
+            kind,
+            rules: self.rules.clone(),
         }
-        Ok(())
+    }
+
+    /// Starts a thread that seals itself as one of this kind and then runs `body`.
+    /// [`Confined::close`] waits until it is sealed.
+    pub fn spawn(
+        &self,
+        kind: ThreadKind,
+        name: String,
+        body: impl FnOnce() + Send + 'static,
+    ) -> io::Result<thread::JoinHandle<()>> {
+        let seal = self.seal(kind);
+        let sealed = self.sealed.clone();
+        thread::Builder::new().name(name).spawn(move || {
+            let outcome = seal.apply();
+            let go_on = outcome.is_ok();
+            // Nobody listens if the machine does not come to run.
+            let told = sealed.send(outcome.map_err(|source| Error::Thread { kind, source }));
+            drop(sealed);
+            if go_on && told.is_ok() {
+                body();
+            }
+        })
+    }
+
+    /// Waits until every thread is sealed, and seals the calling one as
+    /// [`ThreadKind::Main`].
+    pub fn close(self) -> Result<(), Error> {
+        let kind = ThreadKind::Main;
+        let seal = self.seal(kind);
+        drop(self.sealed);
+        for outcome in self.reports {
+            outcome?;
+        }
+        seal.apply()
+            .map_err(|source| Error::Thread { kind, source })
     }
 
     /// Where a directory that was meant by its name outside is now: a jail has
     /// only the one.
     pub(crate) fn place_of<'a>(&self, dir: &'a Path) -> &'a Path {
-        if self.jailed { Path::new("/") } else { dir }
+        if self.rules.is_some() {
+            Path::new("/")
+        } else {
+            dir
+        }
     }
 
     /// The directory of this process's descriptors in procfs.
     pub(crate) fn proc_self_fd(&self) -> io::Result<OwnedFd> {
         self.proc_self_fd.try_clone()
+    }
+}
+
+/// Identity, capabilities and system calls of a kind of thread.
+#[derive(Clone, Debug)]
+pub struct Seal {
+    kind: ThreadKind,
+    rules: Option<Arc<Rules>>,
+}
+
+impl Seal {
+    /// Confines the calling thread, and those that it will start, for good. Does
+    /// nothing without a jail.
+    ///
+    /// The thread has the capabilities with which the process was confined.
+    pub fn apply(&self) -> io::Result<()> {
+        let Some(rules) = &self.rules else {
+            return Ok(());
+        };
+        set_thread_groups(&[])?;
+        if self.kind.identity() == Identity::Pod {
+            let (user, group) = (Uid::from_raw(rules.user), Gid::from_raw(rules.user));
+            set_thread_res_gid(group, group, group)?;
+            set_thread_res_uid(user, user, user)?;
+        }
+        set_capabilities(None, only(self.kind.capabilities()))?;
+        let filter = ThreadKind::ALL
+            .iter()
+            .zip(&rules.filters)
+            .find(|(kind, _)| **kind == self.kind);
+        match filter {
+            Some((_, filter)) => filter.install(),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 }
 
@@ -254,12 +355,30 @@ fn set_limits() -> io::Result<()> {
         maximum: Some(value),
     };
     setrlimit(Resource::Nofile, limit(maximum))?;
+    setrlimit(Resource::Nproc, limit(THREADS))?;
     // Guest memory must not end up in a file of the host, nor in a program that
     // collects such files. (No limit of file size: it would be the guest's.)
     setrlimit(Resource::Core, limit(0))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     umask(Mode::empty());
     Ok(())
+}
+
+/// Root's keyrings, which every process of root possesses through its session,
+/// stay behind.
+fn leave_keyring() -> io::Result<()> {
+    /// `KEYCTL_JOIN_SESSION_KEYRING`.
+    const JOIN: libc::c_int = 1;
+    let unnamed = std::ptr::null::<libc::c_char>();
+    // SAFETY: takes a number and a null pointer, which asks for a new keyring.
+    let serial = unsafe { libc::syscall(libc::SYS_keyctl, JOIN, unnamed) };
+    let error = io::Error::last_os_error();
+    // A kernel without keyrings has none to leave.
+    if serial >= 0 || error.raw_os_error() == Some(libc::ENOSYS) {
+        Ok(())
+    } else {
+        Err(error)
+    }
 }
 
 fn give_up_privileges() -> io::Result<()> {
@@ -284,7 +403,10 @@ fn give_up_privileges() -> io::Result<()> {
             Err(errno) => return Err(errno.into()),
         }
     }
-    Ok(set_capabilities(None, only(FILE_SERVER))?)
+    Ok(set_capabilities(
+        None,
+        only(ThreadKind::Files.capabilities()),
+    )?)
 }
 
 fn only(set: CapabilitySet) -> CapabilitySets {

@@ -7,6 +7,7 @@
 pub mod assets;
 pub mod boot;
 pub mod config;
+pub mod control;
 pub mod cpuid;
 pub mod devices;
 pub mod event_loop;
@@ -14,6 +15,7 @@ pub mod exit;
 pub mod jail;
 pub mod memory;
 pub mod mmio;
+pub mod pause;
 pub mod ports;
 pub mod probe;
 pub mod vcpu;

@@ -13,7 +13,7 @@ use std::{
     thread,
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use bulkhead_vmm::{
     config::{Config, Fd},
     exit::{End, Report},
@@ -56,6 +56,7 @@ fn run(cli: &Cli, main_us: u64) -> anyhow::Result<Report> {
             Ok(Fd(input.into_raw_fd()))
         })?,
     };
+    config.check()?;
     if let Some(Fd(fd)) = config.report {
         // SAFETY: the parent passed the descriptor for this; the machine does not
         // take it.
@@ -73,10 +74,15 @@ fn run(cli: &Cli, main_us: u64) -> anyhow::Result<Report> {
 }
 
 fn read_config(fd: i32) -> anyhow::Result<Config> {
-    // SAFETY: the parent passed the descriptor for this, and nothing else takes it.
+    // SAFETY: the command line takes no number below 3; the parent passed the
+    // descriptor for this, and below it is seen that nothing else takes it.
     let file = unsafe { File::from_raw_fd(fd) };
-    serde_json::from_reader(file)
-        .with_context(|| format!("Cannot read the configuration from descriptor {fd}"))
+    let config: Config = serde_json::from_reader(file)
+        .with_context(|| format!("Cannot read the configuration from descriptor {fd}"))?;
+    if config.descriptors().any(|named| named == fd) {
+        bail!("Descriptor {fd} is named by the configuration that came from it");
+    }
+    Ok(config)
 }
 
 fn quit() {

@@ -17,16 +17,17 @@ use std::{
     io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, Ordering},
     },
-    thread,
 };
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::{
     exit::{End, Ending, Exits},
+    jail::{Confined, threads::ThreadKind},
     mmio::Window,
+    pause::{Gate, Kick},
     ports::Ports,
 };
 
@@ -140,28 +141,47 @@ pub fn serve(exit: VcpuExit<'_>, machine: &Machine) -> Action {
 pub struct Vcpu {
     /// Number, from 0.
     pub id: u8,
-    /// KVM's side of it.
-    pub fd: VcpuFd,
+    /// KVM's side of it, which lives as long as the process.
+    pub fd: &'static mut VcpuFd,
     /// What it shares with the others.
     pub machine: Arc<Machine>,
     /// Where it says that the machine has ended.
     pub ending: Ending,
+    /// Where it stops.
+    pub gate: Arc<Gate>,
 }
 
 impl Vcpu {
-    /// Starts the processor's thread, which runs as long as the machine.
-    pub fn spawn(mut self) -> io::Result<()> {
-        thread::Builder::new()
-            .name(format!("vcpu{}", self.id))
-            .spawn(move || {
-                let (end, reason) = self.run();
-                self.ending.end(end, reason);
-            })?;
+    /// Starts the processor's thread, which runs as long as the machine and enters
+    /// the guest once the gate opens.
+    pub fn spawn(self, confined: &Confined) -> io::Result<()> {
+        let gate = Arc::clone(&self.gate);
+        let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
+        // SAFETY: the byte lies in the mapping of the processor's `kvm_run`, which
+        // is never unmapped because `fd` is never dropped. Everybody who accesses
+        // it, but for the kernel, does so through this.
+        let immediate_exit: &'static AtomicU8 = unsafe { AtomicU8::from_ptr(immediate_exit) };
+        let name = format!("vcpu{}", self.id);
+        let thread = confined.spawn(ThreadKind::Processor, name, move || {
+            let mut this = self;
+            let (end, reason) = this.run(immediate_exit);
+            this.ending.end(end, reason);
+        })?;
+        gate.add(Kick {
+            immediate_exit,
+            thread,
+        });
         Ok(())
     }
 
-    fn run(&mut self) -> (End, String) {
+    fn run(&mut self, immediate_exit: &AtomicU8) -> (End, String) {
         loop {
+            if self.gate.is_closed() {
+                // The guest's watchdogs are told that it did not run. One that has
+                // no clock of KVM's, or not yet, cannot be told.
+                let _ = self.fd.kvmclock_ctrl();
+                self.gate.wait(immediate_exit);
+            }
             let action = match self.fd.run() {
                 Ok(exit) => serve(exit, &self.machine),
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Action::Resume,

@@ -1,7 +1,7 @@
 //! A machine from its configuration to its end, as one straight line.
 //!
-//! The process is confined before the file system's threads start, all others
-//! start last: nothing of the guest runs before that.
+//! The process is confined before its first thread starts; each thread seals
+//! itself, and the guest runs when the last of them has.
 
 use std::{
     fs::File,
@@ -13,11 +13,7 @@ use std::{
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    io::Errno,
-    time::{ClockId, clock_gettime},
-};
+use rustix::time::{ClockId, clock_gettime};
 use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -28,6 +24,7 @@ use crate::{
         kernel,
     },
     config::{self, Config, MOST_DEVICES},
+    control::{Control, Status},
     cpuid::{self, Processor},
     devices::{
         Device, Interrupt,
@@ -39,8 +36,10 @@ use crate::{
     },
     event_loop::EventLoop,
     exit::{End, Ending, Report, Stats},
-    jail, memory,
+    jail::{self, threads::ThreadKind},
+    memory,
     mmio::{self, Registers, Transport, Window, Wiring},
+    pause::Gate,
     ports::{self, Ports, SerialPort},
     vcpu::{Counts, Machine, Vcpu},
 };
@@ -164,6 +163,7 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
         .during("create interrupt controllers")?;
     add_memory(&vm, &memory)?;
 
+    jail::report_violations(config.report.map(|config::Fd(fd)| fd))?;
     let confined = jail::enter(config.jail.as_ref())?;
     let ending = Ending::new().during("the end's event")?;
     let output = Output::new(fds.console_output);
@@ -174,8 +174,6 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
             Fs::new(share, &confined).during("a shared directory")?,
         ));
     }
-    // The file system's threads run and keep what they may do; no other does.
-    confined.drop_capabilities()?;
     if let Some(vsock) = &config.vsock {
         let (listener, acceptor) = (fds.vsock_listener, fds.vsock_acceptor);
         let ports = vsock.ports.clone();
@@ -184,7 +182,7 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
     }
     for (index, (file, access)) in fds.disks.into_iter().enumerate() {
         let name = format!("bulkhead-{index}");
-        let disk = Block::new(loops.add("disk")?, file, access, name);
+        let disk = Block::new(loops.add(ThreadKind::Disk, "disk")?, file, access, name);
         devices.push(Box::new(disk.during("a disk")?));
     }
     if config.console.is_some() {
@@ -210,16 +208,33 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
         window: Mutex::new(connect(&vm, &memory, devices, &slots)?),
         counts: Counts::default(),
     });
-    let vcpus = processors(&kvm, &vm, config.vcpus, entry, &machine, &ending)?;
+    let gate = Gate::new(config.vcpus.into()).during("stop processors")?;
+    let vcpus = processors(&kvm, &vm, config.vcpus, entry, &machine, &ending, &gate)?;
 
-    for events in loops.all {
-        events.spawn(ending.clone()).during("a device's thread")?;
+    for (kind, events) in loops.all {
+        let (name, ending) = (events.name().into(), ending.clone());
+        confined
+            .spawn(kind, name, move || events.run(&ending))
+            .during("a device's thread")?;
     }
-    let first_run_us = now_us();
     for vcpu in vcpus {
-        vcpu.spawn().during("a processor's thread")?;
+        vcpu.spawn(&confined).during("a processor's thread")?;
     }
-    let (end, reason) = wait(&ending, fds.alive.as_ref());
+    confined.close()?;
+    let first_run_us = now_us();
+    gate.open();
+    let control = Control {
+        socket: fds.control,
+        gate: &gate,
+        status: |paused| Status {
+            paused,
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            exits: machine.counts.snapshot(),
+            running_us: now_us().saturating_sub(first_run_us),
+        },
+    };
+    let (end, reason) = control.serve(&ending);
     let end_us = now_us();
     output.finish(LAST_OUTPUT);
     Ok(Report {
@@ -249,7 +264,7 @@ struct Descriptors {
     console_input: Option<OwnedFd>,
     vsock_listener: Option<OwnedFd>,
     vsock_acceptor: Option<OwnedFd>,
-    alive: Option<OwnedFd>,
+    control: Option<OwnedFd>,
 }
 
 impl Descriptors {
@@ -283,7 +298,7 @@ impl Descriptors {
             console_input: console.and_then(|console| console.input).map(take),
             vsock_listener: vsock.and_then(|vsock| vsock.listener).map(take),
             vsock_acceptor: vsock.and_then(|vsock| vsock.acceptor).map(take),
-            alive: config.alive.map(take),
+            control: config.control.map(take),
         }
     }
 }
@@ -301,14 +316,14 @@ fn grow_descriptor_table(any: &Kvm) {
 /// Event loops that the devices share or have for themselves.
 #[derive(Debug, Default)]
 struct Loops {
-    all: Vec<Arc<EventLoop>>,
+    all: Vec<(ThreadKind, Arc<EventLoop>)>,
     shared: Option<Arc<EventLoop>>,
 }
 
 impl Loops {
-    fn add(&mut self, name: &'static str) -> Result<Arc<EventLoop>, Error> {
+    fn add(&mut self, kind: ThreadKind, name: &'static str) -> Result<Arc<EventLoop>, Error> {
         let events = EventLoop::new(name).during("an event loop")?;
-        self.all.push(Arc::clone(&events));
+        self.all.push((kind, Arc::clone(&events)));
         Ok(events)
     }
 
@@ -317,7 +332,7 @@ impl Loops {
         if let Some(events) = &self.shared {
             return Ok(Arc::clone(events));
         }
-        let events = self.add("devices")?;
+        let events = self.add(ThreadKind::Devices, "devices")?;
         self.shared = Some(Arc::clone(&events));
         Ok(events)
     }
@@ -432,6 +447,7 @@ fn processors(
     entry: u64,
     machine: &Arc<Machine>,
     ending: &Ending,
+    gate: &Arc<Gate>,
 ) -> Result<Vec<Vcpu>, Error> {
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -449,7 +465,9 @@ fn processors(
                 vcpus: count,
                 tsc_deadline,
             },
-        );
+        )
+        .map_err(io::Error::other)
+        .during("a processor's CPUID")?;
         fd.set_cpuid2(&table).during("set a processor's CPUID")?;
         boot::cpu::prepare(&fd).during("prepare a processor")?;
         if id == 0 {
@@ -459,34 +477,14 @@ fn processors(
             .during("map its ring of collected writes")?;
         vcpus.push(Vcpu {
             id,
-            fd,
+            // The thread of the processor runs as long as the process.
+            fd: Box::leak(Box::new(fd)),
             machine: Arc::clone(machine),
             ending: ending.clone(),
+            gate: Arc::clone(gate),
         });
     }
     Ok(vcpus)
-}
-
-/// Waits until the machine ends or whoever started it is gone.
-fn wait(ending: &Ending, alive: Option<&OwnedFd>) -> (End, String) {
-    loop {
-        let mut fds = vec![PollFd::new(ending, PollFlags::IN)];
-        // No event: hang-up is reported in any case.
-        fds.extend(alive.map(|alive| PollFd::new(alive, PollFlags::empty())));
-        match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return (End::Device, format!("Cannot wait for the end: {error}")),
-        }
-        if let Some(ended) = ending.get() {
-            return ended;
-        }
-        if fds.get(1).is_some_and(|fd| !fd.revents().is_empty()) {
-            return (
-                End::Orphaned,
-                "Whoever started the virtual machine is gone".into(),
-            );
-        }
-    }
 }
 
 #[cfg(test)]
@@ -503,16 +501,5 @@ mod tests {
         irqs.dedup();
         assert_eq!(irqs.len(), MOST_DEVICES);
         assert!(irqs.iter().all(|irq| *irq < u32::from(boot::mptable::PINS)));
-    }
-
-    #[test]
-    fn a_closed_pipe_ends_the_machine() {
-        let (alive, other) = rustix::pipe::pipe().unwrap();
-        let ending = Ending::new().unwrap();
-        drop(other);
-        assert_eq!(wait(&ending, Some(&alive)).0, End::Orphaned);
-        ending.end(End::PowerOff, "off");
-        ending.end(End::Reboot, "later");
-        assert_eq!(wait(&ending, Some(&alive)), (End::PowerOff, "off".into()));
     }
 }

@@ -1,9 +1,10 @@
 //! The process `bulkhead-vmm`: started, watched, killed.
 //!
-//! A thread of its own starts it and lives until it has ended, because the parent
-//! death signal follows the thread. The process begins in namespaces of its own, in
-//! which the share is a slave copy with a read-only top; it inherits exactly the
-//! descriptors that its configuration names.
+//! It begins in namespaces of its own, in which the share is a slave copy with a
+//! read-only top; it inherits exactly the descriptors that its configuration names.
+//! A thread makes these namespaces and ends, with its copy of the host's mounts, as
+//! soon as the process is started; another one waits for the end. The VMM lives as
+//! long as the control socket.
 
 use std::{
     fs::File,
@@ -14,7 +15,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     thread,
 };
 
@@ -25,12 +26,14 @@ use bulkhead_vmm::{
 };
 use nix::sched::{CloneFlags, unshare};
 use rustix::{
+    event::{PollFd, PollFlags, poll},
     mount::{MountAttrFlags, MountPropagationFlags, mount_change},
     process::{Pid, PidfdFlags, Signal, pidfd_open},
 };
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
+use super::control::Control;
 use crate::{
     agent::escape,
     error::{Error, Result, host},
@@ -45,6 +48,10 @@ const BINARY: &str = "bulkhead-vmm";
 const MAX_REPORT: u64 = 64 << 10;
 /// Most bytes of the VMM's messages that are logged.
 const MAX_MESSAGES: u64 = 64 << 10;
+
+/// First of the user ids of pods, which are as many as there are process ids. In
+/// none of the ranges that systemd or a distribution gives to anybody.
+const POD_USERS: u32 = 0x7000_0000;
 
 /// Exit status of processes whose VM was killed.
 const KILLED: u8 = 137;
@@ -135,30 +142,45 @@ impl End {
 pub struct Vmm {
     process: HostProcess,
     pidfd: Arc<OwnedFd>,
-    /// The VMM ends when this closes.
-    alive: Mutex<Option<OwnedFd>>,
+    control: Control,
     ended: watch::Receiver<Option<End>>,
 }
 
 impl Vmm {
     /// Starts the process.
     pub async fn launch(launch: Launch) -> Result<Self> {
-        let (alive, alive_end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-            .map(|(read, write)| (write, read))
-            .map_err(host("make a pipe"))?;
-        let (started, result) = oneshot::channel();
-        let (end, ended) = watch::channel(None);
+        let (control, control_end) = Control::pair()?;
+        let (messages, stderr) = io::pipe().map_err(host("make a pipe"))?;
         thread::Builder::new()
-            .name("vmm-parent".to_owned())
-            .spawn(move || parent(launch, alive_end, started, &end))
+            .name("vmm-messages".to_owned())
+            .spawn(move || log_messages(messages))
+            .map_err(host("read what the VMM says"))?;
+        let (started, result) = oneshot::channel();
+        thread::Builder::new()
+            .name("vmm-start".to_owned())
+            .spawn(move || {
+                // Nobody waits any more: dropping it ends it.
+                let _ = started.send(start(launch, control_end, stderr));
+            })
             .map_err(host("start the thread of the VMM"))?;
-        let (process, pidfd) = result
+        let Started { mut child, report } = result
             .await
             .map_err(|_| host("start the VMM")(io::Error::other("its thread ended")))??;
+        let (process, pidfd) = child.open().map_err(host("open the process of the VMM"))?;
+        let pidfd = Arc::new(pidfd);
+        let (end, ended) = watch::channel(None);
+        let died = Arc::clone(&pidfd);
+        thread::Builder::new()
+            .name("vmm-parent".to_owned())
+            .spawn(move || {
+                let report = read_report(report, &died);
+                end.send_replace(Some(child.wait(report)));
+            })
+            .map_err(host("start the thread of the VMM"))?;
         Ok(Vmm {
             process,
-            pidfd: Arc::new(pidfd),
-            alive: Mutex::new(Some(alive)),
+            pidfd,
+            control,
             ended,
         })
     }
@@ -176,12 +198,10 @@ impl Vmm {
         }
     }
 
-    /// Lets go of the VMM: it reports that it is alone, and ends.
-    pub fn release(&self) {
-        self.alive
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+    /// Asks something of it.
+    #[must_use]
+    pub fn control(&self) -> &Control {
+        &self.control
     }
 
     /// How it ended, if it did.
@@ -232,54 +252,57 @@ pub fn find(shim: &Path) -> Result<PathBuf> {
     })
 }
 
-type Started = oneshot::Sender<Result<(HostProcess, OwnedFd)>>;
+/// The process as the child that it is. Dropping it ends and reaps it.
+#[derive(Debug)]
+struct Reaped(Option<Child>);
 
-/// The life of the thread: start, tell, wait, report.
-fn parent(launch: Launch, alive: OwnedFd, started: Started, end: &watch::Sender<Option<End>>) {
-    // First of all: a thread whose children get another pid namespace cannot start
-    // threads any more.
-    let messages = io::pipe().and_then(|(messages, stderr)| {
-        let reader = thread::Builder::new().name("vmm-messages".to_owned());
-        reader.spawn(|| log_messages(messages)).map(|_| stderr)
-    });
-    let spawned = messages
-        .map_err(host("read what the VMM says"))
-        .and_then(|stderr| spawn(launch, alive, stderr));
-    let (mut child, report) = match spawned {
-        Ok(spawned) => spawned,
-        Err(error) => {
-            let _ = started.send(Err(error));
-            return;
-        }
-    };
-    let opened = open(&child).map_err(host("open the process of the VMM"));
-    let failed = opened.is_err();
-    if started.send(opened).is_err() || failed {
-        // Nobody waits any more.
-        let _ = child.kill();
+impl Reaped {
+    fn open(&self) -> io::Result<(HostProcess, OwnedFd)> {
+        let child = self.0.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        let number = child.id().cast_signed();
+        let pid = Pid::from_raw(number).ok_or_else(|| io::Error::other("no process id"))?;
+        // The child is not reaped yet, so the number is its own.
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        Ok((HostProcess::of(number)?, pidfd))
     }
-    let result = match child.wait() {
-        Ok(status) => End::of(status, read_report(report)),
-        Err(error) => End {
-            status: FAILED,
-            reason: format!("the end of the VMM cannot be seen: {error}"),
-            console: Vec::new(),
-        },
-    };
-    end.send_replace(Some(result));
+
+    /// Waits for its end.
+    fn wait(&mut self, report: Option<Report>) -> End {
+        let status = match self.0.take() {
+            Some(mut child) => child.wait(),
+            None => Err(io::ErrorKind::NotFound.into()),
+        };
+        match status {
+            Ok(status) => End::of(status, report),
+            Err(error) => End {
+                status: FAILED,
+                reason: format!("the end of the VMM cannot be seen: {error}"),
+                console: Vec::new(),
+            },
+        }
+    }
 }
 
-fn open(child: &Child) -> io::Result<(HostProcess, OwnedFd)> {
-    let number = child.id().cast_signed();
-    let pid = Pid::from_raw(number).ok_or_else(|| io::Error::other("no process id"))?;
-    // The child is not reaped yet, so the number is its own.
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    Ok((HostProcess::of(number)?, pidfd))
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // Both fail only if it has ended.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
-fn spawn(launch: Launch, alive: OwnedFd, stderr: PipeWriter) -> Result<(Child, PipeReader)> {
-    // The new pid namespace is the child's; the others are this thread's as well,
-    // which does nothing else.
+/// A process that was started, and where it will report.
+#[derive(Debug)]
+struct Started {
+    child: Reaped,
+    report: PipeReader,
+}
+
+/// Starts the process; the calling thread does nothing else in its life.
+fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started> {
+    // The new pid namespace is the child's; the others are this thread's as well.
     unshare(
         CloneFlags::CLONE_NEWPID
             | CloneFlags::CLONE_NEWNS
@@ -309,6 +332,8 @@ fn spawn(launch: Launch, alive: OwnedFd, stderr: PipeWriter) -> Result<(Child, P
         memory_mib: launch.memory_mib,
         jail: Some(Jail {
             root: launch.share.dir.clone(),
+            // No two shims that live have the same pid.
+            user: POD_USERS + std::process::id(),
         }),
         shares: vec![launch.share],
         vsock: Some(Vsock {
@@ -323,7 +348,7 @@ fn spawn(launch: Launch, alive: OwnedFd, stderr: PipeWriter) -> Result<(Child, P
             input: None,
         }),
         rng: true,
-        alive: Some(fd(&alive)),
+        control: Some(fd(&control)),
         report: Some(fd(&report_end)),
     };
     let config_file = config_file(&config).map_err(host("write the VMM's configuration"))?;
@@ -333,7 +358,7 @@ fn spawn(launch: Launch, alive: OwnedFd, stderr: PipeWriter) -> Result<(Child, P
         fd(&launch.root),
         fd(&launch.listener),
         fd(&launch.acceptor),
-        fd(&alive),
+        fd(&control),
         fd(&report_end),
         fd(&config_file),
     ]
@@ -348,16 +373,19 @@ fn spawn(launch: Launch, alive: OwnedFd, stderr: PipeWriter) -> Result<(Child, P
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(stderr);
-    inherit::only(&mut command, kept, inherit::OnParentDeath::Kill);
+    inherit::only(&mut command, kept);
     let child = command.spawn().map_err(|source| Error::Path {
         action: "start",
         path: launch.binary.clone(),
         source,
     })?;
     // Each of these must have one holder, so that its close is seen.
-    drop((launch.acceptor, launch.listener, alive, report_end));
+    drop((launch.acceptor, launch.listener, control, report_end));
     set_oom_score(child.id(), launch.oom_score_adj);
-    Ok((child, report))
+    Ok(Started {
+        child: Reaped(Some(child)),
+        report,
+    })
 }
 
 fn config_file(config: &Config) -> io::Result<File> {
@@ -375,9 +403,31 @@ fn set_oom_score(pid: u32, score: i32) {
     }
 }
 
-fn read_report(pipe: PipeReader) -> Option<Report> {
+/// Reads the report as it is written, until the process closes it, has said enough,
+/// or has died, whoever holds the pipe open then.
+fn read_report(mut pipe: PipeReader, died: &OwnedFd) -> Option<Report> {
+    rustix::io::ioctl_fionbio(&pipe, true).ok()?;
     let mut text = Vec::new();
-    pipe.take(MAX_REPORT).read_to_end(&mut text).ok()?;
+    loop {
+        let mut fds = [
+            PollFd::new(&pipe, PollFlags::IN),
+            PollFd::new(died, PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return None,
+        }
+        let [_, died] = &fds;
+        let is_last = !died.revents().is_empty();
+        let room = MAX_REPORT.saturating_sub(text.len() as u64);
+        match pipe.by_ref().take(room).read_to_end(&mut text) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && !is_last => {}
+            // The end; as much as is read of a report; or all there will be.
+            _ => break,
+        }
+    }
+    // Whoever writes more learns that nobody reads it.
+    drop(pipe);
     serde_json::from_slice(&text).ok()
 }
 
@@ -410,6 +460,55 @@ mod tests {
             console: vec!["a\x1b".into()],
             stats: None,
         })
+    }
+
+    /// Runs a program in place of the VMM and gives its end, as the thread that
+    /// waits for it does. `hold` keeps the report's other end open meanwhile.
+    fn end_of(script: &str, hold: bool) -> End {
+        let (report, report_end) = io::pipe().unwrap();
+        let child = Command::new("sh")
+            .args(["-c", script])
+            .stdout(report_end.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        let held = hold.then_some(report_end);
+        let mut child = Reaped(Some(child));
+        let (_, died) = child.open().unwrap();
+        let report = read_report(report, &died);
+        drop(held);
+        child.wait(report)
+    }
+
+    #[test]
+    fn a_report_that_fills_the_pipe_does_not_hold_the_vmm_up() {
+        // A pipe takes 64 KiB; nobody has read yet when the process waits for room.
+        let end = end_of("yes | head -c 1000000; exit 3", false);
+        assert_eq!(end.reason, "the VMM ended with status 3 and no report");
+    }
+
+    #[test]
+    fn a_report_is_read_whoever_else_holds_its_pipe() {
+        let said =
+            r#"{"end":"blocked","reason":"The VMM's thread x made the blocked system call 41"}"#;
+        for hold in [false, true] {
+            let end = end_of(&format!("cat << 'END'\n{said}\nEND\nexit 18"), hold);
+            assert_eq!(end.status, FAILED);
+            assert!(
+                end.reason.ends_with("the blocked system call 41"),
+                "{end:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_dropped_child_is_ended_and_reaped() {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        let child = Reaped(Some(child));
+        let (_, pidfd) = child.open().unwrap();
+        drop(child);
+        assert!(crate::statedir::ended(&pidfd, 0));
+        assert!(HostProcess::of(pid).is_err());
     }
 
     #[test]

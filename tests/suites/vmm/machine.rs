@@ -11,6 +11,8 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use bulkhead_vmm::control::{Answer, Answered, Asked, LONGEST, Request, decode, encode};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -165,7 +167,7 @@ impl Machine {
     }
 
     /// Starts it as the shim does: by a configuration on a descriptor.
-    pub(crate) fn start_by_config(self, alive: &OwnedFd) -> io::Result<Running> {
+    pub(crate) fn start_by_config(self, control: &OwnedFd) -> io::Result<Running> {
         let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
         let kernel = File::open(KERNEL)?;
         let initramfs = File::open(self.initramfs())?;
@@ -175,7 +177,7 @@ impl Machine {
             "kvm": 10, "kernel": 11, "initramfs": 12, "cmdline": self.cmdline,
             "vcpus": 1, "memory_mib": 128, "shares": [], "disks": [], "rng": true,
             "vsock": {"guest_cid": 3, "ports": [1024]},
-            "console": {"output": 13}, "alive": 14, "report": 15,
+            "console": {"output": 13}, "control": 14, "report": 15,
         });
         let path = self.dir.path().join("config");
         fs::write(&path, config.to_string())?;
@@ -185,7 +187,7 @@ impl Machine {
             kernel.as_raw_fd(),
             initramfs.as_raw_fd(),
             console.as_raw_fd(),
-            alive.as_raw_fd(),
+            control.as_raw_fd(),
             report_end.as_raw_fd(),
             config.as_raw_fd(),
         ]
@@ -207,6 +209,31 @@ impl Machine {
             _dir: self.dir,
         })
     }
+}
+
+/// The machine's end of a control socket, and the other one.
+pub(crate) fn control() -> io::Result<(OwnedFd, OwnedFd)> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    let flags = SocketFlags::CLOEXEC;
+    Ok(socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        flags,
+        None,
+    )?)
+}
+
+/// Asks the machine; `None` once it has ended.
+pub(crate) fn ask(socket: &OwnedFd, request: Request) -> Option<Answer> {
+    let message = encode(&Asked { number: 1, request }).expect("a message");
+    send(socket, &message, SendFlags::NOSIGNAL).ok()?;
+    let mut message = vec![0; LONGEST];
+    let (length, _) = recv(socket, message.as_mut_slice(), RecvFlags::empty()).ok()?;
+    if length == 0 {
+        return None;
+    }
+    let answered: Answered = decode(&message[..length]).expect("an answer");
+    Some(answered.answer)
 }
 
 /// Puts descriptors where the configuration names them.

@@ -3,11 +3,12 @@
 //! root and is skipped without.
 
 use std::{
+    cell::Cell,
     env, fs,
     io::{BufRead, BufReader, Write},
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::PathBuf,
-    process::{Command, Stdio},
+    process::{Command, ExitStatus, Stdio},
     sync::mpsc,
     thread,
 };
@@ -15,18 +16,37 @@ use std::{
 use rustix::{
     fs::FileType,
     mount::{MountFlags, mount, mount_remount},
-    thread::{capabilities, capabilities_secure_bits, capability_is_in_bounding_set},
+    thread::{capabilities, capabilities_secure_bits},
 };
 
 use super::*;
-use crate::{config::Share, devices::fs::Fs};
+use crate::{
+    config::Share,
+    devices::fs::Fs,
+    exit::{End, Report},
+};
 
 const ROOT: &str = "BULKHEAD_TEST_JAIL";
 
+/// The pod's user.
+const USER: u32 = 0x7012_3456;
+
 /// A mount namespace like the shim's, in a thread of its own: a shared mount with
-/// a read-only one below it. Returns when `inside` has ended.
+/// a read-only one below it. Returns when `inside` has ended, in success.
 fn outside(inside: &'static str, later: impl FnOnce(&Path) + Send + 'static) {
+    outside_of(inside, later, |status, rest| {
+        assert!(status.success(), "{status} {rest:?}");
+    });
+}
+
+/// As [`outside`]; `judge` gets the status of `inside` and what it printed at last.
+fn outside_of(
+    inside: &'static str,
+    later: impl FnOnce(&Path) + Send + 'static,
+    judge: impl FnOnce(ExitStatus, Vec<String>) + Send + 'static,
+) {
     if !rustix::process::geteuid().is_root() {
+        println!("skipped: it needs root");
         return;
     }
     let test = thread::spawn(move || {
@@ -73,7 +93,8 @@ fn outside(inside: &'static str, later: impl FnOnce(&Path) + Send + 'static) {
         let status = child.wait().unwrap();
         unmount(&root, UnmountFlags::DETACH).unwrap();
         fs::remove_dir(&root).unwrap();
-        assert!(told && status.success(), "{status} {rest:?}");
+        assert!(told, "{status} {rest:?}");
+        judge(status, rest);
     });
     test.join().unwrap();
 }
@@ -81,6 +102,7 @@ fn outside(inside: &'static str, later: impl FnOnce(&Path) + Send + 'static) {
 fn root() -> Jail {
     Jail {
         root: PathBuf::from(env::var_os(ROOT).expect("started by the other half")),
+        user: USER,
     }
 }
 
@@ -157,13 +179,29 @@ fn propagation() {
 }
 
 #[test]
-fn inside_only_the_file_system_keeps_capabilities() {
-    outside("privileges", |_| {});
+fn each_kind_of_thread_has_what_the_table_says() {
+    outside("posture", |_| {});
+}
+
+/// Threads of every kind but the main one, named as in a machine, each of which
+/// runs `body` once it is sealed.
+fn start(confined: &Confined, body: impl Fn(ThreadKind) + Send + Clone + 'static) {
+    for (kind, name) in [
+        (ThreadKind::Processor, "vcpu0"),
+        (ThreadKind::Devices, "devices"),
+        (ThreadKind::Disk, "disk"),
+    ] {
+        assert_eq!(ThreadKind::of(name), Some(kind));
+        let body = body.clone();
+        confined
+            .spawn(kind, name.into(), move || body(kind))
+            .unwrap();
+    }
 }
 
 #[test]
 #[ignore = "the inner half of the test above"]
-fn privileges() {
+fn posture() {
     let confined = enter(Some(&root())).unwrap();
     let share = Share {
         tag: "share".into(),
@@ -172,71 +210,333 @@ fn privileges() {
         queues: 2,
     };
     let fs = Fs::new(&share, &confined).unwrap();
-    assert_eq!(capabilities(None).unwrap(), only(FILE_SERVER));
-    confined.drop_capabilities().unwrap();
-    let none = only(CapabilitySet::empty());
-    assert_eq!(capabilities(None).unwrap(), none);
-    let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || sender.send(capabilities(None).unwrap()).unwrap());
-    assert_eq!(receiver.recv().unwrap(), none);
-    for number in 0..=40 {
-        let capability = CapabilitySet::from_bits_retain(1 << number);
-        assert!(!capability_is_in_bounding_set(capability).unwrap());
-    }
-    assert!(rustix::thread::no_new_privs().unwrap());
-    assert!(capabilities_secure_bits().unwrap().contains(
-        CapabilitiesSecureBits::NO_ROOT_LOCKED | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
-    ));
-    assert_eq!(getrlimit(Resource::Core).maximum, Some(0));
-    // procfs is there for the file server, with processes only and only ours.
+    let (stay, parked) = mpsc::channel::<()>();
+    let parked = Arc::new(std::sync::Mutex::new(parked));
+    start(&confined, move |_| {
+        // Ends with an error, when the other end is dropped.
+        let _ = parked.lock().unwrap().recv();
+    });
     let proc = confined.proc_self_fd().unwrap();
     let up = |path| rustix::fs::statat(&proc, path, rustix::fs::AtFlags::empty());
+    // procfs is there for the file server, with processes only and only ours.
     assert!(up("0").is_ok());
     assert!(up("../../1/stat").is_ok());
     assert_eq!(up("../../sys").err(), Some(rustix::io::Errno::NOENT));
-    let top = rustix::fs::openat(&proc, "../..", OFlags::RDONLY, Mode::empty()).unwrap();
-    let mut processes = rustix::fs::Dir::read_from(top)
+    let open = |path: &str| {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        rustix::fs::openat(&proc, path, flags, Mode::empty()).unwrap()
+    };
+    let mut processes = rustix::fs::Dir::read_from(open("../.."))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().to_str().unwrap().to_owned())
         .filter(|name| name.parse::<u32>().is_ok());
     assert_eq!(processes.next().as_deref(), Some("1"));
     assert_eq!(processes.next(), None);
-    // The threads of the file system, seen from the outside of them.
-    let read = |path: String| {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&proc, path, flags, Mode::empty()).unwrap();
-        io::read_to_string(fs::File::from(fd)).unwrap()
-    };
-    let tasks = rustix::fs::openat(&proc, "../task", OFlags::RDONLY, Mode::empty()).unwrap();
-    let mut keeping = 0;
-    for task in rustix::fs::Dir::read_from(tasks).unwrap() {
+    // Opened before this thread, which becomes the main one, may open nothing.
+    let mut files = Vec::new();
+    for task in rustix::fs::Dir::read_from(open("../task")).unwrap() {
         let task = task.unwrap().file_name().to_str().unwrap().to_owned();
-        // The first thread is the test's, not the one that entered.
-        if task.starts_with('.') || task == "1" {
-            continue;
-        }
-        let status = read(format!("../task/{task}/status"));
-        let effective = status
-            .lines()
-            .find_map(|line| line.strip_prefix("CapEff:\t"))
-            .map(|set| u64::from_str_radix(set, 16).unwrap());
-        let name = read(format!("../task/{task}/comm"));
-        if name.starts_with("fs-") {
-            assert_eq!(effective, Some(FILE_SERVER.bits()), "{name}");
-            keeping += 1;
-        } else {
-            assert_eq!(effective, Some(0), "{name}");
+        // The first thread is the harness of the test, not one that entered.
+        if !task.starts_with('.') && task != "1" {
+            let file = |name| open(&format!("../task/{task}/{name}"));
+            files.push((file("comm"), file("status")));
         }
     }
-    assert_eq!(keeping, 3);
-    drop(fs);
+    for resource in [Resource::Core, Resource::Nproc] {
+        let most = if resource == Resource::Core {
+            0
+        } else {
+            THREADS
+        };
+        assert_eq!(getrlimit(resource).maximum, Some(most), "{resource:?}");
+    }
+    assert!(getrlimit(Resource::Nofile).maximum <= Some(DESCRIPTORS));
+    assert!(capabilities_secure_bits().unwrap().contains(
+        CapabilitiesSecureBits::NO_ROOT_LOCKED | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
+    ));
+    confined.close().unwrap();
+    // `File` would ask for the size first, which is not this thread's to do.
+    let read = |file: &OwnedFd| {
+        let mut text = vec![0; 8192];
+        let length = rustix::io::read(file, text.as_mut_slice()).unwrap();
+        text.truncate(length);
+        String::from_utf8(text).unwrap()
+    };
+    let mut kinds = Vec::new();
+    for (name, status) in files {
+        // All have a name of their kind but this one, which has the test's.
+        let kind = ThreadKind::of(read(&name).trim_end()).unwrap_or(ThreadKind::Main);
+        let status = read(&status);
+        super::posture::check(kind, USER, &status).unwrap();
+        kinds.push(kind);
+    }
+    for (kind, count) in [
+        (ThreadKind::Main, 1),
+        (ThreadKind::Processor, 1),
+        (ThreadKind::Devices, 1),
+        (ThreadKind::Disk, 1),
+        (ThreadKind::Files, 3),
+    ] {
+        let seen = kinds.iter().filter(|seen| **seen == kind).count();
+        assert_eq!(seen, count, "{kind:?}");
+    }
+    drop((stay, fs));
     meet();
+}
+
+thread_local! {
+    /// The last system call of this thread that was blocked.
+    static BLOCKED: Cell<i64> = const { Cell::new(-1) };
+}
+
+/// Notes the call and returns to whoever made it.
+extern "C" fn note(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel passes the `siginfo_t` of a SIGSYS.
+    let number = unsafe { filter::blocked_call(info) };
+    BLOCKED.set(number.into());
+}
+
+/// Makes a system call; says whether it was blocked.
+fn blocked(number: libc::c_long, arguments: [u64; 4]) -> bool {
+    BLOCKED.set(-1);
+    let [a, b, c, d] = arguments;
+    // SAFETY: made only in a process that does nothing else, with calls that fail
+    // or change nothing that the test relies on.
+    unsafe { libc::syscall(number, a, b, c, d) };
+    BLOCKED.get() == number
+}
+
+#[test]
+fn no_thread_can_win_back_what_was_given_up() {
+    outside("captured", |_| {});
+}
+
+#[test]
+#[ignore = "the inner half of the test above"]
+fn captured() {
+    let confined = enter(Some(&root())).unwrap();
+    vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, note).unwrap();
+    let (done, outcomes) = mpsc::channel();
+    let attempts = move |kind| done.send(attempt_everything(kind)).unwrap();
+    start(&confined, attempts.clone());
+    let seal = confined.seal(ThreadKind::Files);
+    let files = attempts.clone();
+    thread::spawn(move || {
+        seal.apply().unwrap();
+        files(ThreadKind::Files);
+    });
+    confined.close().unwrap();
+    attempts(ThreadKind::Main);
+    drop(attempts);
+    let mut kinds = 0;
+    for succeeded in outcomes {
+        assert_eq!(succeeded, Vec::<String>::new());
+        kinds += 1;
+    }
+    assert_eq!(kinds, ThreadKind::ALL.len());
+    meet();
+}
+
+/// What a captured thread would try; those attempts that were not blocked.
+fn attempt_everything(kind: ThreadKind) -> Vec<String> {
+    let name = c"/".as_ptr().expose_provenance() as u64;
+    let bits = |flags: i32| u64::from(flags.cast_unsigned());
+    let executable = bits(libc::PROT_READ | libc::PROT_EXEC);
+    let mut attempts = vec![
+        (
+            "a user namespace",
+            libc::SYS_unshare,
+            [bits(libc::CLONE_NEWUSER), 0, 0, 0],
+        ),
+        (
+            "a mount namespace",
+            libc::SYS_unshare,
+            [bits(libc::CLONE_NEWNS), 0, 0, 0],
+        ),
+        ("fork", libc::SYS_clone, [bits(libc::SIGCHLD), 0, 0, 0]),
+        (
+            "a process in a user namespace",
+            libc::SYS_clone,
+            [bits(libc::SIGCHLD | libc::CLONE_NEWUSER), 0, 0, 0],
+        ),
+        ("setns", libc::SYS_setns, [0, 0, 0, 0]),
+        (
+            "mount",
+            libc::SYS_mount,
+            [name, name, 0, bits(libc::MS_BIND.try_into().unwrap())],
+        ),
+        ("umount", libc::SYS_umount2, [name, 0, 0, 0]),
+        ("fsopen", libc::SYS_fsopen, [name, 0, 0, 0]),
+        ("open_tree", libc::SYS_open_tree, [0, name, 1, 0]),
+        ("move_mount", libc::SYS_move_mount, [0, name, 0, name]),
+        ("mount_setattr", libc::SYS_mount_setattr, [0, name, 0, 0]),
+        ("pivot_root", libc::SYS_pivot_root, [name, name, 0, 0]),
+        ("chroot", libc::SYS_chroot, [name, 0, 0, 0]),
+        ("execve", libc::SYS_execve, [name, 0, 0, 0]),
+        ("ptrace", libc::SYS_ptrace, [0, 0, 0, 0]),
+        ("process_vm_readv", libc::SYS_process_vm_readv, [1, 0, 0, 0]),
+        ("pidfd_getfd", libc::SYS_pidfd_getfd, [0, 0, 0, 0]),
+        ("kill", libc::SYS_kill, [1, 0, 0, 0]),
+        (
+            "a signal to another process",
+            libc::SYS_tgkill,
+            [2, 2, 0, 0],
+        ),
+        ("a signal handler", libc::SYS_rt_sigaction, [31, 0, 0, 8]),
+        (
+            "a Unix socket",
+            libc::SYS_socket,
+            [bits(libc::AF_UNIX), 1, 0, 0],
+        ),
+        (
+            "an Internet socket",
+            libc::SYS_socket,
+            [bits(libc::AF_INET), 1, 0, 0],
+        ),
+        (
+            "a netlink socket",
+            libc::SYS_socket,
+            [bits(libc::AF_NETLINK), 3, 0, 0],
+        ),
+        (
+            "a vsock pair",
+            libc::SYS_socketpair,
+            [bits(libc::AF_VSOCK), 1, 0, 0],
+        ),
+        ("connect", libc::SYS_connect, [0, 0, 0, 0]),
+        ("bpf", libc::SYS_bpf, [0, 0, 0, 0]),
+        ("keyctl", libc::SYS_keyctl, [0, 0, 0, 0]),
+        ("add_key", libc::SYS_add_key, [name, name, 0, 0]),
+        ("request_key", libc::SYS_request_key, [name, name, 0, 0]),
+        ("perf_event_open", libc::SYS_perf_event_open, [0, 0, 0, 0]),
+        ("io_uring", libc::SYS_io_uring_setup, [1, 0, 0, 0]),
+        ("userfaultfd", libc::SYS_userfaultfd, [0, 0, 0, 0]),
+        ("open by handle", libc::SYS_open_by_handle_at, [0, 0, 0, 0]),
+        ("setresuid", libc::SYS_setresuid, [0, 0, 0, 0]),
+        (
+            "prctl",
+            libc::SYS_prctl,
+            [bits(libc::PR_SET_DUMPABLE), 1, 0, 0],
+        ),
+        ("prlimit", libc::SYS_prlimit64, [0, 7, 0, 0]),
+        (
+            "a program in memory",
+            libc::SYS_memfd_create,
+            [name, 0, 0, 0],
+        ),
+        (
+            "executable memory",
+            libc::SYS_mmap,
+            [0, 4096, executable, 0x22],
+        ),
+        (
+            "code made executable",
+            libc::SYS_mprotect,
+            [0, 4096, executable, 0],
+        ),
+        ("KVM's other calls", libc::SYS_ioctl, [0, 0xae41, 0, 0]),
+        (
+            "typing into a terminal",
+            libc::SYS_ioctl,
+            [0, libc::TIOCSTI, name, 0],
+        ),
+    ];
+    if kind != ThreadKind::Files {
+        attempts.extend([
+            ("open", libc::SYS_openat, [0, name, 0, 0]),
+            ("openat2", libc::SYS_openat2, [0, name, 0, 0]),
+            ("unlink", libc::SYS_unlinkat, [0, name, 0, 0]),
+            ("setfsuid", libc::SYS_setfsuid, [0, 0, 0, 0]),
+            ("capset", libc::SYS_capset, [0, 0, 0, 0]),
+        ]);
+    }
+    let mut succeeded: Vec<String> = attempts
+        .into_iter()
+        .filter(|(_, number, arguments)| !blocked(*number, *arguments))
+        .map(|(what, ..)| format!("{kind:?}: {what}"))
+        .collect();
+    // Where threads may start, this is answered as unknown instead.
+    let refused = if kind == ThreadKind::Files {
+        // SAFETY: an argument of no size is refused in any case.
+        let outcome = unsafe { libc::syscall(libc::SYS_clone3, 0, 0) };
+        outcome == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS)
+    } else {
+        blocked(libc::SYS_clone3, [0; 4])
+    };
+    if !refused {
+        succeeded.push(format!("{kind:?}: clone3"));
+    }
+    succeeded
+}
+
+#[test]
+fn a_file_servers_thread_can_start_more_of_its_kind() {
+    outside("more_threads", |_| {});
+}
+
+#[test]
+#[ignore = "the inner half of the test above"]
+fn more_threads() {
+    let confined = enter(Some(&root())).unwrap();
+    report_violations(Some(2)).unwrap();
+    let seal = confined.seal(ThreadKind::Files);
+    let first = thread::spawn(move || {
+        seal.apply().unwrap();
+        let second = thread::Builder::new().name("fs-more".into()).spawn(|| {
+            // SAFETY: only the calling thread's file system context changes.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }.unwrap();
+            capabilities(None).unwrap()
+        });
+        second.unwrap().join().unwrap()
+    });
+    let its = first.join().unwrap();
+    assert_eq!(its, only(ThreadKind::Files.capabilities()));
+    meet();
+}
+
+#[test]
+fn a_blocked_system_call_ends_the_process_with_a_report_f24() {
+    outside_of(
+        "violation",
+        |_| {},
+        |status, rest| {
+            let expected = i32::from(End::Blocked.status());
+            assert_eq!(status.code(), Some(expected), "{rest:?}");
+            let report = rest.last().unwrap();
+            let report: Report = serde_json::from_str(report).unwrap();
+            assert_eq!(report.end, End::Blocked);
+            let call = libc::SYS_socket;
+            let expected = format!("The VMM's thread vcpu0 made the blocked system call {call}");
+            assert_eq!(report.reason, expected);
+        },
+    );
+}
+
+#[test]
+#[ignore = "the inner half of the test above"]
+fn violation() {
+    let confined = enter(Some(&root())).unwrap();
+    report_violations(Some(1)).unwrap();
+    meet();
+    let name = "vcpu0".to_owned();
+    confined
+        .spawn(ThreadKind::Processor, name, || {
+            // SAFETY: takes numbers only.
+            unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) };
+        })
+        .unwrap();
+    confined.close().unwrap();
+    // The whole process ends, wherever this thread is.
+    loop {
+        std::hint::spin_loop();
+    }
 }
 
 #[test]
 fn a_directory_that_is_no_mount_point_and_a_process_that_is_not_first_are_refused() {
     let jail = Jail {
         root: env::temp_dir(),
+        user: USER,
     };
     assert!(matches!(enter(Some(&jail)), Err(Error::NotFirst { .. })));
     outside("no_mount_point", |_| {});
@@ -247,6 +547,7 @@ fn a_directory_that_is_no_mount_point_and_a_process_that_is_not_first_are_refuse
 fn no_mount_point() {
     let jail = Jail {
         root: root().root.join("later"),
+        user: USER,
     };
     assert!(matches!(enter(Some(&jail)), Err(Error::Root { .. })));
     meet();

@@ -40,7 +40,7 @@ use self::{queue::QueueThread, share::Shared};
 use crate::{
     config::Share,
     devices::{Device, Io, Worker, queue::State},
-    jail::Confined,
+    jail::{Confined, threads::ThreadKind},
 };
 
 /// Bytes of the tag in the configuration space.
@@ -104,7 +104,10 @@ impl Fs {
         )?);
         let server = Arc::new(Server::new(Arc::clone(&shared)));
         let threads = (0..=share.queues)
-            .map(|index| QueueThread::spawn(index, Arc::clone(&server), Arc::clone(&shared)))
+            .map(|index| {
+                let seal = confined.seal(ThreadKind::Files);
+                QueueThread::spawn(index, Arc::clone(&server), Arc::clone(&shared), seal)
+            })
             .collect::<io::Result<_>>()?;
         let mut config = [0; TAG + 4];
         for (to, from) in config.iter_mut().zip(tag) {

@@ -32,6 +32,7 @@ use crate::{
         queue::{self, Ring},
     },
     event_loop::event_fd,
+    jail::Seal,
 };
 
 /// The queue that serves only what must not wait behind other requests (virtio
@@ -106,11 +107,12 @@ impl Slot {
 
 impl QueueThread {
     /// Starts the thread for the queue of this number. It runs as long as the
-    /// process, with the capabilities of its creator.
+    /// process, confined by `seal`.
     pub(super) fn spawn(
         index: u8,
         server: Arc<Server<Arc<Shared>>>,
         shared: Arc<Shared>,
+        seal: Seal,
     ) -> io::Result<QueueThread> {
         let slot = Arc::new(Slot::default());
         let (ready, prepared) = std::sync::mpsc::sync_channel(1);
@@ -123,7 +125,7 @@ impl QueueThread {
         thread::Builder::new()
             .name(format!("fs-{index}"))
             .spawn(move || {
-                let prepared = thread.shared.enter_thread();
+                let prepared = thread.shared.enter_thread().and_then(|()| seal.apply());
                 let go_on = prepared.is_ok();
                 // Fails only if `spawn` has given up.
                 if ready.send(prepared).is_ok() && go_on {

@@ -1,0 +1,235 @@
+//! What the shim asks of the VMM while it runs (`bulkhead_vmm::control`).
+//!
+//! The socket is also the VMM's life line: it ends when this end is closed, by
+//! [`Control::release`] or because the shim is gone. It survives a shim that
+//! executes itself anew with the descriptor open.
+//!
+//! Answers come from a process that is presumed hostile: they are bounded, decoded
+//! into values, and belong to the request of the same number or are dropped.
+
+use std::{io, os::fd::OwnedFd, os::unix::net::UnixStream as StdStream, time::Duration};
+
+use bulkhead_vmm::control::{Answer, Answered, Asked, LONGEST, Request, Status, decode, encode};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, shutdown,
+    socketpair,
+};
+use tokio::{io::Interest, net::UnixStream, sync::Mutex, time::timeout};
+
+use crate::{
+    agent::escape,
+    error::{Error, Result, host},
+};
+
+/// Time for an answer.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// The shim's end of the socket.
+#[derive(Debug)]
+pub struct Control {
+    /// Only watched as a stream; it keeps messages apart.
+    socket: UnixStream,
+    /// Number of the last request. Held while one is asked: one at a time.
+    last: Mutex<u64>,
+    limit: Duration,
+}
+
+impl Control {
+    /// Our end, and the one for the VMM.
+    pub(super) fn pair() -> Result<(Control, OwnedFd)> {
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(host("make a socket pair"))?;
+        rustix::io::ioctl_fionbio(&ours, true).map_err(host("make a socket non-blocking"))?;
+        let control = Control {
+            socket: UnixStream::from_std(StdStream::from(ours))
+                .map_err(host("watch the VMM's socket"))?,
+            last: Mutex::new(0),
+            limit: LIMIT,
+        };
+        Ok((control, theirs))
+    }
+
+    /// Stops all processors of the guest; returns when none runs any more.
+    pub async fn pause(&self) -> Result<()> {
+        done(self.ask(Request::Pause, "pause").await?)
+    }
+
+    /// Lets the processors go on.
+    pub async fn resume(&self) -> Result<()> {
+        done(self.ask(Request::Resume, "resume").await?)
+    }
+
+    /// How the machine is.
+    pub async fn status(&self) -> Result<Status> {
+        match self.ask(Request::Status, "status").await? {
+            Answer::Status(status) => Ok(status),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Lets go of the VMM: it reports that it is alone, and ends.
+    pub fn release(&self) {
+        // Fails only if it has ended.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+    }
+
+    async fn ask(&self, request: Request, call: &'static str) -> Result<Answer> {
+        match timeout(self.limit, self.exchange(request)).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(Error::VmGone(format!("the VMM does not answer: {error}"))),
+            Err(_) => Err(Error::Deadline {
+                call,
+                limit_ms: self.limit.as_millis(),
+            }),
+        }
+    }
+
+    /// May be dropped at any moment: an answer that nobody waits for any more is
+    /// passed over by the next exchange.
+    async fn exchange(&self, request: Request) -> io::Result<Answer> {
+        let mut last = self.last.lock().await;
+        *last += 1;
+        let number = *last;
+        let message = encode(&Asked { number, request })?;
+        self.socket
+            .async_io(Interest::WRITABLE, || {
+                Ok(send(&self.socket, &message, SendFlags::NOSIGNAL)?)
+            })
+            .await?;
+        loop {
+            let mut message = vec![0; LONGEST];
+            let (length, _) = self
+                .socket
+                .async_io(Interest::READABLE, || {
+                    Ok(recv(
+                        &self.socket,
+                        message.as_mut_slice(),
+                        RecvFlags::empty(),
+                    )?)
+                })
+                .await?;
+            if length == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            message.truncate(length);
+            let answered: Answered = decode(&message)?;
+            // 0: it could not read what was asked last.
+            if answered.number == number || answered.number == 0 {
+                return Ok(answered.answer);
+            }
+        }
+    }
+}
+
+fn done(answer: Answer) -> Result<()> {
+    match answer {
+        Answer::Done => Ok(()),
+        other => Err(unexpected(other)),
+    }
+}
+
+fn unexpected(answer: Answer) -> Error {
+    let reason = match answer {
+        Answer::Refused(reason) => escape(&reason),
+        Answer::Done | Answer::Status(_) => "it answers something else".to_owned(),
+    };
+    host("control the VMM")(io::Error::other(reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_vmm::exit::Exits;
+
+    use super::*;
+
+    /// A client with a short limit, and what plays the VMM.
+    fn pair() -> (Control, OwnedFd) {
+        let (mut control, theirs) = Control::pair().unwrap();
+        control.limit = Duration::from_millis(300);
+        (control, theirs)
+    }
+
+    fn asked(socket: &OwnedFd) -> Option<Asked> {
+        let mut message = vec![0; LONGEST];
+        let (length, _) = recv(socket, message.as_mut_slice(), RecvFlags::empty()).unwrap();
+        (length > 0).then(|| decode(&message[..length]).unwrap())
+    }
+
+    fn answer(socket: &OwnedFd, number: u64, answer: Answer) {
+        let message = encode(&Answered { number, answer }).unwrap();
+        send(socket, &message, SendFlags::empty()).unwrap();
+    }
+
+    const STATUS: Status = Status {
+        paused: true,
+        vcpus: 2,
+        memory_mib: 64,
+        exits: Exits {
+            port: 1,
+            mmio: 2,
+            collected: 3,
+            other: 4,
+        },
+        running_us: 5,
+    };
+
+    #[tokio::test]
+    async fn requests_are_answered_by_their_number() {
+        let (control, theirs) = pair();
+        let vmm = std::thread::spawn(move || {
+            for expected in [Request::Pause, Request::Status, Request::Resume] {
+                let Asked { number, request } = asked(&theirs).unwrap();
+                assert_eq!(request, expected);
+                // What belongs to another request is passed over.
+                answer(&theirs, number + 7, Answer::Refused("not this".into()));
+                let good = match request {
+                    Request::Status => Answer::Status(STATUS),
+                    _ => Answer::Done,
+                };
+                answer(&theirs, number, good);
+            }
+            assert_eq!(asked(&theirs), None);
+        });
+        control.pause().await.unwrap();
+        assert_eq!(control.status().await.unwrap(), STATUS);
+        control.resume().await.unwrap();
+        control.release();
+        vmm.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_comes_too_late_is_not_taken_for_the_next_one() {
+        let (control, theirs) = pair();
+        let error = control.pause().await.unwrap_err();
+        assert_eq!(error.code(), ttrpc::Code::DEADLINE_EXCEEDED);
+        let late = asked(&theirs).unwrap();
+        answer(&theirs, late.number, Answer::Done);
+        let vmm = std::thread::spawn(move || {
+            let next = asked(&theirs).unwrap();
+            answer(&theirs, next.number, Answer::Status(STATUS));
+            theirs
+        });
+        assert_eq!(control.status().await.unwrap(), STATUS);
+        drop(vmm.join().unwrap());
+    }
+
+    #[tokio::test]
+    async fn refusals_lies_and_the_end_are_errors() {
+        let (control, theirs) = pair();
+        answer(&theirs, 1, Answer::Refused("no\nway".into()));
+        let text = control.pause().await.unwrap_err().text();
+        assert!(text.ends_with("no\\nway"), "{text}");
+        answer(&theirs, 2, Answer::Done);
+        assert!(control.status().await.is_err());
+        send(&theirs, b"{\"number\":3", SendFlags::empty()).unwrap();
+        assert!(control.status().await.is_err());
+        drop(theirs);
+        let error = control.resume().await.unwrap_err();
+        assert_eq!(error.code(), ttrpc::Code::UNAVAILABLE);
+    }
+}

@@ -1,0 +1,385 @@
+//! What may be asked of a running machine by whoever started it: all of it is
+//! [`Request`].
+//!
+//! Requests and answers are JSON, one a message of a SOCK_SEQPACKET socket
+//! (`Config::control`), both with the number that the request came with. They are
+//! served by the main thread, in order; only the answer to a pause may come after
+//! those to later requests. The socket is also the machine's life line: when its
+//! other end is closed, the machine ends. So it is with a process that was killed;
+//! one that replaces itself by another program keeps it.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+    net::{RecvFlags, SendFlags, recv, send},
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::{
+    exit::{End, Ending, Exits},
+    pause::Gate,
+};
+
+/// Longest message in bytes, in either direction.
+pub const LONGEST: usize = 16 << 10;
+
+/// A request with its number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Asked {
+    /// Comes back with the answer. Not 0.
+    pub number: u64,
+    /// What is asked.
+    pub request: Request,
+}
+
+/// Everything that can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Stops all processors; [`Answer::Done`] once none is in the guest any more.
+    /// Devices go on. Always possible; nothing changes if they are stopped already.
+    Pause,
+    /// Lets the processors go on: [`Answer::Done`]. Always possible; a pause that
+    /// is not answered yet is refused then.
+    Resume,
+    /// How the machine is: [`Answer::Status`]. Always possible.
+    Status,
+}
+
+/// An answer with the number of its request, or 0 if that could not be read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answered {
+    /// The request's.
+    pub number: u64,
+    /// The answer.
+    pub answer: Answer,
+}
+
+/// What is answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// How the machine is.
+    Status(Status),
+    /// It is not done, for this reason: one line.
+    Refused(String),
+}
+
+/// How a machine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// No processor is in the guest.
+    pub paused: bool,
+    /// Virtual processors.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Exits to the VMM so far.
+    pub exits: Exits,
+    /// Microseconds since the first processor entered the guest.
+    pub running_us: u64,
+}
+
+/// Encodes a message.
+pub fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
+    Ok(serde_json::to_vec(message)?)
+}
+
+/// Decodes a message.
+pub fn decode<T: DeserializeOwned>(message: &[u8]) -> io::Result<T> {
+    Ok(serde_json::from_slice(message)?)
+}
+
+/// The machine's end of the socket.
+pub(crate) struct Control<'a, S> {
+    /// Without one nothing is asked.
+    pub(crate) socket: Option<OwnedFd>,
+    /// Where processors stop.
+    pub(crate) gate: &'a Gate,
+    /// Tells how the machine is, but for whether it is paused.
+    pub(crate) status: S,
+}
+
+impl<S: Fn(bool) -> Status> Control<'_, S> {
+    /// Serves requests until the machine ends, by itself or with the socket.
+    pub(crate) fn serve(&self, ending: &Ending) -> (End, String) {
+        // The pause that waits for the processors.
+        let mut pausing = None;
+        loop {
+            let mut fds = vec![PollFd::new(ending, PollFlags::IN)];
+            let asked = self.socket.as_ref().map(|socket| {
+                fds.push(PollFd::new(socket, PollFlags::IN));
+                fds.len() - 1
+            });
+            if pausing.is_some() {
+                fds.push(PollFd::new(self.gate, PollFlags::IN));
+            }
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return (End::Device, format!("Cannot wait for the end: {error}")),
+            }
+            let asked = asked
+                .and_then(|at| fds.get(at))
+                .is_some_and(|fd| !fd.revents().is_empty());
+            if let Some(ended) = ending.get() {
+                return ended;
+            }
+            if let Some(number) = pausing
+                && self.gate.all_wait()
+            {
+                pausing = None;
+                if let Err(error) = self.answer(number, Answer::Done) {
+                    return orphaned(&error);
+                }
+            }
+            if asked && let Err(error) = self.take(&mut pausing) {
+                return orphaned(&error);
+            }
+        }
+    }
+
+    /// Takes one request and answers it, if its time has come.
+    fn take(&self, pausing: &mut Option<u64>) -> io::Result<()> {
+        let Some(socket) = &self.socket else {
+            return Ok(());
+        };
+        let mut message = vec![0; LONGEST];
+        let length = match recv(socket, message.as_mut_slice(), RecvFlags::DONTWAIT) {
+            Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok((length, _)) => length,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        message.truncate(length);
+        let Asked { number, request } = match decode(&message) {
+            Ok(asked) => asked,
+            Err(error) => {
+                return self.answer(0, Answer::Refused(format!("No request: {error}")));
+            }
+        };
+        match request {
+            Request::Pause => {
+                self.gate.close();
+                // An earlier one has the same end, but not the same answer.
+                if let Some(earlier) = pausing.replace(number) {
+                    self.answer(earlier, Answer::Refused("Asked again".into()))?;
+                }
+                if self.gate.all_wait() {
+                    *pausing = None;
+                    self.answer(number, Answer::Done)?;
+                }
+                Ok(())
+            }
+            Request::Resume => {
+                if let Some(earlier) = pausing.take() {
+                    self.answer(earlier, Answer::Refused("Resumed meanwhile".into()))?;
+                }
+                self.gate.open();
+                self.answer(number, Answer::Done)
+            }
+            Request::Status => {
+                let status = (self.status)(self.gate.all_wait());
+                self.answer(number, Answer::Status(status))
+            }
+        }
+    }
+
+    fn answer(&self, number: u64, answer: Answer) -> io::Result<()> {
+        let Some(socket) = &self.socket else {
+            return Ok(());
+        };
+        let message = encode(&Answered { number, answer })?;
+        // Whoever does not read what it asked for is taken for dead.
+        send(
+            socket.as_fd(),
+            &message,
+            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+        )?;
+        Ok(())
+    }
+}
+
+fn orphaned(error: &io::Error) -> (End, String) {
+    let gone = matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::NotConnected
+    );
+    let reason = if gone {
+        "Whoever started the virtual machine is gone".to_owned()
+    } else {
+        format!("Whoever started the virtual machine takes no answer: {error}")
+    };
+    (End::Orphaned, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{thread, thread::JoinHandle};
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+    use std::sync::Arc;
+
+    struct Served {
+        socket: OwnedFd,
+        gate: Arc<Gate>,
+        ending: Ending,
+        thread: JoinHandle<(End, String)>,
+    }
+
+    /// A machine of so many processors, none of which has come to the gate.
+    fn serve(processors: usize) -> Served {
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let gate = Gate::new(processors).unwrap();
+        let ending = Ending::new().unwrap();
+        let (its_gate, its_ending) = (Arc::clone(&gate), ending.clone());
+        let thread = thread::spawn(move || {
+            let control = Control {
+                socket: Some(theirs),
+                gate: &its_gate,
+                status: |paused| Status {
+                    paused,
+                    vcpus: 3,
+                    memory_mib: 64,
+                    exits: Exits::default(),
+                    running_us: 5,
+                },
+            };
+            control.serve(&its_ending)
+        });
+        Served {
+            socket: ours,
+            gate,
+            ending,
+            thread,
+        }
+    }
+
+    impl Served {
+        fn ask(&self, number: u64, request: Request) {
+            let message = encode(&Asked { number, request }).unwrap();
+            send(&self.socket, &message, SendFlags::empty()).unwrap();
+        }
+
+        fn answer(&self) -> (u64, Answer) {
+            let mut message = vec![0; LONGEST];
+            let (length, _) =
+                recv(&self.socket, message.as_mut_slice(), RecvFlags::empty()).unwrap();
+            let Answered { number, answer } = decode(&message[..length]).unwrap();
+            (number, answer)
+        }
+    }
+
+    #[test]
+    fn the_messages_are_what_the_documentation_shows() {
+        let asked = Asked {
+            number: 7,
+            request: Request::Pause,
+        };
+        let text = String::from_utf8(encode(&asked).unwrap()).unwrap();
+        assert_eq!(text, r#"{"number":7,"request":"pause"}"#);
+        let answered: Answered = decode(br#"{"number":7,"answer":{"refused":"no"}}"#).unwrap();
+        assert_eq!(answered.answer, Answer::Refused("no".into()));
+    }
+
+    #[test]
+    fn the_machine_ends_when_the_socket_does_f1() {
+        let served = serve(1);
+        drop(served.socket);
+        let (end, reason) = served.thread.join().unwrap();
+        assert_eq!(end, End::Orphaned);
+        assert_eq!(reason, "Whoever started the virtual machine is gone");
+    }
+
+    #[test]
+    fn the_machines_own_end_ends_the_service() {
+        let served = serve(1);
+        served.ending.end(End::PowerOff, "off");
+        assert_eq!(served.thread.join().unwrap(), (End::PowerOff, "off".into()));
+    }
+
+    #[test]
+    fn a_pause_is_answered_when_the_last_processor_has_stopped() {
+        let served = serve(1);
+        served.gate.open();
+        served.ask(1, Request::Pause);
+        // Others are served while the processor is held up.
+        served.ask(2, Request::Status);
+        let (number, answer) = served.answer();
+        let Answer::Status(status) = answer else {
+            panic!("{answer:?}");
+        };
+        assert_eq!((number, status.paused, status.vcpus), (2, false, 3));
+        let gate = Arc::clone(&served.gate);
+        let processor = thread::spawn(move || gate.wait(&std::sync::atomic::AtomicU8::new(1)));
+        assert_eq!(served.answer(), (1, Answer::Done));
+        served.ask(3, Request::Pause);
+        assert_eq!(served.answer(), (3, Answer::Done), "paused already");
+        served.ask(4, Request::Status);
+        assert!(matches!(served.answer(), (4, Answer::Status(status)) if status.paused));
+        served.ask(5, Request::Resume);
+        assert_eq!(served.answer(), (5, Answer::Done));
+        processor.join().unwrap();
+    }
+
+    #[test]
+    fn a_resume_ends_a_pause_that_waits() {
+        let served = serve(1);
+        served.gate.open();
+        served.ask(1, Request::Pause);
+        served.ask(2, Request::Resume);
+        let refused = Answer::Refused("Resumed meanwhile".into());
+        assert_eq!(served.answer(), (1, refused));
+        assert_eq!(served.answer(), (2, Answer::Done));
+        assert!(!served.gate.is_closed());
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused_and_the_machine_goes_on() {
+        let served = serve(1);
+        let long = vec![b' '; LONGEST + 1];
+        for message in [&b"{"[..], b"{\"number\":1,\"request\":\"sing\"}", &long] {
+            send(&served.socket, message, SendFlags::empty()).unwrap();
+            let (number, answer) = served.answer();
+            assert_eq!(number, 0);
+            assert!(matches!(answer, Answer::Refused(_)), "{answer:?}");
+        }
+        served.ask(9, Request::Status);
+        assert_eq!(served.answer().0, 9);
+    }
+
+    #[test]
+    fn whoever_never_reads_ends_the_machine_instead_of_blocking_it() {
+        let served = serve(1);
+        let message = encode(&Asked {
+            number: 1,
+            request: Request::Status,
+        })
+        .unwrap();
+        let ended = loop {
+            if send(&served.socket, &message, SendFlags::NOSIGNAL).is_err() {
+                break served.thread.join().unwrap();
+            }
+        };
+        assert_eq!(ended.0, End::Orphaned);
+        assert!(ended.1.contains("takes no answer"), "{}", ended.1);
+    }
+}

@@ -1,0 +1,118 @@
+//! The kinds of threads, and what each may do: one table, read by the process
+//! that confines itself and by the tests that look at it from outside.
+//!
+//! All threads share one address space, so what separates kinds from each other
+//! is hygiene; the wall around all of them is that none can reach beyond the pod.
+
+use rustix::thread::CapabilitySet;
+
+use super::syscalls::{self, Rule};
+
+/// Most descriptors: each file that the guest knows is one.
+pub const DESCRIPTORS: u64 = 1 << 20;
+
+/// Most threads that may run as the pod's user: as which no thread starts another,
+/// but for KVM.
+pub const THREADS: u64 = 512;
+
+/// What a thread is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ThreadKind {
+    /// Waits for the end and serves the control socket.
+    Main,
+    /// Runs a virtual processor.
+    Processor,
+    /// Serves devices that never block: vsock, console, entropy.
+    Devices,
+    /// Serves a disk.
+    Disk,
+    /// Serves files of the share.
+    Files,
+}
+
+/// As whom a thread runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// As the pod's own user and group, without any other group.
+    Pod,
+    /// As root, whose capabilities are those of [`ThreadKind::capabilities`]: some
+    /// file systems of the host serve their owner only.
+    Root,
+}
+
+impl ThreadKind {
+    /// Every kind.
+    pub const ALL: [ThreadKind; 5] = [
+        ThreadKind::Main,
+        ThreadKind::Processor,
+        ThreadKind::Devices,
+        ThreadKind::Disk,
+        ThreadKind::Files,
+    ];
+
+    /// The kind of the thread that the kernel knows under this name.
+    #[must_use]
+    pub fn of(name: &str) -> Option<ThreadKind> {
+        match name {
+            "bulkhead-vmm" => Some(ThreadKind::Main),
+            "devices" => Some(ThreadKind::Devices),
+            "disk" => Some(ThreadKind::Disk),
+            _ if name.starts_with("vcpu") => Some(ThreadKind::Processor),
+            _ if name.starts_with("fs-") => Some(ThreadKind::Files),
+            _ => None,
+        }
+    }
+
+    /// Its capabilities: effective and permitted; none is inheritable, ambient or
+    /// in the bounding set.
+    ///
+    /// | capability | for |
+    /// | --- | --- |
+    /// | CHOWN, FOWNER, FSETID | owners and modes as the guest says |
+    /// | DAC_OVERRIDE | the guest has checked permissions, the host must not again |
+    /// | SETUID, SETGID | a new file belongs to whoever made it |
+    /// | SETFCAP | capabilities of programs, as package managers set them |
+    ///
+    /// Not among them: DAC_READ_SEARCH, with which files can be opened by handle.
+    /// It would save descriptors, but reaches everything on the file system of
+    /// which the share is a part. Nor MKNOD: a device node would mean the host's
+    /// device to whoever meets it on the host.
+    #[must_use]
+    pub fn capabilities(self) -> CapabilitySet {
+        match self {
+            ThreadKind::Files => CapabilitySet::CHOWN
+                .union(CapabilitySet::DAC_OVERRIDE)
+                .union(CapabilitySet::FOWNER)
+                .union(CapabilitySet::FSETID)
+                .union(CapabilitySet::SETUID)
+                .union(CapabilitySet::SETGID)
+                .union(CapabilitySet::SETFCAP),
+            _ => CapabilitySet::empty(),
+        }
+    }
+
+    /// As whom it runs.
+    #[must_use]
+    pub fn identity(self) -> Identity {
+        match self {
+            ThreadKind::Files => Identity::Root,
+            _ => Identity::Pod,
+        }
+    }
+
+    /// The system calls that it may make. Any other ends the process.
+    pub(super) fn system_calls(self) -> Vec<Rule> {
+        let own: &[&[Rule]] = match self {
+            ThreadKind::Main => &[syscalls::MAIN],
+            ThreadKind::Processor => &[syscalls::PROCESSOR],
+            ThreadKind::Devices => &[syscalls::EVENTS, syscalls::DEVICES],
+            ThreadKind::Disk => &[syscalls::EVENTS, syscalls::DISK],
+            ThreadKind::Files => &[syscalls::EVENTS, syscalls::FILES, syscalls::THREADS],
+        };
+        [syscalls::EVERY]
+            .iter()
+            .chain(own)
+            .flat_map(|rules| rules.iter().copied())
+            .collect()
+    }
+}
