@@ -170,6 +170,7 @@ fn privileges() {
         dir: root().root,
         read_only: false,
         queues: 2,
+        policy: crate::config::Policy::Shared,
     };
     let fs = Fs::new(&share, &confined).unwrap();
     assert_eq!(capabilities(None).unwrap(), only(FILE_SERVER));
