@@ -47,6 +47,17 @@ impl Source {
         Ok(Source::Mounts(mounts.to_vec()))
     }
 
+    /// Whether the root belongs to this container alone, so that nobody else changes
+    /// it while the container lives: mounts of the request are made for it by the
+    /// caller, a directory that is mounted already may be anybody's.
+    #[must_use]
+    pub fn is_private(&self) -> bool {
+        match self {
+            Source::Mounts(_) => true,
+            Source::Directory { .. } => false,
+        }
+    }
+
     /// Mounts the root on `target`, an empty directory of the share.
     pub fn mount_on(&self, target: &Path) -> Result<()> {
         match self {
@@ -242,6 +253,24 @@ mod tests {
             let mount = request("overlay", "overlay", &[label, "lowerdir=/a"]);
             Source::new(&[mount], Path::new("/b"), Path::new("rootfs")).unwrap();
         }
+    }
+
+    #[test]
+    fn a_root_is_private_if_it_was_mounted_for_its_container() {
+        let is_private = |mounts: &[Mount]| {
+            let source = Source::new(mounts, Path::new("/b"), Path::new("rootfs"));
+            source.unwrap().is_private()
+        };
+        assert!(is_private(&[request(
+            "overlay",
+            "overlay",
+            &["lowerdir=/a:/b"]
+        )]));
+        assert!(is_private(&[request("bind", "/snapshot", &["rbind"])]));
+        assert!(
+            !is_private(&[]),
+            "whoever named the directory may change it"
+        );
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use bulkhead_agent_api::agent::CreateRequest;
+use bulkhead_agent_api::{PRIVATE_DIR, agent::CreateRequest};
 use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::MessageField};
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use tracing::{info, warn};
@@ -142,7 +142,7 @@ impl Pod {
         request.stdio.check()?;
         let (id, bundle) = (request.id.clone(), request.bundle.clone());
         let terminal = Terminal::from(request.stdio.terminal);
-        let prepared = blocking("read the bundle", move || {
+        let mut prepared = blocking("read the bundle", move || {
             read_bundle(&id, &bundle, terminal)
         })
         .await?;
@@ -150,6 +150,9 @@ impl Pod {
             info!(container = %request.id, "{note}");
         }
         let root = Source::new(&request.rootfs, &request.bundle, &prepared.root)?;
+        if root.is_private() {
+            keep_private(&mut prepared.guest, &request.id);
+        }
         let (share, id, volumes) = (
             Arc::clone(&self.share),
             request.id.clone(),
@@ -230,6 +233,14 @@ impl Traces {
         }
         let files = self.files;
         let _ = tokio::task::spawn_blocking(move || drop(files)).await;
+    }
+}
+
+/// The guest takes the root file system from where it is told that nobody else
+/// changes it.
+fn keep_private(guest: &mut serde_json::Value, id: &ContainerId) {
+    if let Some(path) = guest.pointer_mut("/root/path") {
+        *path = format!("{PRIVATE_DIR}/{id}/rootfs").into();
     }
 }
 
