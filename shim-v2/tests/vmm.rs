@@ -16,7 +16,7 @@ use std::{
 };
 
 use bulkhead_shim::vm::vmm::{Launch, Vmm};
-use bulkhead_vmm::config::Share;
+use bulkhead_vmm::config::{Policy, Share};
 use rustix::{
     fs::MemfdFlags,
     mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
@@ -98,12 +98,14 @@ fn with_vmm<F: Future<Output = ()>>(
             cmdline: String::new(),
             vcpus: 2,
             memory_mib: 64,
-            share: Share {
+            share: share.clone(),
+            shares: vec![Share {
                 tag: "bulkhead".into(),
                 dir: share.clone(),
                 read_only: false,
+                policy: Policy::Shared,
                 queues: 1,
-            },
+            }],
             oom_score_adj: 100,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use bulkhead_vmm::config::{Config, Console, Disk, Fd, Share, Vsock};
+use bulkhead_vmm::config::{Config, Console, Disk, Fd, Policy, Share, Vsock};
 use clap::Parser;
 
 const EXAMPLES: &str = "\
@@ -134,7 +134,9 @@ impl Cli {
                 tag: tag.to_owned(),
                 dir: dir.into(),
                 read_only,
-                queues: 1,
+                // Linux takes as many as it has processors.
+                queues: self.cpus.clamp(1, 8),
+                policy: Policy::Shared,
             });
         }
         Ok(Config {

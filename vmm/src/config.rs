@@ -81,8 +81,20 @@ pub struct Share {
     pub dir: PathBuf,
     /// Refuse every request that would change something.
     pub read_only: bool,
-    /// Request queues, 1 to 8; each has a thread.
+    /// Request queues, 1 to 8. Linux has one for each of its processors.
     pub queues: u8,
+    /// What the guest may believe of what it was told.
+    pub policy: Policy,
+}
+
+/// Who else changes what is in a share, below the mounts that are in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    /// Anybody, at any time: the guest asks again.
+    Shared,
+    /// Nobody while the guest lives: it keeps what it knows.
+    Private,
 }
 
 /// The virtio-vsock device.
@@ -260,7 +272,7 @@ mod tests {
 
     fn config() -> Config {
         let json = r#"{"kvm":3,"kernel":4,"cmdline":"quiet","vcpus":1,"memory_mib":256,
-            "shares":[{"tag":"bulkhead","dir":"/s","read_only":false,"queues":1}],
+            "shares":[{"tag":"bulkhead","dir":"/s","read_only":false,"queues":1,"policy":"shared"}],
             "vsock":{"guest_cid":3,"listener":5,"ports":[1024]},"disks":[],"rng":true}"#;
         serde_json::from_str(json).unwrap()
     }

@@ -119,6 +119,7 @@ impl Machine {
                 tag: "share".into(),
                 dir: root.path().into(),
                 read_only: false,
+                policy: bulkhead_vmm::config::Policy::Shared,
                 queues: 1,
             }],
             vsock: None,

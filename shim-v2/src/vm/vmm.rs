@@ -81,8 +81,10 @@ pub struct Launch {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
-    /// The pod's share.
-    pub share: Share,
+    /// The directory of the pod's share, which becomes the VMM's root.
+    pub share: PathBuf,
+    /// How it is offered to the guest.
+    pub shares: Vec<Share>,
     /// `oom_score_adj` of the process.
     pub oom_score_adj: i32,
 }
@@ -316,7 +318,7 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
     )
     .map_err(host("make the VMM's mounts follow the shim's"))?;
-    let top = mount::open_dir(&launch.share.dir).map_err(host("open the share"))?;
+    let top = mount::open_dir(&launch.share).map_err(host("open the share"))?;
     mount::set_attributes(&top, MountAttrFlags::MOUNT_ATTR_RDONLY, Scope::Top)
         .map_err(host("make the top of the share read-only"))?;
     drop(top);
@@ -331,11 +333,11 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
         vcpus: launch.vcpus,
         memory_mib: launch.memory_mib,
         jail: Some(Jail {
-            root: launch.share.dir.clone(),
+            root: launch.share,
             // No two shims that live have the same pid.
             user: POD_USERS + std::process::id(),
         }),
-        shares: vec![launch.share],
+        shares: launch.shares,
         vsock: Some(Vsock {
             guest_cid: GUEST_CID,
             listener: Some(fd(&launch.listener)),

@@ -208,6 +208,7 @@ fn posture() {
         dir: root().root,
         read_only: false,
         queues: 2,
+        policy: crate::config::Policy::Shared,
     };
     let fs = Fs::new(&share, &confined).unwrap();
     let (stay, parked) = mpsc::channel::<()>();

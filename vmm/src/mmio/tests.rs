@@ -471,6 +471,7 @@ fn many_resets() {
         dir: dir.path().into(),
         read_only: false,
         queues: 1,
+        policy: crate::config::Policy::Shared,
     };
     let (input, _writer) = io::pipe().unwrap();
     let (_reader, output) = io::pipe().unwrap();

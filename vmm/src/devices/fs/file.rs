@@ -1,13 +1,10 @@
 //! What the share asks and tells of single files: names and attributes that the
-//! guest may use, identity, status.
+//! guest may use, status.
 
 use std::{
     ffi::CStr,
-    fs::File,
     io,
-    mem::{ManuallyDrop, MaybeUninit},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-    sync::Mutex,
+    os::fd::{AsFd, AsRawFd},
 };
 
 use rustix::{
@@ -15,7 +12,13 @@ use rustix::{
     path::DecInt,
 };
 
-use super::table::{Identity, Node};
+/// Longest name of one component (Linux: NAME_MAX).
+const NAME_MAX: usize = 255;
+
+/// What is asked of every file.
+const STATUS: StatxFlags = StatxFlags::BASIC_STATS
+    .union(StatxFlags::BTIME)
+    .union(StatxFlags::MNT_ID);
 
 pub(super) fn error(errno: i32) -> io::Error {
     io::Error::from_raw_os_error(errno)
@@ -26,18 +29,21 @@ pub(super) fn component(name: &CStr) -> io::Result<()> {
     match name.to_bytes() {
         b"" | b"." | b".." => Err(error(libc::EINVAL)),
         name if name.contains(&b'/') => Err(error(libc::EINVAL)),
-        name if name.len() > 255 => Err(error(libc::ENAMETOOLONG)),
+        name if name.len() > NAME_MAX => Err(error(libc::ENAMETOOLONG)),
         _ => Ok(()),
     }
 }
 
+/// The access control list that steers who may use a file.
+pub(super) const ACCESS_LIST: &CStr = c"system.posix_acl_access";
+
 /// Extended attributes that a container may have: its own, capabilities of
 /// programs, access control lists. Others do not exist here, neither to be read
-/// nor to be set: they steer the host's kernel.
+/// nor to be set: they steer the host's kernel, or this file server.
 pub(super) fn attribute(name: &CStr) -> io::Result<()> {
     let allowed = match name.to_bytes() {
         b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => true,
-        name => name.starts_with(b"user."),
+        name => name.starts_with(b"user.") && name != super::device::NUMBER.to_bytes(),
     };
     if allowed {
         Ok(())
@@ -46,72 +52,39 @@ pub(super) fn attribute(name: &CStr) -> io::Result<()> {
     }
 }
 
-/// Mounts of kernel interfaces are not entered, whoever put them there.
-pub(super) fn may_enter(node: &Node) -> io::Result<()> {
+/// File systems of kernel interfaces, which are not entered, whoever mounted them
+/// there.
+pub(super) fn may_enter(magic: i64) -> io::Result<()> {
     const REFUSED: [i64; 4] = [
         libc::PROC_SUPER_MAGIC,
         libc::SYSFS_MAGIC,
         libc::DEBUGFS_MAGIC,
         libc::TRACEFS_MAGIC,
     ];
-    if REFUSED.contains(&sys::fstatfs(node)?.f_type) {
+    if REFUSED.contains(&magic) {
         return Err(error(libc::EACCES));
     }
     Ok(())
 }
 
-pub(super) fn statx(fd: BorrowedFd<'_>) -> rustix::io::Result<Statx> {
+/// The status of an open file or of what a descriptor names.
+pub(super) fn statx(fd: impl AsFd) -> rustix::io::Result<Statx> {
     sys::statx(
         fd,
         "",
         AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW,
-        StatxFlags::BASIC_STATS | StatxFlags::MNT_ID,
+        STATUS,
     )
 }
 
-pub(super) fn identify(fd: OwnedFd) -> io::Result<(Node, Statx)> {
-    let status = statx(fd.as_fd())?;
-    let node = Node {
-        fd,
-        identity: Identity {
-            device: (status.stx_dev_major, status.stx_dev_minor),
-            inode: status.stx_ino,
-            mount: status.stx_mnt_id,
-        },
-        kind: u32::from(status.stx_mode) & libc::S_IFMT,
-        seen: Mutex::default(),
-    };
-    Ok((node, status))
+/// The status of a name in a directory, which is not followed.
+pub(super) fn statx_at(dir: impl AsFd, name: &CStr) -> rustix::io::Result<Statx> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    sys::statx(dir, name, flags, STATUS)
 }
 
-pub(super) fn attributes(status: &Statx) -> libc::stat64 {
-    // SAFETY: all zeroes is a `stat64`: it is made of integers.
-    let mut attr: libc::stat64 = unsafe { MaybeUninit::zeroed().assume_init() };
-    attr.st_ino = status.stx_ino;
-    attr.st_mode = status.stx_mode.into();
-    attr.st_nlink = status.stx_nlink.into();
-    attr.st_uid = status.stx_uid;
-    attr.st_gid = status.stx_gid;
-    attr.st_rdev = libc::makedev(status.stx_rdev_major, status.stx_rdev_minor);
-    attr.st_size = status.stx_size.cast_signed();
-    attr.st_blksize = status.stx_blksize.into();
-    attr.st_blocks = status.stx_blocks.cast_signed();
-    attr.st_atime = status.stx_atime.tv_sec;
-    attr.st_atime_nsec = status.stx_atime.tv_nsec.into();
-    attr.st_mtime = status.stx_mtime.tv_sec;
-    attr.st_mtime_nsec = status.stx_mtime.tv_nsec.into();
-    attr.st_ctime = status.stx_ctime.tv_sec;
-    attr.st_ctime_nsec = status.stx_ctime.tv_nsec.into();
-    attr
-}
-
-/// A node as a path, for the thread whose working directory is `/proc/self/fd`.
-pub(super) fn here(node: &Node) -> DecInt {
-    DecInt::from_fd(&node.fd)
-}
-
-/// The file for functions that want it mutable and do not close it.
-pub(super) fn borrow(file: &File) -> ManuallyDrop<File> {
-    // SAFETY: `file` keeps the descriptor open, and the copy never closes it.
-    ManuallyDrop::new(unsafe { File::from_raw_fd(file.as_raw_fd()) })
+/// What a descriptor names as a path, for the thread whose working directory is
+/// `/proc/self/fd`.
+pub(super) fn here(fd: &impl AsRawFd) -> DecInt {
+    DecInt::new(fd.as_raw_fd())
 }

@@ -1,14 +1,13 @@
 //! virtio-fs: a directory of the host as a file system of the guest (virtio 1.2,
 //! 5.11).
 //!
-//! The driver's FUSE messages pass three stages: `front.rs` refuses what is not
-//! well-formed, the FUSE server of `fuse-backend-rs` decodes and encodes, and
-//! `share.rs` does the work. The library's own passthrough file system is not
-//! used: it knows at most 255 mounts in its life, remembers every file ever seen
-//! and names files by absolute paths in `/proc`, which a jailed process lacks.
+//! A request goes through four stages: `queue.rs` takes it and gives it to a
+//! thread, `request.rs` decodes it, once and out of a copy, `server.rs` calls the
+//! operation (`names.rs`, `content.rs`, `attributes.rs`, `directory.rs`) on the
+//! share (`share.rs`) and writes the reply as `abi.rs` lays it out.
 //!
-//! Each queue has a thread. The threads start with the device, before the guest,
-//! because they alone keep the capabilities that a file server needs.
+//! The threads start with the device, before the guest, because they alone keep
+//! the capabilities that a file server needs.
 #![cfg_attr(
     not(test),
     deny(
@@ -19,10 +18,20 @@
     )
 )]
 
+mod abi;
+mod attributes;
 mod caller;
+mod content;
+mod device;
+mod directory;
 mod file;
-mod front;
+mod locks;
+mod names;
+mod node;
+mod opened;
 mod queue;
+mod request;
+mod server;
 mod share;
 mod table;
 #[cfg(test)]
@@ -30,15 +39,14 @@ mod tests;
 
 use std::{io, sync::Arc};
 
-use fuse_backend_rs::api::server::Server;
 use rustix::{
     fs::{Mode, OFlags},
     process::{Resource, getrlimit},
 };
 
-use self::{queue::QueueThread, share::Shared};
+use self::{queue::Pool, share::Shared};
 use crate::{
-    config::Share,
+    config::{Policy, Share},
     devices::{Device, Io, Worker, queue::State},
     jail::{Confined, threads::ThreadKind},
 };
@@ -65,16 +73,22 @@ const RESERVED_DESCRIPTORS: u64 = 1024;
 pub struct Fs {
     config: [u8; TAG + 4],
     sizes: Vec<u16>,
-    threads: Arc<[QueueThread]>,
+    pool: Arc<Pool>,
 }
 
 impl Fs {
-    /// Opens the directory and starts a thread for each queue, which works once
-    /// the driver is ready.
+    /// Opens the directory and starts the threads, which work once the driver is
+    /// ready.
     ///
     /// The calling thread still has the capabilities that the threads keep; see
     /// [`jail`](crate::jail).
     pub fn new(share: &Share, confined: &Confined) -> io::Result<Fs> {
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        Fs::with_descriptors(share, confined, descriptors)
+    }
+
+    /// In a process that may have so many descriptors.
+    fn with_descriptors(share: &Share, confined: &Confined, descriptors: u64) -> io::Result<Fs> {
         let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
         let tag = share.tag.as_bytes();
         if tag.is_empty() || tag.len() > TAG || tag.contains(&0) {
@@ -94,21 +108,20 @@ impl Fs {
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
-        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        let limit = descriptors.saturating_sub(RESERVED_DESCRIPTORS.min(descriptors / 4));
+        let left = descriptors.saturating_sub(RESERVED_DESCRIPTORS.min(descriptors / 4));
+        // A machine has one of each. Files of a private one are not held open.
+        let limit = match share.policy {
+            Policy::Shared => left.saturating_sub(left / 4),
+            Policy::Private => left / 4,
+        };
         let shared = Arc::new(Shared::new(
             root,
             confined.proc_self_fd()?,
             share.read_only,
+            share.policy,
             usize::try_from(limit).unwrap_or(usize::MAX),
         )?);
-        let server = Arc::new(Server::new(Arc::clone(&shared)));
-        let threads = (0..=share.queues)
-            .map(|index| {
-                let seal = confined.seal(ThreadKind::Files);
-                QueueThread::spawn(index, Arc::clone(&server), Arc::clone(&shared), seal)
-            })
-            .collect::<io::Result<_>>()?;
+        let pool = Pool::spawn(shared, &confined.seal(ThreadKind::Files))?;
         let mut config = [0; TAG + 4];
         for (to, from) in config.iter_mut().zip(tag) {
             *to = *from;
@@ -119,7 +132,7 @@ impl Fs {
         Ok(Fs {
             config,
             sizes,
-            threads,
+            pool,
         })
     }
 }
@@ -138,34 +151,27 @@ impl Device for Fs {
     }
 
     fn activate(&mut self, io: Io) -> io::Result<Box<dyn Worker>> {
-        let running = Running(Arc::clone(&self.threads));
-        // If one fails, dropping `running` takes the others down again.
-        for (thread, queue) in self.threads.iter().zip(io.queues) {
-            if let Some(ring) = queue {
-                thread.start(ring)?;
-            }
-        }
+        let running = Running(Some(Arc::clone(&self.pool)));
+        // If it fails, dropping `running` takes all of it back.
+        self.pool.activate(io.queues)?;
         Ok(Box::new(running))
     }
 }
 
-/// The activated device.
+/// The activated device; empty once it has been stopped.
 #[derive(Debug)]
-struct Running(Arc<[QueueThread]>);
+struct Running(Option<Arc<Pool>>);
 
 impl Worker for Running {
-    fn stop(self: Box<Self>) -> Vec<Option<State>> {
-        self.0.iter().map(QueueThread::stop).collect()
+    fn stop(mut self: Box<Self>) -> Vec<Option<State>> {
+        self.0.take().map_or_else(Vec::new, |pool| pool.reset())
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        for thread in &*self.0 {
-            thread.stop();
-        }
-        if let Some(thread) = self.0.first() {
-            thread.forget_all();
+        if let Some(pool) = &self.0 {
+            pool.reset();
         }
     }
 }

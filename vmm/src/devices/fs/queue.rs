@@ -1,344 +1,363 @@
-//! A thread that serves one queue of the file system.
+//! The threads that serve the queues of a file system.
 //!
-//! It starts before the guest and then waits for a queue; it serves the queue
-//! until the device is reset, and waits again.
+//! All threads wait on all queues, and the kernel wakes one for each notification:
+//! a request that takes its time holds one thread and no queue. Whoever takes a
+//! request looks whether there is another one and, if so, wakes another thread; if
+//! not, the driver is asked to notify of the next.
+//!
+//! Requests about one mount hold a third of the threads at most; more of them are
+//! put aside until one is done. So a volume whose server is dead stops those who
+//! use it, and nobody else.
+//!
+//! The threads start before the guest and wait for queues. A reset takes the
+//! queues away. It waits for requests that are being worked on, but not for ever:
+//! one that the host never ends keeps the device from being used again, and what
+//! it says in the end is not heard.
 
 use std::{
-    fmt,
-    io::{self, Read, Write},
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    collections::{HashMap, VecDeque},
+    io,
+    mem::MaybeUninit,
+    os::fd::OwnedFd,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     thread,
+    time::{Duration, Instant},
 };
 
-use fuse_backend_rs::{
-    api::{filesystem::FileSystem, server::Server},
-    transport::{Reader, VirtioFsWriter, Writer},
+use rustix::event::{
+    EventfdFlags,
+    epoll::{self, CreateFlags, Event, EventData, EventFlags},
+    eventfd,
 };
-use rustix::event::{PollFd, PollFlags, poll};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    front::{self, Header, IN_HEADER, OUT_HEADER, opcode},
+    request::Header,
+    server::{Answer, Message, refuse},
     share::Shared,
 };
 use crate::{
-    devices::{
-        Interrupt,
-        queue::{self, Ring},
-    },
-    event_loop::event_fd,
+    config::Policy,
+    devices::queue::{self, Chain, Ring},
     jail::Seal,
 };
 
 /// The queue that serves only what must not wait behind other requests (virtio
 /// 1.2, 5.11.6.2).
-const HIPRIO: u8 = 0;
+const HIPRIO: usize = 0;
 
-/// Length of a reply that has only a header.
-const BARE_REPLY: u32 = 16;
+/// Threads of a share whose volumes can hang, and of one that is on the host's
+/// own disks.
+const THREADS: (usize, usize) = (9, 3);
 
-/// The thread of one queue.
+/// How long a reset waits for what is being worked on.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Stack of a thread. No request needs more, whatever it asks for.
+const STACK: usize = 256 * 1024;
+
+/// How a thread is told that requests were taken that it may work on.
+const MORE: u64 = u64::MAX;
+
+/// The threads of a file system.
 #[derive(Debug)]
-pub(super) struct QueueThread {
-    slot: Arc<Slot>,
+pub(super) struct Pool {
     shared: Arc<Shared>,
-}
-
-/// Where the thread finds its work, and is told to leave it.
-#[derive(Debug, Default)]
-struct Slot {
     state: Mutex<State>,
-    changed: Condvar,
+    /// A request has been answered.
+    done: Condvar,
+    /// For each thread, where it waits.
+    waits: Vec<OwnedFd>,
+    more: OwnedFd,
+    /// Most threads that work on one mount.
+    most: usize,
 }
 
 #[derive(Debug, Default)]
-enum State {
-    #[default]
-    Idle,
-    /// Idle, and how far it came.
-    Left(queue::State),
-    Given(Box<Work>),
-    /// The event wakes the thread up, the flag tells it to leave.
-    Serving(EventFd, Arc<AtomicBool>),
+struct State {
+    rings: Vec<Option<Ring>>,
+    /// Counts activations; answers to requests of an earlier one are dropped.
+    generation: u64,
+    /// Taken, and to be worked on by whoever comes first.
+    taken: VecDeque<Job>,
+    /// By mount: requests that are being worked on, and such that are put aside.
+    mounts: HashMap<u64, Mount>,
+    working: usize,
 }
 
-struct Work {
-    begun: queue::State,
-    queue: Queue,
-    event: EventFd,
-    mem: Arc<GuestMemoryMmap>,
-    interrupt: Interrupt,
-    leave: Arc<AtomicBool>,
+#[derive(Debug, Default)]
+struct Mount {
+    working: usize,
+    aside: VecDeque<Job>,
 }
 
-impl Work {
-    fn state(&self) -> queue::State {
-        queue::State {
-            next_available: self.queue.next_avail(),
-            next_used: self.queue.next_used(),
-            ..self.begun
-        }
-    }
+/// A request that was taken from a queue.
+#[derive(Debug)]
+struct Job {
+    queue: usize,
+    generation: u64,
+    chain: Chain,
 }
 
-impl fmt::Debug for Work {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Work").finish_non_exhaustive()
-    }
-}
-
-impl Slot {
-    fn state(&self) -> MutexGuard<'_, State> {
-        // A panic ends the process: what it left is never seen.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed
-            .wait(state)
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl QueueThread {
-    /// Starts the thread for the queue of this number. It runs as long as the
-    /// process, confined by `seal`.
-    pub(super) fn spawn(
-        index: u8,
-        server: Arc<Server<Arc<Shared>>>,
-        shared: Arc<Shared>,
-        seal: Seal,
-    ) -> io::Result<QueueThread> {
-        let slot = Arc::new(Slot::default());
-        let (ready, prepared) = std::sync::mpsc::sync_channel(1);
-        let thread = Requests {
-            hiprio: index == HIPRIO,
-            server,
-            shared: Arc::clone(&shared),
+impl Pool {
+    /// Starts the threads. They run as long as the process, confined by `seal`.
+    pub(super) fn spawn(shared: Arc<Shared>, seal: &Seal) -> io::Result<Arc<Pool>> {
+        let threads = match shared.policy {
+            Policy::Shared => THREADS.0,
+            Policy::Private => THREADS.1,
         };
-        let its_slot = Arc::clone(&slot);
+        let more = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let waits = (0..threads)
+            .map(|_| {
+                let wait = epoll::create(CreateFlags::CLOEXEC)?;
+                watch(&wait, &more, MORE)?;
+                Ok(wait)
+            })
+            .collect::<io::Result<_>>()?;
+        let pool = Arc::new(Pool {
+            shared,
+            state: Mutex::default(),
+            done: Condvar::new(),
+            waits,
+            more,
+            most: threads.div_ceil(3),
+        });
+        for index in 0..threads {
+            let its = Arc::clone(&pool);
+            pool.start(format!("fs-{index}"), seal, move || its.run(index))?;
+        }
+        if pool.shared.policy == Policy::Shared {
+            let shared = Arc::clone(&pool.shared);
+            pool.start("fs-locks".into(), seal, move || shared.locks.run())?;
+        }
+        Ok(pool)
+    }
+
+    fn start(
+        &self,
+        name: String,
+        seal: &Seal,
+        run: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
+        let (ready, prepared) = std::sync::mpsc::sync_channel(1);
+        let (shared, seal) = (Arc::clone(&self.shared), seal.clone());
         thread::Builder::new()
-            .name(format!("fs-{index}"))
+            .name(name)
+            .stack_size(STACK)
             .spawn(move || {
-                let prepared = thread.shared.enter_thread().and_then(|()| seal.apply());
+                let prepared = shared.enter_thread().and_then(|()| seal.apply());
                 let go_on = prepared.is_ok();
-                // Fails only if `spawn` has given up.
+                // Fails only if `start` has given up.
                 if ready.send(prepared).is_ok() && go_on {
-                    thread.run(&its_slot);
+                    run();
                 }
             })?;
         prepared
             .recv()
-            .unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))?;
-        Ok(QueueThread { slot, shared })
+            .unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
     }
 
-    /// Gives the thread its queue.
-    pub(super) fn start(&self, ring: Ring) -> io::Result<()> {
-        let (begun, event, mem, interrupt) = ring.into_parts();
-        let queue = Queue::try_from(virtio_queue::QueueState {
-            max_size: begun.size,
-            next_avail: begun.next_available,
-            next_used: begun.next_used,
-            event_idx_enabled: begun.event_index,
-            size: begun.size,
-            ready: true,
-            desc_table: begun.descriptors,
-            avail_ring: begun.available,
-            used_ring: begun.used,
-        })
-        .map_err(io::Error::other)?;
-        let mut state = self.slot.state();
-        if !matches!(*state, State::Idle | State::Left(_)) {
+    /// Gives the threads their queues.
+    pub(super) fn activate(&self, rings: Vec<Option<Ring>>) -> io::Result<()> {
+        let mut state = self.state();
+        if state.working > 0 || !state.rings.is_empty() {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
-        // What the driver did before this moment made no event for the thread.
-        event.write(1)?;
-        *state = State::Given(Box::new(Work {
-            begun,
-            queue,
-            event,
-            mem,
-            interrupt,
-            leave: Arc::default(),
-        }));
-        self.slot.changed.notify_all();
+        state.generation = state.generation.wrapping_add(1);
+        for (index, ring) in (0..).zip(&rings) {
+            let Some(ring) = ring else { continue };
+            for wait in &self.waits {
+                watch(wait, ring.event(), index)?;
+            }
+        }
+        // What the driver did before this moment made no event for a thread.
+        for ring in rings.iter().flatten() {
+            ring.again();
+        }
+        state.rings = rings;
         Ok(())
     }
 
-    /// Takes the queue away, after the request that the thread is working on. How
-    /// far it came with it.
-    pub(super) fn stop(&self) -> Option<queue::State> {
-        let mut state = self.slot.state();
-        if let State::Given(work) = &*state {
-            *state = State::Left(work.state());
-        }
-        if let State::Serving(event, leave) = &*state {
-            leave.store(true, Ordering::Release);
-            // The counter cannot overflow: the thread reads it.
-            let _ = event.write(1);
-        }
-        loop {
-            match std::mem::take(&mut *state) {
-                State::Idle => return None,
-                State::Left(queue) => return Some(queue),
-                other => *state = other,
+    /// Takes the queues away, and lets go of all that the driver held. How far each
+    /// queue came.
+    pub(super) fn reset(&self) -> Vec<Option<queue::State>> {
+        let mut state = self.state();
+        for ring in state.rings.iter().flatten() {
+            for wait in &self.waits {
+                // It was added to each, unless that failed.
+                let _ = epoll::delete(wait, ring.event());
             }
-            state = self.slot.wait(state);
         }
-    }
-
-    /// The driver is gone, and with it all that it held.
-    pub(super) fn forget_all(&self) {
+        let rings = std::mem::take(&mut state.rings);
+        let taken = std::mem::take(&mut state.taken);
+        state.generation = state.generation.wrapping_add(1);
+        for mount in state.mounts.values_mut() {
+            mount.aside.clear();
+        }
+        let until = Instant::now().checked_add(PATIENCE);
+        while state.working > 0 {
+            let left = until.and_then(|until| until.checked_duration_since(Instant::now()));
+            let Some(left) = left else { break };
+            let waited = self.done.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        drop(taken);
         self.shared.destroy();
+        let states = rings.into_iter().map(|ring| Some(ring?.into_state()));
+        states.collect()
     }
-}
 
-/// What a thread needs to answer requests.
-struct Requests {
-    hiprio: bool,
-    server: Arc<Server<Arc<Shared>>>,
-    shared: Arc<Shared>,
-}
-
-impl Requests {
-    fn run(&self, slot: &Slot) {
+    /// A thread's life.
+    fn run(self: &Arc<Pool>, index: usize) {
+        let Some(wait) = self.waits.get(index) else {
+            return;
+        };
         loop {
-            let mut state = slot.state();
-            let mut work = loop {
-                match std::mem::take(&mut *state) {
-                    State::Given(work) => break work,
-                    other => *state = other,
-                }
-                state = slot.wait(state);
-            };
-            // Without a second descriptor nobody could wake us up: not served.
-            if let Ok(event) = work.event.try_clone() {
-                *state = State::Serving(event, Arc::clone(&work.leave));
-                drop(state);
-                self.serve(&mut work);
-                state = slot.state();
-            }
-            *state = State::Left(work.state());
-            drop(work);
-            slot.changed.notify_all();
-        }
-    }
-
-    /// Serves the queue until it is time to leave or the driver breaks the ring.
-    fn serve(&self, work: &mut Work) {
-        while !work.leave.load(Ordering::Acquire) {
-            let event = &work.event;
-            let ready = poll(
-                &mut [PollFd::from_borrowed_fd(event_fd(event), PollFlags::IN)],
-                None,
-            );
-            match ready {
-                Ok(_) => {
-                    let _ = work.event.read();
-                }
+            let mut events = [MaybeUninit::<Event>::uninit(); 1];
+            let queue = match epoll::wait(wait, &mut events, None) {
+                Ok((events, _)) => events.first().map(|event| event.data.u64()),
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(_) => return,
-            }
-            if self.drain(work).is_err() {
-                return;
-            }
-        }
-    }
-
-    /// Answers what is in the queue. An error says that the ring is broken.
-    fn drain(&self, work: &mut Work) -> Result<(), virtio_queue::Error> {
-        let shared = Arc::clone(&work.mem);
-        let mem = &*shared;
-        loop {
-            loop {
-                if work.leave.load(Ordering::Acquire) {
-                    return Ok(());
-                }
-                let Some(chain) = work.queue.iter(mem)?.next() else {
-                    break;
-                };
-                let head = chain.head_index();
-                let len = self.answer(mem, chain);
-                work.queue.add_used(mem, head, len)?;
-                // At once: the next request may take its time.
-                if work.queue.needs_notification(mem)? {
-                    work.interrupt.used_buffer();
-                }
-            }
-            if !work.queue.enable_notification(mem)? {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Answers one request; the length of the reply.
-    fn answer(&self, mem: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> u32 {
-        let (Ok(mut request), Ok(room)) = (
-            Reader::from_descriptor_chain(mem, chain.clone()),
-            VirtioFsWriter::new(mem, chain.clone()),
-        ) else {
-            // A buffer outside of memory: there is no place for a reply.
-            return 0;
-        };
-        let (readable, writable) = (request.available_bytes(), room.available_bytes());
-        let mut bytes = [0; IN_HEADER];
-        if request.read_exact(&mut bytes).is_err() {
-            return 0;
-        }
-        let header = Header::parse(&bytes);
-        let mut body = vec![0; front::to_look_at(&header).min(request.available_bytes())];
-        if request.read_exact(&mut body).is_err() {
-            return 0;
-        }
-        let checked = front::check(&header, &body, readable, writable)
-            .and_then(|()| self.check_order(header.opcode));
-        let outcome = checked.and_then(|()| {
-            let reader = Reader::from_descriptor_chain(mem, chain.clone());
-            let writer = VirtioFsWriter::new(mem, chain);
-            let (Ok(reader), Ok(writer)) = (reader, writer) else {
-                return Err(libc::EINVAL);
             };
-            // The server fails where it cannot decode, or has no room to reply.
-            self.server
-                .handle_message(reader, Writer::VirtioFs(writer), None, None)
-                .map_err(|_| libc::EINVAL)
-        });
-        match outcome {
-            // It answers DESTROY and does not say so.
-            Ok(_) if header.opcode == opcode::DESTROY => BARE_REPLY,
-            Ok(len) => u32::try_from(len).unwrap_or(0),
-            Err(_) if !front::wants_reply(header.opcode) => 0,
-            Err(errno) => refuse(room, header.unique, errno),
+            while let Some(job) = self.take(queue) {
+                self.work(job);
+            }
         }
     }
 
-    /// What may come when, and where.
-    fn check_order(&self, operation: u32) -> Result<(), i32> {
-        if self.hiprio && front::wants_reply(operation) {
-            return Err(libc::EINVAL);
+    /// The next request: one that was taken already, or else of this queue.
+    fn take(&self, queue: Option<u64>) -> Option<Job> {
+        let mut state = self.state();
+        let job = match state.taken.pop_front() {
+            Some(job) => job,
+            None => state.pop(queue)?,
+        };
+        // Whether there is another one: else the driver is asked to notify.
+        if state.taken.is_empty()
+            && let Some(next) = state.pop(queue)
+        {
+            state.taken.push_back(next);
         }
-        match (operation == opcode::INIT, self.shared.is_initialized()) {
-            (true, true) => Err(libc::EINVAL),
-            (false, false) => Err(libc::EIO),
-            (true, false) | (false, true) => Ok(()),
+        let more = !state.taken.is_empty();
+        state.working = state.working.saturating_add(1);
+        drop(state);
+        if more {
+            // A counter that would overflow is a signal as well.
+            let _ = rustix::io::write(&self.more, &1_u64.to_ne_bytes());
+        }
+        Some(job)
+    }
+
+    /// Works on a request, and on such as were put aside for it.
+    fn work(self: &Arc<Pool>, job: Job) {
+        let mut next = Some(job);
+        while let Some(job) = next.take() {
+            let Some(header) = Message::header(&job.chain) else {
+                self.give_back(job, 0);
+                break;
+            };
+            let mount = self.shared.mount_of(header.node);
+            if let Some(mount) = mount {
+                let mut state = self.state();
+                let at = state.mounts.entry(mount).or_default();
+                if at.working >= self.most && job.queue != HIPRIO {
+                    at.aside.push_back(job);
+                    drop(state);
+                    break;
+                }
+                at.working = at.working.saturating_add(1);
+            }
+            self.answer(job, &header);
+            if let Some(mount) = mount {
+                next = self.leave(mount);
+            }
+        }
+        self.end();
+    }
+
+    fn answer(self: &Arc<Pool>, job: Job, header: &Header) {
+        match Message::new(&job.chain, *header).answer(&self.shared, job.queue == HIPRIO) {
+            Answer::Written(len) => self.give_back(job, len),
+            Answer::Waits(lock, file) => {
+                let (pool, unique) = (Arc::downgrade(self), header.unique);
+                let reply = move |errno| Pool::finish(&pool, job, unique, errno);
+                self.shared.locks.wait(unique, lock, file, Box::new(reply));
+            }
+        }
+    }
+
+    /// Answers a request that waited.
+    fn finish(pool: &Weak<Pool>, job: Job, unique: u64, errno: i32) {
+        let Some(pool) = pool.upgrade() else { return };
+        // Under the lock: after a reset the guest's memory is not touched.
+        let mut state = pool.state();
+        if state.generation == job.generation {
+            let len = refuse(&job.chain, unique, errno);
+            state.give_back(job, len);
+        }
+    }
+
+    fn give_back(&self, job: Job, len: usize) {
+        self.state().give_back(job, len);
+    }
+
+    /// One request of a mount is done; the next that was put aside.
+    fn leave(&self, mount: u64) -> Option<Job> {
+        let mut state = self.state();
+        let at = state.mounts.get_mut(&mount)?;
+        at.working = at.working.saturating_sub(1);
+        let next = at.aside.pop_front();
+        if next.is_none() && at.working == 0 {
+            state.mounts.remove(&mount);
+        }
+        next
+    }
+
+    fn end(&self) {
+        let mut state = self.state();
+        state.working = state.working.saturating_sub(1);
+        if state.working == 0 {
+            self.done.notify_all();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic ends the process: what it left is never seen.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn pop(&mut self, queue: Option<u64>) -> Option<Job> {
+        let queue = usize::try_from(queue?).ok()?;
+        let ring = self.rings.get_mut(queue)?.as_mut()?;
+        let Some(chain) = ring.pop() else {
+            // Malformed ones may have gone back.
+            ring.tell();
+            return None;
+        };
+        Some(Job {
+            queue,
+            generation: self.generation,
+            chain,
+        })
+    }
+
+    fn give_back(&mut self, job: Job, len: usize) {
+        if self.generation != job.generation {
+            return;
+        }
+        if let Some(Some(ring)) = self.rings.get_mut(job.queue) {
+            ring.give_back(job.chain, len);
+            // At once: the next request may take its time.
+            ring.tell();
         }
     }
 }
 
-/// Writes a reply that says only which error there was.
-fn refuse(mut room: VirtioFsWriter<'_>, unique: u64, errno: i32) -> u32 {
-    let mut reply = [0; OUT_HEADER];
-    reply[..4].copy_from_slice(&BARE_REPLY.to_le_bytes());
-    reply[4..8].copy_from_slice(&errno.wrapping_neg().to_le_bytes());
-    reply[8..].copy_from_slice(&unique.to_le_bytes());
-    match room.write_all(&reply) {
-        Ok(()) => BARE_REPLY,
-        Err(_) => 0,
-    }
+/// Lets a thread wait for an event, for which the kernel wakes one of those who
+/// do. The event stays as it is.
+fn watch(wait: &OwnedFd, event: impl std::os::fd::AsFd, data: u64) -> io::Result<()> {
+    let flags = EventFlags::IN | EventFlags::ET | EventFlags::EXCLUSIVE;
+    Ok(epoll::add(wait, event, EventData::new_u64(data), flags)?)
 }

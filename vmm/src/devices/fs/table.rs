@@ -1,73 +1,51 @@
 //! What the guest holds: nodes that it has looked up, and files that it has open.
 //!
-//! A node is a descriptor that names a file without opening it (O_PATH). The
-//! guest knows it by a number that is never used again; the number goes when the
-//! guest has forgotten it as often as it has looked it up. Descriptors pin what
-//! they name, so the identity of a file cannot pass to another one while its node
-//! lives.
+//! The guest knows a node by a number that is never used again; the number goes
+//! when the guest has forgotten it as often as it has looked it up. The table
+//! knows each node's last name, by which the node is found again when its
+//! descriptor was given away (see `node.rs`).
 
 use std::{
     collections::HashMap,
+    ffi::CStr,
     fs::File,
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
+};
+
+use super::{
+    file::error,
+    node::{Identity, Node, Place, Residents},
 };
 
 /// Number of the share's own directory (FUSE_ROOT_ID).
 pub(super) const ROOT: u64 = 1;
 
-/// What makes two names the same file. The mount belongs to it: one directory
-/// may be mounted twice, once read-only.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Identity {
-    pub(super) device: (u32, u32),
-    pub(super) inode: u64,
-    pub(super) mount: u64,
-}
-
-/// A file that the guest knows.
-#[derive(Debug)]
-pub(super) struct Node {
-    pub(super) fd: OwnedFd,
-    pub(super) identity: Identity,
-    /// Type of the file, as in `S_IFMT`; it never changes.
-    pub(super) kind: u32,
-    /// How the content looked when it was last opened.
-    pub(super) seen: Mutex<Option<Seen>>,
-}
-
-/// A trace of a file's content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Seen {
-    /// Size, and times of the last modification and change.
-    pub(super) stamp: (u64, (i64, u32), (i64, u32)),
-    /// The last change was then so long ago that any further one shows in the
-    /// times, however coarse the clock and lazy a memory-mapped write.
-    pub(super) settled: bool,
-}
-
-impl AsFd for Node {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
+/// Most nodes. Each costs some hundred bytes here, and more in the guest.
+const NODES: usize = 1 << 20;
 
 /// A file that the guest has open.
 #[derive(Debug)]
 pub(super) struct Handle {
     node: u64,
     pub(super) file: File,
-    /// Status flags of the descriptor that a guest may change.
-    pub(super) append: AtomicU32,
     /// Held from setting the position of a directory to reading there.
     pub(super) position: Mutex<()>,
 }
 
 impl Handle {
+    /// An open file of a node.
+    pub(super) fn new(node: u64, file: File) -> Handle {
+        Handle {
+            node,
+            file,
+            position: Mutex::default(),
+        }
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, ()> {
         self.position.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -79,14 +57,17 @@ pub(super) struct Table {
     nodes: Mutex<Nodes>,
     handles: Mutex<HashMap<u64, Arc<Handle>>>,
     next_handle: AtomicU64,
-    /// Most nodes and handles together: each is a descriptor.
-    limit: usize,
+    /// Most handles: each is a descriptor.
+    handle_limit: usize,
+    pub(super) residents: Arc<Residents>,
 }
 
 #[derive(Debug, Default)]
 struct Nodes {
     by_number: HashMap<u64, Known>,
     by_identity: HashMap<Identity, u64>,
+    /// The last name of each node: by the number of the directory, and the name.
+    by_name: HashMap<u64, HashMap<Arc<CStr>, u64>>,
     next: u64,
 }
 
@@ -94,30 +75,43 @@ struct Nodes {
 struct Known {
     node: Arc<Node>,
     lookups: u64,
+    /// The directory in which its name is.
+    parent: u64,
 }
 
 impl Table {
-    /// A table that knows the share's directory only.
-    pub(super) fn new(root: Node, limit: usize) -> Table {
+    /// A table that knows the share's directory only, with room for `handles`.
+    pub(super) fn new(root: Node, residents: Arc<Residents>, handles: usize) -> Table {
         let mut nodes = Nodes {
             next: ROOT,
             ..Nodes::default()
         };
-        nodes.add(root);
+        nodes.add(root, None);
         Table {
             nodes: Mutex::new(nodes),
             handles: Mutex::default(),
             next_handle: AtomicU64::new(1),
-            limit,
+            handle_limit: handles,
+            residents,
         }
     }
 
     /// Forgets all but the share's directory.
     pub(super) fn clear(&self) {
-        self.handles().clear();
+        let handles = std::mem::take(&mut *self.handles());
+        drop(handles);
         let mut nodes = self.nodes();
-        nodes.by_number.retain(|&number, _| number == ROOT);
-        nodes.by_identity.retain(|_, number| *number == ROOT);
+        let root = nodes.by_number.remove(&ROOT);
+        let others = std::mem::take(&mut nodes.by_number);
+        nodes.by_name.clear();
+        nodes.by_identity.clear();
+        if let Some(root) = root {
+            nodes.by_identity.insert(root.node.identity, ROOT);
+            nodes.by_number.insert(ROOT, root);
+        }
+        drop(nodes);
+        // Closing can take its time.
+        drop(others);
     }
 
     /// The node with this number.
@@ -126,56 +120,139 @@ impl Table {
             .by_number
             .get(&number)
             .map(|known| Arc::clone(&known.node))
-            .ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))
+            .ok_or_else(|| error(libc::ESTALE))
     }
 
-    /// The number of a file, known or new; one lookup more to forget.
-    pub(super) fn look_up(&self, node: Node) -> io::Result<u64> {
+    /// The number of a file, known or new, that was found under a name; one lookup
+    /// more to forget. A file without a name has no place.
+    pub(super) fn look_up(
+        &self,
+        node: Node,
+        parent: (u64, &Arc<Node>),
+        name: Option<&CStr>,
+    ) -> io::Result<u64> {
+        let mut unused = None;
         let mut nodes = self.nodes();
-        if let Some(&number) = nodes.by_identity.get(&node.identity) {
-            if let Some(known) = nodes.by_number.get_mut(&number) {
-                known.lookups = known.lookups.saturating_add(1);
+        let known = nodes.by_identity.get(&node.identity).copied();
+        let same = known.filter(|number| {
+            nodes.by_number.get(number).is_some_and(|known| {
+                // A descriptor holds its file, so nothing else can have its number.
+                known.node.is_resident() || node.birth == known.node.birth
+            })
+        });
+        let (number, new) = match same {
+            Some(number) => {
+                if let Some(known) = nodes.by_number.get_mut(&number) {
+                    known.lookups = known.lookups.saturating_add(1);
+                }
+                unused = Some(node);
+                (number, None)
             }
-            return Ok(number);
+            None => {
+                if nodes.by_number.len() >= NODES {
+                    return Err(error(libc::ENFILE));
+                }
+                let (number, node) = nodes.add(node, Some(parent.0));
+                (number, Some(node))
+            }
+        };
+        if let Some(name) = name {
+            nodes.found(number, parent, name);
         }
-        if nodes.by_number.len().saturating_add(self.handles().len()) >= self.limit {
-            return Err(io::Error::from_raw_os_error(libc::ENFILE));
+        drop(nodes);
+        drop(unused);
+        if let Some(node) = new {
+            self.residents.settle(&node);
         }
-        Ok(nodes.add(node))
+        Ok(number)
     }
 
-    /// Takes lookups back. The share's directory stays.
-    pub(super) fn forget(&self, number: u64, lookups: u64) {
+    /// Takes lookups back; whether none is left. The share's directory stays.
+    pub(super) fn forget(&self, number: u64, lookups: u64) -> bool {
         if number == ROOT {
-            return;
+            return false;
         }
         let mut nodes = self.nodes();
         let Some(known) = nodes.by_number.get_mut(&number) else {
-            return;
+            return false;
         };
         known.lookups = known.lookups.saturating_sub(lookups);
-        if known.lookups == 0
-            && let Some(known) = nodes.by_number.remove(&number)
-        {
-            nodes.by_identity.remove(&known.node.identity);
+        if known.lookups > 0 {
+            return false;
+        }
+        let gone = nodes.remove(number);
+        drop(nodes);
+        // The last to close a large deleted file waits until it is deleted.
+        drop(gone);
+        true
+    }
+
+    /// A node of each mount that the guest knows, of a kind that can be opened.
+    pub(super) fn one_of_each_mount(&self) -> Vec<Arc<Node>> {
+        let nodes = self.nodes();
+        let mut found: HashMap<u64, &Arc<Node>> = HashMap::new();
+        for known in nodes.by_number.values() {
+            let node = &known.node;
+            if matches!(node.kind, libc::S_IFREG | libc::S_IFDIR) {
+                let one = found.entry(node.identity.mount).or_insert(node);
+                if node.is_resident() && !one.is_resident() {
+                    *one = node;
+                }
+            }
+        }
+        found.into_values().map(Arc::clone).collect()
+    }
+
+    /// The node whose last name this is, with its number.
+    pub(super) fn named(&self, parent: u64, name: &CStr) -> Option<(u64, Arc<Node>)> {
+        let nodes = self.nodes();
+        let number = *nodes.by_name.get(&parent)?.get(name)?;
+        let node = Arc::clone(&nodes.by_number.get(&number)?.node);
+        Some((number, node))
+    }
+
+    /// A name is gone, and with it its node's place.
+    pub(super) fn unnamed(&self, parent: u64, name: &CStr) {
+        let node = self.nodes().take_name(parent, name);
+        if let Some((_, node)) = node {
+            node.set_place(None);
+        }
+    }
+
+    /// A file has another name now. If `exchanged`, the one that had it before has
+    /// the old name.
+    pub(super) fn renamed(
+        &self,
+        from: (u64, &Arc<Node>),
+        from_name: &CStr,
+        to: (u64, &Arc<Node>),
+        to_name: &CStr,
+        exchanged: bool,
+    ) {
+        let mut nodes = self.nodes();
+        let moved = nodes.take_name(from.0, from_name);
+        let replaced = nodes.take_name(to.0, to_name);
+        if let Some((number, _)) = moved {
+            nodes.found(number, to, to_name);
+        }
+        match replaced {
+            Some((number, _)) if exchanged => nodes.found(number, from, from_name),
+            Some((_, node)) => {
+                drop(nodes);
+                node.set_place(None);
+            }
+            None => {}
         }
     }
 
     /// A handle for an open file of a node.
-    pub(super) fn open(&self, node: u64, file: File, append: u32) -> io::Result<u64> {
-        let nodes = self.nodes().by_number.len();
+    pub(super) fn open(&self, node: u64, file: File) -> io::Result<u64> {
         let mut handles = self.handles();
-        if nodes.saturating_add(handles.len()) >= self.limit {
-            return Err(io::Error::from_raw_os_error(libc::ENFILE));
+        if handles.len() >= self.handle_limit {
+            return Err(error(libc::ENFILE));
         }
         let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        let handle = Handle {
-            node,
-            file,
-            append: AtomicU32::new(append),
-            position: Mutex::default(),
-        };
-        handles.insert(number, Arc::new(handle));
+        handles.insert(number, Arc::new(Handle::new(node, file)));
         Ok(number)
     }
 
@@ -185,14 +262,15 @@ impl Table {
             .get(&number)
             .filter(|handle| handle.node == node)
             .cloned()
-            .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+            .ok_or_else(|| error(libc::EBADF))
     }
 
     /// Closes a handle; its last user closes the file.
     pub(super) fn close(&self, number: u64, node: u64) -> io::Result<()> {
         let handle = self.handle(number, node)?;
-        self.handles().remove(&number);
-        drop(handle);
+        let known = self.handles().remove(&number);
+        // Not under the lock: this can take its time.
+        drop((known, handle));
         Ok(())
     }
 
@@ -207,87 +285,80 @@ impl Table {
 }
 
 impl Nodes {
-    fn add(&mut self, node: Node) -> u64 {
+    fn add(&mut self, node: Node, parent: Option<u64>) -> (u64, Arc<Node>) {
         let number = self.next;
         // 2^64 lookups do not happen.
         self.next = self.next.wrapping_add(1);
         self.by_identity.insert(node.identity, number);
+        let node = Arc::new(node);
         self.by_number.insert(
             number,
             Known {
-                node: Arc::new(node),
+                node: Arc::clone(&node),
                 lookups: 1,
+                parent: parent.unwrap_or(0),
             },
         );
-        number
+        (number, node)
+    }
+
+    /// Notes that a node has this name.
+    fn found(&mut self, number: u64, parent: (u64, &Arc<Node>), name: &CStr) {
+        let Some(known) = self.by_number.get_mut(&number) else {
+            return;
+        };
+        let before = known.node.place();
+        let same = before.as_ref().is_some_and(|place| {
+            known.parent == parent.0 && Arc::ptr_eq(&place.parent, parent.1) && *place.name == *name
+        });
+        if same || Arc::ptr_eq(&known.node, parent.1) {
+            return;
+        }
+        let old_parent = std::mem::replace(&mut known.parent, parent.0);
+        let name: Arc<CStr> = name.into();
+        known.node.set_place(Some(Place {
+            parent: Arc::clone(parent.1),
+            name: Arc::clone(&name),
+        }));
+        if let Some(before) = before {
+            self.drop_name(old_parent, &before.name, number);
+        }
+        self.by_name
+            .entry(parent.0)
+            .or_default()
+            .insert(name, number);
+    }
+
+    /// The node of a name, which is no more.
+    fn take_name(&mut self, parent: u64, name: &CStr) -> Option<(u64, Arc<Node>)> {
+        let number = *self.by_name.get(&parent)?.get(name)?;
+        self.drop_name(parent, name, number);
+        Some((number, Arc::clone(&self.by_number.get(&number)?.node)))
+    }
+
+    fn drop_name(&mut self, parent: u64, name: &CStr, number: u64) {
+        let Some(names) = self.by_name.get_mut(&parent) else {
+            return;
+        };
+        if names.get(name) == Some(&number) {
+            names.remove(name);
+        }
+        if names.is_empty() {
+            self.by_name.remove(&parent);
+        }
+    }
+
+    fn remove(&mut self, number: u64) -> Option<Known> {
+        let known = self.by_number.remove(&number)?;
+        if self.by_identity.get(&known.node.identity) == Some(&number) {
+            self.by_identity.remove(&known.node.identity);
+        }
+        if let Some(place) = known.node.place() {
+            self.drop_name(known.parent, &place.name, number);
+        }
+        Some(known)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn node(inode: u64) -> Node {
-        Node {
-            fd: File::open("/").unwrap().into(),
-            identity: Identity {
-                device: (0, 1),
-                inode,
-                mount: 1,
-            },
-            kind: libc::S_IFDIR,
-            seen: Mutex::default(),
-        }
-    }
-
-    fn error<T>(result: io::Result<T>) -> Option<i32> {
-        result.err().and_then(|error| error.raw_os_error())
-    }
-
-    #[test]
-    fn a_node_lives_until_all_its_lookups_are_forgotten_b60() {
-        let table = Table::new(node(1), 100);
-        let number = table.look_up(node(2)).unwrap();
-        assert_eq!(table.look_up(node(2)).unwrap(), number);
-        table.forget(number, 1);
-        assert!(table.node(number).is_ok());
-        table.forget(number, u64::MAX);
-        assert_eq!(error(table.node(number)), Some(libc::ESTALE));
-        table.forget(number, 1);
-        assert_ne!(table.look_up(node(2)).unwrap(), number, "never used again");
-        table.forget(ROOT, u64::MAX);
-        assert!(table.node(ROOT).is_ok());
-    }
-
-    #[test]
-    fn a_handle_serves_its_own_node_only_b60() {
-        let table = Table::new(node(1), 100);
-        let handle = table.open(ROOT, File::open("/").unwrap(), 0).unwrap();
-        assert!(table.handle(handle, ROOT).is_ok());
-        for (number, of) in [(handle, 2), (handle + 1, ROOT), (0, ROOT), (u64::MAX, 0)] {
-            assert_eq!(error(table.handle(number, of)), Some(libc::EBADF));
-            assert_eq!(error(table.close(number, of)), Some(libc::EBADF));
-        }
-        table.close(handle, ROOT).unwrap();
-        assert_eq!(error(table.close(handle, ROOT)), Some(libc::EBADF));
-    }
-
-    #[test]
-    fn nodes_and_handles_end_at_the_limit_and_come_back_f44() {
-        let table = Table::new(node(1), 3);
-        let number = table.look_up(node(2)).unwrap();
-        let handle = table.open(ROOT, File::open("/").unwrap(), 0).unwrap();
-        assert_eq!(error(table.look_up(node(3))), Some(libc::ENFILE));
-        assert_eq!(
-            table.look_up(node(2)).unwrap(),
-            number,
-            "known ones are free"
-        );
-        assert_eq!(
-            error(table.open(ROOT, File::open("/").unwrap(), 0)),
-            Some(libc::ENFILE)
-        );
-        table.close(handle, ROOT).unwrap();
-        assert!(table.look_up(node(3)).is_ok());
-    }
-}
+mod tests;

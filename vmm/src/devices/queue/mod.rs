@@ -186,16 +186,6 @@ impl Ring {
         self.tell();
     }
 
-    /// Its parts, for a device that walks chains by itself.
-    pub(super) fn into_parts(self) -> (State, EventFd, Arc<GuestMemoryMmap>, Interrupt) {
-        (
-            self.state,
-            self.notify,
-            self.split.rings.mem,
-            self.interrupt,
-        )
-    }
-
     /// Ends the work on the queue: what a later ring needs to go on.
     #[must_use]
     pub fn into_state(self) -> State {
