@@ -15,7 +15,7 @@ use std::{
     path::Path,
 };
 
-use bulkhead_agent_api::{AGENT_PORT, SHARE_DIR, SHARE_TAG, STREAM_PORT};
+use bulkhead_agent_api::{AGENT_PORT, PRIVATE_DIR, PRIVATE_TAG, SHARE_DIR, SHARE_TAG, STREAM_PORT};
 use futures::{Stream, stream};
 use rustix::{
     fs::{Mode, OFlags},
@@ -164,18 +164,45 @@ fn open_standard_streams() -> Result<()> {
     }
 }
 
-/// The share of the pod; a guest that was started without one has none.
+/// The share of the pod, under both policies; a guest that was started without
+/// one has none.
 fn mount_share() -> Result<()> {
     make_dir("/run/bulkhead")?;
-    make_dir(SHARE_DIR)?;
-    // Device nodes on it would be the host's numbers: they must be inert.
-    match mount(SHARE_TAG, SHARE_DIR, "virtiofs", MountFlags::NODEV, c"") {
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NODEV) => {
-            log(Level::Info, "There is no share");
-            Ok(())
+    if mount_one_share(SHARE_TAG, SHARE_DIR)? {
+        mount_one_share(PRIVATE_TAG, PRIVATE_DIR)?;
+        let written_back = write_back_freely(PRIVATE_DIR);
+        if let Err(error) = written_back {
+            log(Level::Info, &error.to_string());
         }
-        result => result.doing(format!("mount the share {SHARE_TAG:?}")),
     }
+    Ok(())
+}
+
+/// Whether there is a share of this name. What a device node on it leads to is the
+/// guest's, and each container's list of devices says whether it may be used.
+fn mount_one_share(tag: &str, dir: &str) -> Result<bool> {
+    make_dir(dir)?;
+    match mount(tag, dir, "virtiofs", MountFlags::empty(), c"") {
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NODEV) => {
+            log(Level::Info, &format!("There is no share {tag:?}"));
+            Ok(false)
+        }
+        result => result
+            .map(|()| true)
+            .doing(format!("mount the share {tag:?}")),
+    }
+}
+
+/// Lets programs dirty as much memory that maps files of a share as with any other
+/// file system. Linux trusts no file server and gives each a hundredth.
+fn write_back_freely(dir: &str) -> Result<()> {
+    let device = rustix::fs::stat(dir)
+        .doing(format!("look at {dir}"))?
+        .st_dev;
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let settings = format!("/sys/class/bdi/{major}:{minor}");
+    write(&format!("{settings}/strict_limit"), "0")?;
+    write(&format!("{settings}/max_ratio"), "100")
 }
 
 fn mount_at(

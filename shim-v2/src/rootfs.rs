@@ -32,6 +32,14 @@ pub enum Source {
     },
 }
 
+/// Whether a root belongs to its container alone, so that nobody else changes it
+/// while the container lives: mounts of the request were made for it by the caller,
+/// a directory that is mounted already may be anybody's.
+#[must_use]
+pub fn is_private(mounts: &[Mount]) -> bool {
+    !mounts.is_empty()
+}
+
 impl Source {
     /// Checks the request.
     pub fn new(mounts: &[Mount], bundle: &Path, root: &Path) -> Result<Self> {
@@ -242,6 +250,20 @@ mod tests {
             let mount = request("overlay", "overlay", &[label, "lowerdir=/a"]);
             Source::new(&[mount], Path::new("/b"), Path::new("rootfs")).unwrap();
         }
+    }
+
+    #[test]
+    fn a_root_is_private_if_it_was_mounted_for_its_container() {
+        assert!(is_private(&[request(
+            "overlay",
+            "overlay",
+            &["lowerdir=/a:/b"]
+        )]));
+        assert!(is_private(&[request("bind", "/snapshot", &["rbind"])]));
+        assert!(
+            !is_private(&[]),
+            "whoever named the directory may change it"
+        );
     }
 
     #[test]

@@ -87,11 +87,13 @@ impl From<bool> for Terminal {
 /// Checks a specification and turns it into the guest's.
 ///
 /// `tmpfs_size` answers the size in bytes of the file system of a host path if
-/// that is a tmpfs.
+/// that is a tmpfs. `root_share` is where the guest has the share with the root
+/// file system.
 pub fn prepare(
     id: &ContainerId,
     spec: Value,
     terminal: Terminal,
+    root_share: &str,
     tmpfs_size: impl Fn(&Path) -> Option<u64>,
 ) -> Result<Prepared, Error> {
     let mut notes = Vec::new();
@@ -99,7 +101,7 @@ pub fn prepare(
     let root = match &mut spec.root {
         Some(root) => {
             host_path("root.path", &root.path)?;
-            let in_guest = format!("{SHARE_DIR}/{id}/rootfs").into();
+            let in_guest = format!("{root_share}/{id}/rootfs").into();
             std::mem::replace(&mut root.path, in_guest)
         }
         None => return Err(Error::missing("root")),

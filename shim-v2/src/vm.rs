@@ -15,7 +15,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use bulkhead_agent_api::{AGENT_PORT, SHARE_TAG};
+use bulkhead_agent_api::{AGENT_PORT, PRIVATE_TAG, SHARE_TAG};
 use bulkhead_vmm::config as vmm_config;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::info;
@@ -270,15 +270,29 @@ fn prepare(
         cmdline,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
-        share: vmm_config::Share {
-            tag: SHARE_TAG.to_owned(),
-            dir: dir.share(),
-            read_only: false,
-            queues: 1,
-        },
+        share: dir.share(),
+        shares: shares(&dir.share(), size.vcpus),
         oom_score_adj,
     };
     Ok((launch, ours))
+}
+
+/// The pod's share under each policy: the guest reaches what belongs to one
+/// container alone by the one, and all else by the other.
+fn shares(dir: &Path, vcpus: u8) -> Vec<vmm_config::Share> {
+    [
+        (SHARE_TAG, vmm_config::Policy::Shared),
+        (PRIVATE_TAG, vmm_config::Policy::Private),
+    ]
+    .map(|(tag, policy)| vmm_config::Share {
+        tag: tag.to_owned(),
+        dir: dir.to_owned(),
+        read_only: false,
+        // Linux has one for each of its processors.
+        queues: vcpus.clamp(1, 8),
+        policy,
+    })
+    .into()
 }
 
 /// Opens the KVM device, or says what is in the way.

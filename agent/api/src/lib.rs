@@ -50,9 +50,17 @@ pub const STREAMS_WAITING: usize = 64;
 /// virtio-fs tag of the pod's share.
 pub const SHARE_TAG: &str = "bulkhead";
 
+/// virtio-fs tag under which the same share is offered for what only the guest
+/// changes while it lives.
+pub const PRIVATE_TAG: &str = "bulkhead-private";
+
 /// Where the agent mounts the pod's share. The shim lays out below it:
 /// `<container id>/rootfs` and `<container id>/volumes/<n>`.
 pub const SHARE_DIR: &str = "/run/bulkhead/share";
+
+/// Where the agent mounts the share again, for root file systems that belong to
+/// one container alone. The layout is the same.
+pub const PRIVATE_DIR: &str = "/run/bulkhead/private";
 
 /// First line on the agent's connection: product, protocol version, newline.
 ///

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use bulkhead_agent_api::agent::CreateRequest;
+use bulkhead_agent_api::{PRIVATE_DIR, SHARE_DIR, agent::CreateRequest};
 use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::MessageField};
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use tracing::{info, warn};
@@ -31,7 +31,7 @@ use crate::{
     mount,
     names::ContainerId,
     process::{Herald, Process},
-    rootfs::Source,
+    rootfs::{self, Source},
     share::ContainerShare,
     spec::{self, Prepared, Terminal},
     vm::Size,
@@ -142,8 +142,14 @@ impl Pod {
         request.stdio.check()?;
         let (id, bundle) = (request.id.clone(), request.bundle.clone());
         let terminal = Terminal::from(request.stdio.terminal);
+        // The guest takes the root from where it is told that nobody else changes
+        // it, if that is so.
+        let root_share = match rootfs::is_private(&request.rootfs) {
+            true => PRIVATE_DIR,
+            false => SHARE_DIR,
+        };
         let prepared = blocking("read the bundle", move || {
-            read_bundle(&id, &bundle, terminal)
+            read_bundle(&id, &bundle, terminal, root_share)
         })
         .await?;
         for note in &prepared.notes {
@@ -244,7 +250,12 @@ async fn blocking<T: Send + 'static>(
     })?
 }
 
-fn read_bundle(id: &ContainerId, bundle: &Path, terminal: Terminal) -> Result<Prepared> {
+fn read_bundle(
+    id: &ContainerId,
+    bundle: &Path,
+    terminal: Terminal,
+    root_share: &str,
+) -> Result<Prepared> {
     check_bundle(bundle)?;
     let path = bundle.join("config.json");
     let failed = |source| Error::Path {
@@ -257,7 +268,13 @@ fn read_bundle(id: &ContainerId, bundle: &Path, terminal: Terminal) -> Result<Pr
         what: path.display().to_string(),
         source,
     })?;
-    Ok(spec::prepare(id, spec, terminal, mount::tmpfs_size)?)
+    Ok(spec::prepare(
+        id,
+        spec,
+        terminal,
+        root_share,
+        mount::tmpfs_size,
+    )?)
 }
 
 /// A bundle that somebody else can change is no bundle.
@@ -320,7 +337,7 @@ mod tests {
         )
         .unwrap();
         let id = ContainerId::new("c").unwrap();
-        let error = read_bundle(&id, dir.path(), Terminal::No).unwrap_err();
+        let error = read_bundle(&id, dir.path(), Terminal::No, SHARE_DIR).unwrap_err();
         assert_eq!(
             error.code(),
             ttrpc::Code::INVALID_ARGUMENT,

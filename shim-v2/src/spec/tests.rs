@@ -41,9 +41,13 @@ fn with(pointer: &str, value: Value) -> Value {
 }
 
 fn run(spec: Value) -> Result<Prepared, Error> {
-    prepare(&id(), spec, Terminal::No, |path| {
-        (path == Path::new("/host/shm")).then_some(65_536)
-    })
+    prepare(
+        &id(),
+        spec,
+        Terminal::No,
+        bulkhead_agent_api::SHARE_DIR,
+        |path| (path == Path::new("/host/shm")).then_some(65_536),
+    )
 }
 
 /// What the guest gets.

@@ -74,8 +74,10 @@ pub struct Launch {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
-    /// The pod's share.
-    pub share: Share,
+    /// The directory of the pod's share, which becomes the VMM's root.
+    pub share: PathBuf,
+    /// How it is offered to the guest.
+    pub shares: Vec<Share>,
     /// `oom_score_adj` of the process.
     pub oom_score_adj: i32,
 }
@@ -293,7 +295,7 @@ fn spawn(launch: Launch, alive: OwnedFd, stderr: PipeWriter) -> Result<(Child, P
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
     )
     .map_err(host("make the VMM's mounts follow the shim's"))?;
-    let top = mount::open_dir(&launch.share.dir).map_err(host("open the share"))?;
+    let top = mount::open_dir(&launch.share).map_err(host("open the share"))?;
     mount::set_attributes(&top, MountAttrFlags::MOUNT_ATTR_RDONLY, Scope::Top)
         .map_err(host("make the top of the share read-only"))?;
     drop(top);
@@ -307,10 +309,8 @@ fn spawn(launch: Launch, alive: OwnedFd, stderr: PipeWriter) -> Result<(Child, P
         cmdline: launch.cmdline,
         vcpus: launch.vcpus,
         memory_mib: launch.memory_mib,
-        jail: Some(Jail {
-            root: launch.share.dir.clone(),
-        }),
-        shares: vec![launch.share],
+        jail: Some(Jail { root: launch.share }),
+        shares: launch.shares,
         vsock: Some(Vsock {
             guest_cid: GUEST_CID,
             listener: Some(fd(&launch.listener)),
