@@ -22,7 +22,7 @@ pub(crate) const STATE: &str = "state";
 /// Longest time for the first boot.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(600);
 /// Longest time for a step of the preparation, which has shorter deadlines itself.
-const PREPARE_TIMEOUT: Duration = Duration::from_secs(900);
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(2400);
 
 /// What is done in the lab host before it is saved.
 const PREPARE: &str = include_str!("guest/prepare");
