@@ -52,6 +52,9 @@ pub(crate) fn all(filter: Option<&str>) -> Result<ExitCode> {
     for program in programs.iter().filter(|program| program.runs_in_the_lab()) {
         ready = ready.with(&format!("suites/{}", program.name), &program.path);
     }
+    // What the agent's own tests start as a container's helper.
+    let agent = build::target_dir().join("debug/bulkhead-agent");
+    ready = ready.with("suites/bulkhead-agent", agent);
     drop(bar);
 
     let report = Report::default();
