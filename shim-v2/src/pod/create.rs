@@ -165,8 +165,13 @@ impl Pod {
             mounting, files, ..
         } = &mut *traces;
         let work = tokio::task::spawn_blocking(move || share.add(&id, &root, &volumes));
+        // At once: what fails beside it may do so before it is looked at.
+        *mounting = Some(work);
         let put_up = async {
-            let result = mounting.insert(work).await;
+            let Some(work) = mounting.as_mut() else {
+                return Ok(());
+            };
+            let result = work.await;
             // A handle that has answered must not be asked again.
             *mounting = None;
             *files = Some(result.unwrap_or_else(|error| Err(lost(&error)))?);
