@@ -96,12 +96,17 @@ impl Settings {
 
     /// The `process` object, of a container or an exec.
     pub(crate) fn process(&self) -> Value {
+        // A program that leaves its primary group must still belong to it.
+        let others = self.user.groups.iter().filter(|gid| **gid != self.user.gid);
+        let groups: Vec<u32> = std::iter::once(self.user.gid)
+            .chain(others.copied())
+            .collect();
         let mut process = json!({
             "terminal": self.terminal.is_some(),
             "user": {
                 "uid": self.user.uid,
                 "gid": self.user.gid,
-                "additionalGids": self.user.groups,
+                "additionalGids": groups,
             },
             "args": self.args,
             "env": self.env,

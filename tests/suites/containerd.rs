@@ -144,9 +144,12 @@ fn an_exit_is_told_though_containerd_was_away_for_long() {
         "away",
     ];
     ctr(run.into_iter().chain(["sh", "-c", "sleep 3; exit 9"])).success();
-    Command::new("systemctl", ["kill", "--signal=KILL", "containerd"])
-        .run()
-        .success();
+    Command::new(
+        "systemctl",
+        ["kill", "--kill-whom=main", "--signal=KILL", "containerd"],
+    )
+    .run()
+    .success();
     Command::new("systemctl", ["stop", "containerd"])
         .run()
         .success();

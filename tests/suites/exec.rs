@@ -128,7 +128,10 @@ fn what_is_listed_is_there_and_what_is_removed_is_gone() {
     ]);
     assert_eq!(run.run().code, 0);
     let list = Command::bulkhead(["list"]).run().success();
-    assert!(list.lines().any(|line| line.starts_with(name)), "{list}");
+    assert!(
+        list.lines().any(|line| line.trim_start().starts_with(name)),
+        "{list}"
+    );
     let taken = Command::bulkhead(["run", "--name", name, BUSYBOX, "--", "true"]).run();
     assert!(taken.failure().contains(name));
     Command::bulkhead(["rm", name]).run().success();

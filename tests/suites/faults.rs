@@ -257,14 +257,16 @@ fn a_memory_hog_without_a_limit_dies_alone_f55() {
 #[test]
 fn an_exec_gets_into_a_container_full_of_processes_f58() {
     let mut config = bundle::privileged_config(
-        "sh -c 'while :; do sleep 1000 & done' 2> /dev/null; echo full; read until; kill -9 -1",
+        "sh -c 'while :; do sleep 1000 & done' 2> /dev/null; echo full; read until",
     );
     config["linux"]["resources"] = json!({"pids": {"limit": 32}});
     let (run, _dir) = start_bundle(&config);
     run.wait_for_output("full");
     let exec = Command::bulkhead(["exec", PRIVILEGED, "echo", "alive"]).run();
     assert_eq!(exec.success(), "alive\n");
-    Command::bulkhead(["kill", PRIVILEGED]).run().success();
+    Command::bulkhead(["kill", PRIVILEGED, "KILL"])
+        .run()
+        .success();
     assert_eq!(run.wait().code, 137);
 }
 

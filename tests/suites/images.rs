@@ -57,7 +57,8 @@ fn six_layers() -> Image {
             Layer::new()
                 .symlink("t/replaced", "kept/file")
                 .file("t/dir-to-file", "file now")
-                .link("t/second-name", "t/kept/file"),
+                .file("t/first-name", "one file")
+                .link("t/second-name", "t/first-name"),
             Form::Plain,
         )
         // A parent that only the layers below name, and one that nobody does.

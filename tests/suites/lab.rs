@@ -36,9 +36,9 @@ fn a_mount_that_is_left_is_found() {
 #[test]
 fn a_process_that_is_left_is_found() {
     let leaks = LeakCheck::start();
-    let process = Command::new("sleep", ["1000"]).start();
+    let process = Command::new("cat", ["-"]).start();
     let left = leaks.left_over();
-    assert_eq!(left, [format!("process {} sleep", process.pid())]);
+    assert_eq!(left, [format!("process {} cat", process.pid())]);
     drop(process);
     leaks.finish();
 }
@@ -62,4 +62,6 @@ fn a_network_namespace_that_is_left_is_found() {
             .all(|what| what == "mount /run/netns" || what == "path /run/netns"),
         "{left:?}"
     );
+    Command::new("umount", ["/run/netns"]).run().success();
+    Command::new("rmdir", ["/run/netns"]).run().success();
 }

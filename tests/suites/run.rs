@@ -131,7 +131,8 @@ fn a_container_is_confined_as_runc_would_confine_it() {
         panic!("{out}");
     };
     assert_eq!(*capabilities, "CapEff:\t00000000a80425fb");
-    assert_eq!(*privileges, "NoNewPrivs:\t1");
+    // Programs such as sudo work, as they do under other command lines.
+    assert_eq!(*privileges, "NoNewPrivs:\t0");
     assert_eq!(*filter, "Seccomp:\t2");
     assert_eq!(*kcore, "0", "a byte of the kernel's memory");
     assert!(rest.iter().any(|line| line.contains("ermi")), "{out}");
@@ -310,17 +311,17 @@ fn every_signal_of_a_long_life_reaches_the_command() {
 }
 
 #[test]
-fn a_fork_bomb_stops_at_its_limit_and_leaves_exec_and_kill_alone_f58() {
+fn a_fork_bomb_without_a_limit_leaves_agent_and_kill_alone_f58() {
     let bomb = "echo ready; b() { b | b & }; b 2>/dev/null; sleep 1000";
     let run = [
         "run", "--rm", "--name", "bomb", BUSYBOX, "--", "sh", "-c", bomb,
     ];
     let run = Command::bulkhead(run).start();
     run.wait_for_output("ready");
-    // Its processes fill what there is; this one still starts.
-    let look = "for i in $(seq 50); do n=$(ls -d /proc/[0-9]* | wc -l); [ $n -gt 200 ] && break; sleep 0.1; done; echo $n";
-    let out = Command::bulkhead(["exec", "bomb", "sh", "-c", look]).run();
-    assert_eq!(out.code, 0, "{out}");
+    // A further process starts; as everywhere it may fall to the OOM killer, for the
+    // bomb's processes fill the memory of all containers before their number ends them.
+    let out = Command::bulkhead(["exec", "bomb", "true"]).run();
+    assert!([0, 137].contains(&out.code), "{out}");
     Command::bulkhead(["kill", "bomb", "KILL"]).run().success();
     assert_eq!(run.wait().code, 137);
 }

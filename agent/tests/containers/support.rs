@@ -58,6 +58,16 @@ pub(crate) struct Ran {
     pub oom_killed: bool,
 }
 
+/// The agent's program: as it was built, or beside the tests where they were carried to.
+fn agent_program() -> PathBuf {
+    let built = PathBuf::from(env!("CARGO_BIN_EXE_bulkhead-agent"));
+    if built.exists() {
+        return built;
+    }
+    let tests = std::env::current_exe().unwrap();
+    tests.with_file_name("bulkhead-agent")
+}
+
 /// Runs a test with a host, one at a time, and looks for what it left behind.
 pub(crate) fn block_on(test: impl AsyncFnOnce(&mut Host)) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -211,7 +221,7 @@ impl Host {
             let connection = listener.accept().await.map(|(connection, _)| connection);
             Some((connection, listener))
         });
-        let helper = PathBuf::from(env!("CARGO_BIN_EXE_bulkhead-agent"));
+        let helper = agent_program();
         let config = Config {
             helper,
             cgroups: cgroups.clone(),

@@ -16,7 +16,7 @@ use std::{
 
 use bulkhead_agent_api::{PRIVATE_DIR, SHARE_DIR, agent::CreateRequest};
 use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::MessageField};
-use tokio::{sync::Mutex as AsyncMutex, time::timeout};
+use tokio::{sync::Mutex as AsyncMutex, task::JoinHandle, time::timeout};
 use tracing::{info, warn};
 
 use super::{Container, Creation, DIE, Pod, Slot, making::Making};
@@ -161,12 +161,24 @@ impl Pod {
             request.id.clone(),
             prepared.volumes.clone(),
         );
-        let files = blocking("put up the container's files", move || {
-            share.add(&id, &root, &volumes)
-        });
+        let Traces {
+            mounting, files, ..
+        } = &mut *traces;
+        let work = tokio::task::spawn_blocking(move || share.add(&id, &root, &volumes));
+        // At once: what fails beside it may do so before it is looked at.
+        *mounting = Some(work);
+        let put_up = async {
+            let Some(work) = mounting.as_mut() else {
+                return Ok(());
+            };
+            let result = work.await;
+            // A handle that has answered must not be asked again.
+            *mounting = None;
+            *files = Some(result.unwrap_or_else(|error| Err(lost(&error)))?);
+            Ok(())
+        };
         let size = Size::on_this_host(prepared.limits, &self.config);
-        let (guest, files) = tokio::try_join!(self.boot(size, prepared.oom_score_adj), files)?;
-        traces.files = Some(files);
+        let (guest, ()) = tokio::try_join!(self.boot(size, prepared.oom_score_adj), put_up)?;
         let (streams, mut stdio, room) = Streams::open(&request.stdio, guest.dialer()).await?;
         (stdio.columns, stdio.rows) = prepared.console;
         let message = CreateRequest {
@@ -220,6 +232,8 @@ impl Pod {
 struct Traces {
     /// In the guest.
     making: Option<Making>,
+    /// On the host, while they are put up.
+    mounting: Option<JoinHandle<Result<ContainerShare>>>,
     /// On the host, where the guest may still use them.
     files: Option<ContainerShare>,
 }
@@ -234,7 +248,15 @@ impl Traces {
                 warn!("the guest does not take a container back yet");
             }
         }
-        let files = self.files;
+        let mut files = self.files;
+        if let Some(mounting) = self.mounting {
+            // The id is not free before: but who mounts from a dead server waits long.
+            match timeout(DIE, mounting).await {
+                Ok(Ok(Ok(mounted))) => files = Some(mounted),
+                Ok(_) => {}
+                Err(_) => warn!("the container's files are still being put up"),
+            }
+        }
         let _ = tokio::task::spawn_blocking(move || drop(files)).await;
     }
 }
@@ -244,10 +266,17 @@ async fn blocking<T: Send + 'static>(
     what: &'static str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
-        warn!(%error, "{what}");
-        Error::Panicked("Create")
+    let worked = tokio::task::spawn_blocking(work).await;
+    worked.map_err(|error| {
+        warn!(what, "could not be done");
+        lost(&error)
     })?
+}
+
+/// What a thread that panicked leaves.
+fn lost(error: &tokio::task::JoinError) -> Error {
+    warn!(%error, "a thread of Create is lost");
+    Error::Panicked("Create")
 }
 
 fn read_bundle(

@@ -169,18 +169,21 @@ impl Picture {
         let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}"));
         let name = read("comm").unwrap_or_default();
         let name = name.trim();
-        // Threads of the kernel have no command line; they come and go.
-        let command = read("cmdline").unwrap_or_default();
         let stat = read("stat").unwrap_or_default();
-        let zombie = stat
-            .rsplit(") ")
-            .next()
-            .is_some_and(|rest| rest.starts_with('Z'));
+        // Behind the name: state, parent, group, session, terminal, its group, flags.
+        let flags = stat.rsplit(") ").next().unwrap_or_default();
+        let flags = flags.split(' ').nth(6).and_then(|flags| flags.parse().ok());
+        // Threads of the kernel come and go.
+        let kernels = flags.unwrap_or(0_u32) & PF_KTHREAD != 0;
         let known = ["systemd-udevd", "(udev-worker)", "udev-worker"].contains(&name);
-        if known || command.is_empty() && !zombie {
+        if known || kernels || stat.is_empty() {
             return;
         }
-        self.add(format!("process {pid} {name}"));
+        // A daemon that a test starts anew is the same one.
+        match name {
+            "containerd" => self.add("process containerd".to_owned()),
+            _ => self.add(format!("process {pid} {name}")),
+        }
         let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else {
             return;
         };
@@ -212,6 +215,9 @@ impl Picture {
         }
     }
 }
+
+/// The kernel's flag of its own threads.
+const PF_KTHREAD: u32 = 0x0020_0000;
 
 /// Where something could be left: how deep to look, and whether at directories only.
 const PLACES: &[(&str, usize, bool)] = &[

@@ -52,6 +52,9 @@ pub(crate) fn all(filter: Option<&str>) -> Result<ExitCode> {
     for program in programs.iter().filter(|program| program.runs_in_the_lab()) {
         ready = ready.with(&format!("suites/{}", program.name), &program.path);
     }
+    // What the agent's own tests start as a container's helper.
+    let agent = build::target_dir().join("debug/bulkhead-agent");
+    ready = ready.with("suites/bulkhead-agent", agent);
     drop(bar);
 
     let report = Report::default();
@@ -143,12 +146,14 @@ fn programs() -> Result<Vec<Program>> {
             .map_or_else(|| build::workspace().to_owned(), Path::to_owned);
         let kind = text(&message["target"]["kind"][0]).unwrap_or_default();
         let source = PathBuf::from(source);
+        let package = directory.file_name().unwrap_or_default().to_string_lossy();
         programs.push(Program {
-            // A library and a program of one package may share a name.
-            name: if kind == "bin" {
-                format!("{name}-bin")
-            } else {
-                name.replace('_', "-")
+            // A library and a program of one package may share a name, and so may the
+            // tests of two packages.
+            name: match kind.as_str() {
+                "bin" => format!("{name}-bin"),
+                "test" if package != "tests" => format!("{package}-{name}"),
+                _ => name.replace('_', "-"),
             },
             path: path.into(),
             source: source

@@ -83,7 +83,7 @@ fn form(operation: u32) -> Option<Form> {
         LSEEK => (24, Tail::Nothing, 8),
         COPY_FILE_RANGE => (56, Tail::Nothing, 8),
         SYNCFS => (8, Tail::Nothing, 0),
-        STATX => (32, Tail::Nothing, STATX_OUT),
+        STATX => (24, Tail::Nothing, STATX_OUT),
         _ => return None,
     };
     Some(Form { fixed, tail, reply })

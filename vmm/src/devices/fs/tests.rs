@@ -547,7 +547,7 @@ fn the_time_of_birth_and_copies_within_the_host_are_there_for_who_asks() {
     let mut guest = Guest::new();
     let (node, handle) = guest.create("file", libc::O_RDWR, 0o644).unwrap();
     guest.write(node, handle, 0, b"0123456789").unwrap();
-    let status = guest.call(STATX, node, &[0; 32]).unwrap();
+    let status = guest.call(STATX, node, &[0; 24]).unwrap();
     let birth = fs::metadata(guest.path("file")).unwrap().created().unwrap();
     let birth = birth.duration_since(std::time::UNIX_EPOCH).unwrap();
     // Behind validity, flags and spare: mask … times of access, then of birth.
