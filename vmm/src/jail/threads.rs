@@ -8,8 +8,10 @@ use rustix::thread::CapabilitySet;
 
 use super::syscalls::{self, Rule};
 
-/// Most descriptors: each file that the guest knows is one.
-pub const DESCRIPTORS: u64 = 1 << 20;
+/// Most descriptors. The file server lets go of files that are idle and finds them again,
+/// so this bounds what a guest can pin in the host's kernel, not how many files there may
+/// be. A third of it can be files that are open in volumes: a database has thousands.
+pub const DESCRIPTORS: u64 = 1 << 14;
 
 /// Most threads that may run as the pod's user: as which no thread starts another,
 /// but for KVM.
