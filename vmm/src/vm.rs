@@ -237,6 +237,9 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
     let (end, reason) = control.serve(&ending);
     let end_us = now_us();
     output.finish(LAST_OUTPUT);
+    // The process ends now. Taking the devices down would gain nothing, and needs calls
+    // that this thread may not make.
+    std::mem::forget(Arc::clone(&machine));
     Ok(Report {
         end,
         reason,
