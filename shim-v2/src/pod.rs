@@ -172,12 +172,22 @@ impl Pod {
     /// pid.
     pub async fn start(self: &Arc<Self>, name: &ProcessName) -> Result<u32> {
         let (container, process) = self.find(name)?;
-        if name.exec.is_some() {
-            self.start_exec(&container, &process).await?;
-        } else {
-            self.start_init(&container).await?;
+        let started = match name.exec {
+            Some(_) => self.start_exec(&container, &process).await.map(drop),
+            None => self.start_init(&container).await,
+        };
+        match started {
+            Ok(()) => Ok(self.pid()),
+            Err(error) => Err(self.explained(error).await),
         }
-        Ok(self.pid())
+    }
+
+    /// That a connection broke says little: how the VM ended says why.
+    async fn explained(&self, error: Error) -> Error {
+        match (error, self.guest.get()) {
+            (Error::VmGone(_), Some(guest)) => Error::VmGone(self.lost(&**guest).await.reason),
+            (error, _) => error,
+        }
     }
 
     async fn start_init(self: &Arc<Self>, container: &Container) -> Result<()> {

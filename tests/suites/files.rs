@@ -361,31 +361,6 @@ fn a_device_node_that_a_container_makes_works_there_and_nowhere_else() {
 }
 
 #[test]
-fn a_change_on_the_host_is_told_to_who_watches_in_the_container() {
-    let (dir, volume) = volume();
-    let program = "#include <poll.h>
-#include <stdio.h>
-#include <sys/inotify.h>
-int main(void) {
-    int fd = inotify_init();
-    struct pollfd wait = { fd, POLLIN, 0 };
-    if (inotify_add_watch(fd, \"/v\", IN_CREATE | IN_MOVED_TO | IN_CLOSE_WRITE) < 0) return 2;
-    puts(\"ready\"); fflush(stdout);
-    puts(poll(&wait, 1, 60000) == 1 ? \"noticed\" : \"nothing\");
-    return 0;
-}";
-    fs::write(dir.path().join("watch.c"), program).unwrap();
-    let line = "gcc -O0 -o /tmp/watch /v/watch.c && exec /tmp/watch";
-    let run = [
-        "run", "--rm", "--memory", "512M", "-v", &volume, DEBIAN, "--", "sh", "-c", line,
-    ];
-    let run = Command::bulkhead(run).start();
-    run.wait_for_output("ready");
-    fs::write(dir.path().join("new"), "hello").unwrap();
-    assert_eq!(run.wait().success(), "ready\nnoticed\n");
-}
-
-#[test]
 fn a_tree_of_more_files_than_the_server_may_have_open_can_be_walked() {
     let (dir, volume) = volume();
     for folder in 0..30 {

@@ -92,7 +92,7 @@ impl Pod {
                     self.doubt.notify_one();
                 }
                 traces.undo().await;
-                return Err(error);
+                return Err(self.explained(error).await);
             }
         };
         reserved.fill(Arc::clone(&container));
