@@ -13,8 +13,9 @@ use serde_json::json;
 /// of directories, which with containerd is that of unpacking where a layer adds to one
 /// that it does not name.
 const TREE: &str = "cd /; find t | sort | while read -r f; do
-    if [ -d \"$f\" ]; then t=; else t=%Y; fi
-    stat -c \"%n %F %a %u:%g %h $t\" \"$f\"
+    # How an overlay counts the links of a directory depends on its layers.
+    if [ -d \"$f\" ]; then more=; else more='%h %Y'; fi
+    stat -c \"%n %F %a %u:%g $more\" \"$f\"
     if [ -L \"$f\" ]; then readlink \"$f\"; elif [ -f \"$f\" ]; then md5sum < \"$f\"; fi
 done; stat -c '%n %a %u:%g' /";
 

@@ -318,10 +318,12 @@ fn a_fork_bomb_without_a_limit_leaves_agent_and_kill_alone_f58() {
     ];
     let run = Command::bulkhead(run).start();
     run.wait_for_output("ready");
-    // A further process starts; as everywhere it may fall to the OOM killer, for the
-    // bomb's processes fill the memory of all containers before their number ends them.
-    let out = Command::bulkhead(["exec", "bomb", "true"]).run();
-    assert!([0, 137].contains(&out.code), "{out}");
+    // A further process shares the processor with thousands of others and may fall to
+    // the OOM killer: it may fail, but the agent says so in time.
+    let out = Command::bulkhead(["exec", "bomb", "true"])
+        .deadline(std::time::Duration::from_secs(60))
+        .run();
+    assert!([0, 125, 137].contains(&out.code), "{out}");
     Command::bulkhead(["kill", "bomb", "KILL"]).run().success();
     assert_eq!(run.wait().code, 137);
 }
