@@ -390,7 +390,7 @@ fn a_file_without_a_name_gets_one_later() {
 
 /// Not a test of its own: what another user does in one.
 #[test]
-#[ignore = "runs inside of another test"]
+#[ignore = "the inner half of a test of access control lists"]
 fn sets_a_list() {
     let path = std::env::var_os("BULKHEAD_LIST").unwrap();
     let list = list(5, 4);
