@@ -28,8 +28,8 @@ use crate::exit::End;
 /// The programs of one kind of thread.
 #[derive(Debug)]
 pub(super) struct Filter {
-    /// Answers clone3 with ENOSYS.
-    old_clone: BpfProgram,
+    /// Answers clone3 with ENOSYS, for a kind that may start threads.
+    old_clone: Option<BpfProgram>,
     /// Allows the table.
     table: BpfProgram,
 }
@@ -37,8 +37,6 @@ pub(super) struct Filter {
 impl Filter {
     /// The filter of this kind in this process.
     pub(super) fn new(kind: ThreadKind) -> io::Result<Filter> {
-        let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-        let enosys = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
         let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
         for Rule { number, when } in kind.system_calls() {
             let alternatives = rules.entry(number).or_default();
@@ -46,15 +44,23 @@ impl Filter {
                 alternatives.push(rule(*when).map_err(io::Error::other)?);
             }
         }
+        let enosys = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+        let old_clone = kind
+            .starts_threads()
+            .then(|| BTreeMap::from([(libc::SYS_clone3, Vec::new())]))
+            .map(|clone3| compile(clone3, SeccompAction::Allow, enosys))
+            .transpose()?;
         Ok(Filter {
-            old_clone: compile(clone3, SeccompAction::Allow, enosys)?,
+            old_clone,
             table: compile(rules, SeccompAction::Trap, SeccompAction::Allow)?,
         })
     }
 
     /// Puts the calling thread under it, for good.
     pub(super) fn install(&self) -> io::Result<()> {
-        apply_filter(&self.old_clone).map_err(io::Error::other)?;
+        if let Some(old_clone) = &self.old_clone {
+            apply_filter(old_clone).map_err(io::Error::other)?;
+        }
         apply_filter(&self.table).map_err(io::Error::other)
     }
 }

@@ -286,5 +286,6 @@ pub(super) const THREADS: &[Rule] = &[
         ],
     ),
     any(libc::SYS_eventfd2),
+    any(libc::SYS_epoll_create1),
     any(libc::SYS_clock_nanosleep),
 ];

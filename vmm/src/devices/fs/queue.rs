@@ -5,11 +5,15 @@
 //! request looks whether there is another one and, if so, wakes another thread; if
 //! not, the driver is asked to notify of the next.
 //!
+//! A guest that boots asks little, so one thread starts with the device. Whoever is
+//! about to work on a mount, which may take its time, and is the last that waits,
+//! starts another one first, up to [`THREADS`].
+//!
 //! Requests about one mount hold a third of the threads at most; more of them are
 //! put aside until one is done. So a volume whose server is dead stops those who
 //! use it, and nobody else.
 //!
-//! The threads start before the guest and wait for queues. A reset takes the
+//! The first thread starts before the guest and waits for queues. A reset takes the
 //! queues away. It waits for requests that are being worked on, but not for ever:
 //! one that the host never ends keeps the device from being used again, and what
 //! it says in the end is not heard.
@@ -45,7 +49,7 @@ use crate::{
 /// 1.2, 5.11.6.2).
 const HIPRIO: usize = 0;
 
-/// Threads of a share whose volumes can hang, and of one that is on the host's
+/// Most threads of a share whose volumes can hang, and of one that is on the host's
 /// own disks.
 const THREADS: (usize, usize) = (9, 3);
 
@@ -65,15 +69,19 @@ pub(super) struct Pool {
     state: Mutex<State>,
     /// A request has been answered.
     done: Condvar,
-    /// For each thread, where it waits.
-    waits: Vec<OwnedFd>,
     more: OwnedFd,
-    /// Most threads that work on one mount.
+    /// Most threads.
+    threads: usize,
+    /// Most of them that work on one mount.
     most: usize,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    /// For each thread, where it waits.
+    waits: Vec<Arc<OwnedFd>>,
+    /// The thread of those who wait for locks runs.
+    locks: bool,
     rings: Vec<Option<Ring>>,
     /// Counts activations; answers to requests of an earlier one are dropped.
     generation: u64,
@@ -99,61 +107,78 @@ struct Job {
 }
 
 impl Pool {
-    /// Starts the threads. They run as long as the process, confined by `seal`.
+    /// Starts the first thread. It runs as long as the process, confined by `seal`, and
+    /// so do those that it starts.
     pub(super) fn spawn(shared: Arc<Shared>, seal: &Seal) -> io::Result<Arc<Pool>> {
         let threads = match shared.policy {
             Policy::Shared => THREADS.0,
             Policy::Private => THREADS.1,
         };
-        let more = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let waits = (0..threads)
-            .map(|_| {
-                let wait = epoll::create(CreateFlags::CLOEXEC)?;
-                watch(&wait, &more, MORE)?;
-                Ok(wait)
-            })
-            .collect::<io::Result<_>>()?;
         let pool = Arc::new(Pool {
             shared,
             state: Mutex::default(),
             done: Condvar::new(),
-            waits,
-            more,
+            more: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            threads,
             most: threads.div_ceil(3),
         });
-        for index in 0..threads {
-            let its = Arc::clone(&pool);
-            pool.start(format!("fs-{index}"), seal, move || its.run(index))?;
-        }
-        if pool.shared.policy == Policy::Shared {
-            let shared = Arc::clone(&pool.shared);
-            pool.start("fs-locks".into(), seal, move || shared.locks.run())?;
-        }
+        let (ready, prepared) = std::sync::mpsc::sync_channel(1);
+        let (its, seal) = (Arc::clone(&pool), seal.clone());
+        let wait = pool.new_wait(&mut pool.state())?;
+        thread_of("fs-0".into()).spawn(move || {
+            let prepared = its.shared.enter_thread().and_then(|()| seal.apply());
+            let go_on = prepared.is_ok();
+            // Fails only if `spawn` has given up.
+            if ready.send(prepared).is_ok() && go_on {
+                its.run(&wait);
+            }
+        })?;
+        prepared
+            .recv()
+            .unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))?;
         Ok(pool)
     }
 
-    fn start(
-        &self,
-        name: String,
-        seal: &Seal,
-        run: impl FnOnce() + Send + 'static,
-    ) -> io::Result<()> {
-        let (ready, prepared) = std::sync::mpsc::sync_channel(1);
-        let (shared, seal) = (Arc::clone(&self.shared), seal.clone());
-        thread::Builder::new()
-            .name(name)
-            .stack_size(STACK)
-            .spawn(move || {
-                let prepared = shared.enter_thread().and_then(|()| seal.apply());
-                let go_on = prepared.is_ok();
-                // Fails only if `start` has given up.
-                if ready.send(prepared).is_ok() && go_on {
-                    run();
-                }
-            })?;
-        prepared
-            .recv()
-            .unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+    /// Where one more thread waits for all that others wait for.
+    fn new_wait(&self, state: &mut State) -> io::Result<Arc<OwnedFd>> {
+        let wait = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
+        watch(&wait, &self.more, MORE)?;
+        for (index, ring) in (0..).zip(&state.rings) {
+            if let Some(ring) = ring {
+                watch(&wait, ring.event(), index)?;
+            }
+        }
+        state.waits.push(Arc::clone(&wait));
+        Ok(wait)
+    }
+
+    /// Starts one more thread, from one of them, whose confinement it inherits. If the
+    /// host has none to give, those that run do its work.
+    fn start_another(self: &Arc<Pool>, state: &mut State) {
+        let name = format!("fs-{}", state.waits.len());
+        let Ok(wait) = self.new_wait(state) else {
+            return;
+        };
+        let its = Arc::clone(self);
+        let started = thread_of(name).spawn(move || {
+            if its.shared.enter_thread().is_ok() {
+                its.run(&wait);
+            }
+        });
+        if started.is_err() {
+            state.waits.pop();
+        }
+    }
+
+    /// Starts the thread of those who wait for locks, unless it runs.
+    fn start_locks(&self) -> io::Result<()> {
+        let mut state = self.state();
+        if !state.locks {
+            let shared = Arc::clone(&self.shared);
+            thread_of("fs-locks".into()).spawn(move || shared.locks.run())?;
+            state.locks = true;
+        }
+        Ok(())
     }
 
     /// Gives the threads their queues.
@@ -165,7 +190,7 @@ impl Pool {
         state.generation = state.generation.wrapping_add(1);
         for (index, ring) in (0..).zip(&rings) {
             let Some(ring) = ring else { continue };
-            for wait in &self.waits {
+            for wait in &state.waits {
                 watch(wait, ring.event(), index)?;
             }
         }
@@ -182,7 +207,7 @@ impl Pool {
     pub(super) fn reset(&self) -> Vec<Option<queue::State>> {
         let mut state = self.state();
         for ring in state.rings.iter().flatten() {
-            for wait in &self.waits {
+            for wait in &state.waits {
                 // It was added to each, unless that failed.
                 let _ = epoll::delete(wait, ring.event());
             }
@@ -208,10 +233,7 @@ impl Pool {
     }
 
     /// A thread's life.
-    fn run(self: &Arc<Pool>, index: usize) {
-        let Some(wait) = self.waits.get(index) else {
-            return;
-        };
+    fn run(self: &Arc<Pool>, wait: &OwnedFd) {
         loop {
             let mut events = [MaybeUninit::<Event>::uninit(); 1];
             let queue = match epoll::wait(wait, &mut events, None) {
@@ -266,6 +288,9 @@ impl Pool {
                     break;
                 }
                 at.working = at.working.saturating_add(1);
+                if state.working >= state.waits.len() && state.waits.len() < self.threads {
+                    self.start_another(&mut state);
+                }
             }
             self.answer(job, &header);
             if let Some(mount) = mount {
@@ -281,6 +306,9 @@ impl Pool {
             Answer::Waits(lock, file) => {
                 let (pool, unique) = (Arc::downgrade(self), header.unique);
                 let reply = move |errno| Pool::finish(&pool, job, unique, errno);
+                if self.start_locks().is_err() {
+                    return reply(libc::ENOLCK);
+                }
                 self.shared.locks.wait(unique, lock, file, Box::new(reply));
             }
         }
@@ -353,6 +381,10 @@ impl State {
             ring.tell();
         }
     }
+}
+
+fn thread_of(name: String) -> thread::Builder {
+    thread::Builder::new().name(name).stack_size(STACK)
 }
 
 /// Lets a thread wait for an event, for which the kernel wakes one of those who
