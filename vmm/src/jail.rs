@@ -4,8 +4,8 @@
 //!
 //! 1. a mount namespace of its own, into which later mounts of the parent still
 //!    come, but from which nothing goes out;
-//! 2. one directory as the root, the rest of the host detached. No device, no
-//!    set-user-id program, no program at all can be used below it;
+//! 2. one directory as the root, the rest of the host detached. No name can be made at
+//!    its top. No device, no set-user-id program, no program at all can be used below it;
 //! 3. no privilege but what a file server needs.
 //!
 //! Then each thread seals itself as the first thing it does ([`Confined::spawn`],
@@ -91,8 +91,8 @@ pub enum Error {
     /// A privilege could not be given up.
     #[error("Cannot give privileges up")]
     Privileges(#[source] io::Error),
-    /// The filters of system calls could not be made.
-    #[error("Cannot prepare the filters of system calls")]
+    /// The report of blocked system calls could not be prepared.
+    #[error("Cannot prepare for blocked system calls")]
     Filters(#[source] io::Error),
     /// A thread could not be confined.
     #[error("Cannot confine a thread of the kind {kind:?}")]
@@ -147,7 +147,10 @@ pub fn enter(jail: Option<&Jail>) -> Result<Confined, Error> {
     if pid != 1 {
         return Err(Error::NotFirst { pid });
     }
-    let rules = rules(jail.user).map_err(Error::Filters)?;
+    let rules = Rules {
+        user: jail.user,
+        filters: ThreadKind::ALL.map(Filter::new),
+    };
     leave_mount_namespace().map_err(Error::Namespace)?;
     let proc_self_fd = own_proc_self_fd().map_err(Error::Proc)?;
     change_root(&jail.root).map_err(|source| Error::Root {
@@ -163,17 +166,6 @@ pub fn enter(jail: Option<&Jail>) -> Result<Confined, Error> {
         sealed,
         reports,
     })
-}
-
-fn rules(user: u32) -> io::Result<Rules> {
-    let mut filters = Vec::new();
-    for kind in ThreadKind::ALL {
-        filters.push(Filter::new(kind)?);
-    }
-    let filters = filters
-        .try_into()
-        .map_err(|_| io::Error::other("a kind of thread has no filter"))?;
-    Ok(Rules { user, filters })
 }
 
 impl Confined {
@@ -272,8 +264,6 @@ impl Seal {
 }
 
 fn leave_mount_namespace() -> io::Result<()> {
-    // The parent should have made one. Made here, a mistake there cannot change
-    // the mounts of the host.
     // SAFETY: the process has one thread, so nothing else relies on the namespace
     // and the file system context that become its own.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
@@ -315,14 +305,18 @@ fn change_root(root: &Path) -> io::Result<()> {
     pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;
     rustix::process::chdir("/")?;
-    harden_mounts()
+    // Devices, set-user-id bits and programs mean nothing in any mount that is here
+    // now. Later ones come as the parent makes them.
+    let inert = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+    set_attributes_of_root(inert, libc::AT_RECURSIVE)?;
+    // Containers come and go at the top: nobody here plants a name there.
+    set_attributes_of_root(libc::MOUNT_ATTR_RDONLY, 0)
 }
 
-/// Devices, set-user-id bits and programs mean nothing in any mount that is here
-/// now. Later ones come as the parent makes them.
-fn harden_mounts() -> io::Result<()> {
+/// Sets attributes of the mount `/`, and with AT_RECURSIVE of those below it.
+fn set_attributes_of_root(attributes: u64, flags: libc::c_int) -> io::Result<()> {
     let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC,
+        attr_set: attributes,
         attr_clr: 0,
         propagation: 0,
         userns_fd: 0,
@@ -334,7 +328,7 @@ fn harden_mounts() -> io::Result<()> {
             libc::SYS_mount_setattr,
             libc::AT_FDCWD,
             c"/".as_ptr(),
-            libc::AT_RECURSIVE,
+            flags,
             &raw const attributes,
             size_of_val(&attributes),
         )

@@ -5,7 +5,7 @@ mod terminal;
 
 use std::{
     fs::File,
-    io::Write,
+    io::{BufReader, Write},
     os::fd::{AsFd, FromRawFd, IntoRawFd},
     panic,
     process::ExitCode,
@@ -77,7 +77,7 @@ fn read_config(fd: i32) -> anyhow::Result<Config> {
     // SAFETY: the command line takes no number below 3; the parent passed the
     // descriptor for this, and below it is seen that nothing else takes it.
     let file = unsafe { File::from_raw_fd(fd) };
-    let config: Config = serde_json::from_reader(file)
+    let config: Config = serde_json::from_reader(BufReader::new(file))
         .with_context(|| format!("Cannot read the configuration from descriptor {fd}"))?;
     if config.descriptors().any(|named| named == fd) {
         bail!("Descriptor {fd} is named by the configuration that came from it");

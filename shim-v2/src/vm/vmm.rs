@@ -1,9 +1,9 @@
 //! The process `bulkhead-vmm`: started, watched, killed.
 //!
-//! It begins in namespaces of its own, in which the share is a slave copy with a
-//! read-only top; it inherits exactly the descriptors that its configuration names.
-//! A thread makes these namespaces and ends, with its copy of the host's mounts, as
-//! soon as the process is started; another one waits for the end. The VMM lives as
+//! It begins in namespaces of its own, but for that of mounts, which it makes itself
+//! when it confines itself to the share. It inherits exactly the descriptors that its
+//! configuration names. A thread makes these namespaces and ends as soon as the process
+//! is started; another one waits for the end. The VMM lives as
 //! long as the control socket.
 
 use std::{
@@ -27,7 +27,6 @@ use bulkhead_vmm::{
 use nix::sched::{CloneFlags, unshare};
 use rustix::{
     event::{PollFd, PollFlags, poll},
-    mount::{MountAttrFlags, MountPropagationFlags, mount_change},
     process::{Pid, PidfdFlags, Signal, pidfd_open},
 };
 use tokio::sync::{oneshot, watch};
@@ -38,7 +37,6 @@ use crate::{
     agent::escape,
     error::{Error, Result, host},
     inherit,
-    mount::{self, Scope},
     statedir::{HostProcess, signal},
 };
 
@@ -307,22 +305,11 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
     // The new pid namespace is the child's; the others are this thread's as well.
     unshare(
         CloneFlags::CLONE_NEWPID
-            | CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWIPC
             | CloneFlags::CLONE_NEWUTS
             | CloneFlags::CLONE_NEWNET,
     )
     .map_err(host("make the namespaces of the VMM"))?;
-    mount_change(
-        "/",
-        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-    )
-    .map_err(host("make the VMM's mounts follow the shim's"))?;
-    let top = mount::open_dir(&launch.share).map_err(host("open the share"))?;
-    mount::set_attributes(&top, MountAttrFlags::MOUNT_ATTR_RDONLY, Scope::Top)
-        .map_err(host("make the top of the share read-only"))?;
-    drop(top);
-
     let (report, report_end) = io::pipe().map_err(host("make a pipe"))?;
     let fd = |fd: &dyn AsFd| Fd(fd.as_fd().as_raw_fd());
     let config = Config {

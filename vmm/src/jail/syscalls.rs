@@ -10,13 +10,24 @@
 
 use libc::c_long;
 
-/// A system call and when it is allowed.
+/// A system call and when it is answered in another way than by the end of the process.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rule {
     /// Its number.
     pub(super) number: c_long,
-    /// One of these must hold; with none it is allowed always.
+    /// One of these must hold; with none it is answered so always.
     pub(super) when: &'static [When],
+    /// How.
+    pub(super) answer: Answer,
+}
+
+/// How a system call is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// It is made.
+    Allowed,
+    /// With ENOSYS, as by a kernel that does not know it.
+    Unknown,
 }
 
 /// A condition on one argument, of which the lower 32 bits count.
@@ -38,11 +49,23 @@ pub(super) enum When {
 }
 
 const fn any(number: c_long) -> Rule {
-    Rule { number, when: &[] }
+    only(number, &[])
 }
 
 const fn only(number: c_long, when: &'static [When]) -> Rule {
-    Rule { number, when }
+    Rule {
+        number,
+        when,
+        answer: Answer::Allowed,
+    }
+}
+
+const fn unknown(number: c_long) -> Rule {
+    Rule {
+        number,
+        when: &[],
+        answer: Answer::Unknown,
+    }
 }
 
 /// Memory may be mapped, but nothing that can be executed.
@@ -246,9 +269,8 @@ pub(super) const FILES: &[Rule] = &[
     any(libc::SYS_inotify_rm_watch),
 ];
 
-/// Threads that start threads of their own kind, which inherit all of this. The
-/// filter `filter.rs` puts beside refuses clone3, whose flags cannot be seen; then
-/// the C library uses clone.
+/// Threads that start threads of their own kind, which inherit all of this. The flags of
+/// clone3 cannot be seen; without it the C library uses clone.
 pub(super) const THREADS: &[Rule] = &[
     only(
         libc::SYS_clone,
@@ -269,7 +291,7 @@ pub(super) const THREADS: &[Rule] = &[
             value: (libc::CLONE_THREAD | libc::CLONE_VM | libc::CLONE_SIGHAND).cast_unsigned(),
         }],
     ),
-    any(libc::SYS_clone3),
+    unknown(libc::SYS_clone3),
     // A working directory and an umask of their own.
     only(
         libc::SYS_unshare,

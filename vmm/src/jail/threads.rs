@@ -102,12 +102,6 @@ impl ThreadKind {
         }
     }
 
-    /// Whether it may start threads of its kind, which inherit all of this.
-    #[must_use]
-    pub fn starts_threads(self) -> bool {
-        self == ThreadKind::Files
-    }
-
     /// The system calls that it may make. Any other ends the process.
     pub(super) fn system_calls(self) -> Vec<Rule> {
         let own: &[&[Rule]] = match self {
