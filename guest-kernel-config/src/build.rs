@@ -36,6 +36,19 @@ pub(crate) const DRIVER: &[(&str, &str)] = &[
     ),
 ];
 
+/// Name and content of each patch: what makes a boot shorter and no option can do. The
+/// first line says what for. None is needed.
+pub(crate) const PATCHES: &[(&str, &str)] = &[
+    (
+        "params-without-uevents.patch",
+        include_str!("../patches/params-without-uevents.patch"),
+    ),
+    (
+        "slab-without-sysfs.patch",
+        include_str!("../patches/slab-without-sysfs.patch"),
+    ),
+];
+
 /// Files that a build compiles, about: the full length of the progress bar.
 const OBJECTS: u64 = 1_380;
 
@@ -65,6 +78,31 @@ pub(crate) fn toolchain() -> Result<BTreeMap<String, String>> {
         Ok((program.to_owned(), line.to_owned()))
     };
     ["gcc", "ld"].into_iter().map(version).collect()
+}
+
+/// Applies the patches to `tree`, one by one and to the letter; the names of those that do
+/// not fit this version of the source.
+pub(crate) fn patch(tree: &Tree) -> Result<Vec<&'static str>> {
+    let mut unfit = Vec::new();
+    for (name, text) in PATCHES {
+        let file = tree.path.join("bulkhead.patch");
+        write(&file, text)?;
+        let apply = |arguments: &[&str]| {
+            let mut patch = clean("patch");
+            patch
+                .current_dir(&tree.path)
+                .args(["--strip=1", "--batch", "--forward", "--fuzz=0", "--silent"])
+                .args(arguments)
+                .args(["--input", "bulkhead.patch"]);
+            output(&mut patch)
+        };
+        // A trial first: one that fails half-way would leave half of it.
+        match apply(&["--dry-run"]) {
+            Ok(_) => drop(apply(&[])?),
+            Err(_) => unfit.push(*name),
+        }
+    }
+    Ok(unfit)
 }
 
 /// Puts driver and configuration into `tree`; make's output goes to `log`. What
@@ -215,6 +253,47 @@ mod tests {
             fs::read_to_string(virt.join("Makefile")).unwrap(),
             "obj-y += coco/\nobj-y += bulkhead/\n"
         );
+    }
+
+    /// A tree with the lines that the patches look for, and some before them.
+    fn tree(path: &Path) -> Tree {
+        for (_, text) in PATCHES {
+            let (_, body) = text.split_once("\n+++ b/").unwrap();
+            let (file, hunks) = body.split_once('\n').unwrap();
+            let old = hunks
+                .lines()
+                .filter_map(|line| line.strip_prefix([' ', '-']));
+            let old: Vec<&str> = ["/* first */"; 9].into_iter().chain(old).collect();
+            let file = path.join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            write(&file, &(old.join("\n") + "\n")).unwrap();
+        }
+        Tree {
+            path: path.to_owned(),
+            date: 0,
+            date_text: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_patch_is_applied_where_its_lines_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = tree(dir.path());
+        assert_eq!(patch(&tree).unwrap(), [""; 0]);
+        let slab = fs::read_to_string(dir.path().join("mm/slab.h")).unwrap();
+        assert!(slab.contains("defined(CONFIG_SYSFS) && defined(CONFIG_SLUB_DEBUG)"));
+        assert!(!slab.contains("CONFIG_SLUB_TINY"));
+    }
+
+    #[test]
+    fn a_patch_that_does_not_fit_is_named_and_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = tree(dir.path());
+        let slab = dir.path().join("mm/slab.h");
+        let other = fs::read_to_string(&slab).unwrap().replace("TINY", "SMALL");
+        write(&slab, &other).unwrap();
+        assert_eq!(patch(&tree).unwrap(), ["slab-without-sysfs.patch"]);
+        assert_eq!(fs::read_to_string(&slab).unwrap(), other);
     }
 
     #[test]

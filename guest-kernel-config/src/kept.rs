@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The *inputs* are what this folder and this machine decide: fragments,
-//! driver, compiler, the steps of the build. The *key* adds the version of the
+//! driver, patches, compiler, the steps of the build. The *key* adds the version of the
 //! source, which only the archive knows.
 
 use std::collections::BTreeMap;
@@ -49,7 +49,8 @@ pub(crate) fn inputs(toolchain: &BTreeMap<String, String>) -> String {
     let versions = toolchain.values().map(|version| format!("{version}\n"));
     let versions: String = versions.collect();
     let mut parts = vec![build::RECIPE, &versions];
-    for (name, text) in fragments::FRAGMENTS.iter().chain(build::DRIVER) {
+    let texts = fragments::FRAGMENTS.iter().chain(build::DRIVER);
+    for (name, text) in texts.chain(build::PATCHES) {
         parts.extend([name, text]);
     }
     cache::key(parts)

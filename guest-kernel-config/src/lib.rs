@@ -49,6 +49,7 @@ pub const PACKAGES: &[&str] = &[
     "libc6-dev",
     "libelf-dev",
     "make",
+    "patch",
     "tar",
     "xz-utils",
 ];
@@ -80,7 +81,7 @@ pub struct Kernel {
     pub notes: Vec<String>,
 }
 
-/// The guest kernel for the present fragments, driver and compiler: out of the
+/// The guest kernel for the present fragments, driver, patches and compiler: out of the
 /// `cache`, or built now, which takes minutes.
 ///
 /// # Errors
@@ -110,6 +111,7 @@ pub fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Kernel> {
             // 2 GiB of sources and objects.
             let tree = package.unpack(work)?;
             progress.step("Configuring the guest kernel");
+            let unfit = build::patch(&tree)?;
             let lacks = build::configure(&tree, &log)?;
             let wished;
             (required, wished) = lacks.into_iter().partition(|lack| lack.required);
@@ -119,8 +121,11 @@ pub fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Kernel> {
             went_in.insert(source::PACKAGE.to_owned(), package.version.clone());
             let wished: Vec<Lack> = wished;
             let wished = wished.iter().map(|lack| format!("A wish: {lack}"));
-            let notes = package.note().into_iter().chain(wished).collect();
-            kept::keep(entry, &built, went_in, notes)
+            let unfit = unfit
+                .iter()
+                .map(|name| format!("The patch {name} does not fit: boots take longer"));
+            let notes = package.note().into_iter().chain(wished).chain(unfit);
+            kept::keep(entry, &built, went_in, notes.collect())
         });
         match entry {
             Ok(entry) => {
