@@ -177,7 +177,8 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(value)
 }
 
-/// Puts the initramfs at the end of the RAM below the hole.
+/// Puts the initramfs behind the kernel, in the RAM below the hole: so it shares a huge
+/// page, which the host must clear first, with the kernel's end.
 fn load_initramfs(
     memory: &GuestMemoryMmap,
     memory_mib: u32,
@@ -195,8 +196,10 @@ fn load_initramfs(
     let size = file.metadata().map_err(read)?.len();
     let top = (u64::from(memory_mib) << 20).min(memory::HOLE_START);
     // A page boundary, so that the guest can free its pages afterwards.
-    let address = top.checked_sub(size).ok_or_else(room)? & !0xfff;
-    if address < kernel_end {
+    let address = kernel_end
+        .checked_next_multiple_of(0x1000)
+        .ok_or_else(room)?;
+    if address.checked_add(size).is_none_or(|end| end > top) {
         return Err(room());
     }
     copy(memory, file, 0, address, size).map_err(read)?;
@@ -294,16 +297,20 @@ mod tests {
     }
 
     #[test]
-    fn the_initramfs_lies_at_the_end_and_not_over_the_kernel() {
+    fn the_initramfs_lies_behind_the_kernel_and_within_ram() {
         let memory = memory::map(32).unwrap();
         let image = file(&[7; 5000]);
-        let placed = load_initramfs(&memory, 32, BASE, &image).unwrap();
-        assert_eq!(placed.address, (32 << 20) - 0x2000);
+        let placed = load_initramfs(&memory, 32, BASE + 1, &image).unwrap();
+        assert_eq!(placed.address, u32::try_from(BASE).unwrap() + 0x1000);
         assert_eq!(placed.size, 5000);
-        let error = load_initramfs(&memory, 32, (32 << 20) - 0x1000, &image).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "The initramfs does not fit into 32 MiB of guest memory"
-        );
+        let last = (32 << 20) - 0x2000;
+        assert!(load_initramfs(&memory, 32, last, &image).is_ok());
+        for end in [last + 1, u64::MAX] {
+            let error = load_initramfs(&memory, 32, end, &image).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                "The initramfs does not fit into 32 MiB of guest memory"
+            );
+        }
     }
 }
