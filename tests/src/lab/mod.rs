@@ -5,7 +5,7 @@
 //! hardware, and never knows.
 //!
 //! ```text
-//! debootstrap ─► root.qcow2 ─► booted once; containerd of a pinned
+//! mmdebstrap  ─► root.qcow2 ─► booted once; containerd of a pinned
 //!                              version, images imported ─► state + disk.qcow2   (cache)
 //!                                                                   │ restored for each call
 //! binaries ─► mke2fs -d ─► second disk ────────────────────────► Session ─► jobs
@@ -34,6 +34,7 @@ mod root;
 mod saved;
 mod session;
 mod store;
+mod system;
 mod terminal;
 
 pub use accelerator::Accelerator;
