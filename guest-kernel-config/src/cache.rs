@@ -142,7 +142,7 @@ impl Cache {
                 }
                 Err(other) => {
                     drop(locked);
-                    progress.step(&format!("Waiting for another process that makes {kind}"));
+                    progress.step(&format!("Waiting for {kind}, which is being made"));
                     other.lock_shared().context("Cannot wait for an entry")?;
                 }
             }
@@ -579,7 +579,7 @@ mod tests {
                     )
                 }));
                 let said = waiting.recv_timeout(Duration::from_secs(60)).unwrap();
-                assert_eq!(said, "Waiting for another process that makes kind");
+                assert_eq!(said, "Waiting for kind, which is being made");
                 make("one")(path, work)
             });
             assert_eq!(read(&first.unwrap()), "one");

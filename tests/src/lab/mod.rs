@@ -21,6 +21,7 @@
 //! matter ([`packages`]), everything made here lies below the cache directory.
 
 mod accelerator;
+mod ahead;
 mod disk;
 mod emulator;
 mod image;
@@ -38,6 +39,7 @@ mod system;
 mod terminal;
 
 pub use accelerator::Accelerator;
+pub use ahead::begin;
 pub use bulkhead_guest_kernel::cache;
 pub use disk::Contents;
 pub use image::{Image, images};
