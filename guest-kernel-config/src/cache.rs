@@ -145,7 +145,7 @@ impl Cache {
                 }
                 Err(other) => {
                     drop(locked);
-                    progress.step(&format!("Waiting for another process that makes {kind}"));
+                    progress.step(&format!("Waiting for {kind}, which is being made"));
                     other.lock_shared().context("Cannot wait for an entry")?;
                 }
             }

@@ -44,7 +44,7 @@ pub fn clean(program: &str) -> Command {
             command.env(name, value);
         }
     }
-    // A user's own PATH may lack the places of mke2fs and debootstrap.
+    // A user's own PATH may lack the places of mke2fs and depmod.
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
     command

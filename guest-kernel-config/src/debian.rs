@@ -50,6 +50,38 @@ pub fn compare(one: &str, other: &str) -> Result<Ordering> {
     Ok(Ordering::Greater)
 }
 
+/// How the names of apt's settings begin that decide how a mirror is reached and by
+/// which clock it is judged; no other ones may reach into a system that is made.
+const ACCESS: [&str; 7] = [
+    "Acquire::http::",
+    "Acquire::https::",
+    "Acquire::Check-Date ",
+    "Acquire::Check-Valid-Until ",
+    "Acquire::ForceIPv4 ",
+    "Acquire::ForceIPv6 ",
+    "Acquire::Retries ",
+];
+
+/// This machine's settings of how apt reaches a mirror, for an apt that does not read
+/// them: proxies, certificates.
+///
+/// # Errors
+///
+/// apt cannot be asked.
+pub fn access() -> Result<Vec<String>> {
+    let settings = output(clean("apt-config").arg("dump"))?;
+    Ok(about_access(&settings))
+}
+
+/// The settings of that kind among lines of `NAME "VALUE";`.
+fn about_access(settings: &str) -> Vec<String> {
+    settings
+        .lines()
+        .filter(|line| ACCESS.iter().any(|name| line.starts_with(name)))
+        .map(str::to_owned)
+        .collect()
+}
+
 /// A Debian mirror.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mirror {
@@ -285,6 +317,22 @@ mod tests {
         let mirror = Mirror::at("http://two.example/pub/debian/");
         assert_eq!(Mirror::among(targets), Some(mirror));
         assert_eq!(Mirror::among("main http://mirror.example/ubuntu/\n"), None);
+    }
+
+    #[test]
+    fn a_system_is_fetched_as_this_machine_fetches_and_no_less_checked() {
+        let settings = "Acquire \"\";\nAcquire::AllowInsecureRepositories \"1\";\n\
+                        Acquire::http::Proxy \"http://one.example:3128\";\n\
+                        Acquire::Check-Valid-Until \"false\";\nAcquire::Languages:: \"de\";\n\
+                        Acquire::https::CAInfo \"/etc/ssl/own.pem\";\nDPkg::Post-Invoke:: \"x\";\n";
+        assert_eq!(
+            about_access(settings),
+            [
+                "Acquire::http::Proxy \"http://one.example:3128\";",
+                "Acquire::Check-Valid-Until \"false\";",
+                "Acquire::https::CAInfo \"/etc/ssl/own.pem\";"
+            ]
+        );
     }
 
     #[test]

@@ -11,10 +11,10 @@ use bulkhead_tests::DEBIAN;
 use bulkhead_tests::lab::cache::{self, Cache};
 use bulkhead_tests::lab::{
     Accelerator, Clock, Contents, Exit, Image, Job, Lab as LabHost, Programs, Session, Store,
-    images, programs,
+    begin, images, programs,
 };
 
-use crate::progress::Bar;
+use crate::progress::{Bar, Quiet};
 use crate::{build, packages};
 
 /// How many lab hosts a benchmark may lose.
@@ -142,8 +142,10 @@ fn accelerator(program: &Path) -> Result<Accelerator> {
     Ok(Accelerator::of_this_machine(&report.stdout))
 }
 
-/// Builds everything and lays it out as it is installed, below the target directory.
+/// Builds everything and lays it out as it is installed, below the target directory. What
+/// it will run in is begun meanwhile.
 pub(crate) fn prefix(progress: &dyn Progress) -> Result<PathBuf> {
+    begin(&Cache::of_this_user()?, Quiet)?;
     let product = build::product(progress)?;
     let prefix = install_dir();
     build::copy_into(&product, &prefix)?;

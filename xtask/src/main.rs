@@ -86,6 +86,8 @@ enum Task {
 }
 
 fn main() -> ExitCode {
+    // Images and disks have the modes of the files that they are made of.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     match run(Arguments::parse().command) {
         Ok(code) => code,
         Err(error) => {

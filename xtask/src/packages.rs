@@ -18,7 +18,9 @@ pub(crate) fn ensure_installed(progress: &dyn Progress) -> Result<()> {
     }
     let list = missing.join(" ");
     if !rustix::process::geteuid().is_root() {
-        bail!("Some Debian packages are missing; install them:\n  apt-get install {list}");
+        bail!(
+            "Some Debian packages are missing; install them:\n  apt-get install --no-install-recommends {list}"
+        );
     }
     progress.step(&format!("Installing Debian packages: {list}"));
     apt(&["update"])?;

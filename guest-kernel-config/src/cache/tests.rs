@@ -149,7 +149,7 @@ fn one_makes_an_entry_and_others_wait_for_it() {
                 )
             }));
             let said = waiting.recv_timeout(Duration::from_secs(60)).unwrap();
-            assert_eq!(said, "Waiting for another process that makes kind");
+            assert_eq!(said, "Waiting for kind, which is being made");
             make("one")(path, work)
         });
         assert_eq!(read(&first.unwrap()), "one");

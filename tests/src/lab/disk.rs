@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::system::as_root;
 use bulkhead_guest_kernel::command::{clean, output};
 
 /// Size in MiB. It must be the same when the machine is saved and when it is
@@ -86,7 +87,7 @@ impl Contents {
             fs::set_permissions(&path, fs::Permissions::from_mode(*mode))?;
         }
         output(
-            clean("mke2fs")
+            as_root("mke2fs")
                 .args(["-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0"])
                 .args(["-E", "root_owner=0:0,lazy_itable_init=1"])
                 .arg("-d")

@@ -4,19 +4,19 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use bulkhead_guest_kernel::Progress;
 use bulkhead_guest_kernel::debian::{Apt, Mirror};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::packages::{BUSYBOX, BUSYBOX_IMAGE, DEBIAN, STABLE};
-use super::root::{PACKAGES, debootstrap, list_packages};
+use super::system::{self, PACKAGES};
 use bulkhead_guest_kernel::cache::{self, Cache, Entry, sha256_of};
 use bulkhead_guest_kernel::command::{clean, output};
 
 /// Changes whenever a step below does.
-const RECIPE: &str = "2";
+const RECIPE: &str = "3";
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -69,7 +69,7 @@ pub(crate) fn find(cache: &Cache) -> Result<Vec<(&'static str, Option<Entry>)>> 
 ///
 /// # Errors
 ///
-/// A package is missing or cannot be fetched, or root's rights are.
+/// A package cannot be fetched, or this user cannot install a Debian system.
 pub fn images(cache: &Cache, progress: &dyn Progress) -> Result<Vec<Image>> {
     let (kind, key) = busybox_name();
     let busybox = cache.entry(kind, &key, progress, |entry, work| {
@@ -78,11 +78,7 @@ pub fn images(cache: &Cache, progress: &dyn Progress) -> Result<Vec<Image>> {
     })?;
     let (kind, key) = debian_name();
     let debian = cache.entry(kind, &key, progress, |entry, work| {
-        ensure!(
-            rustix::process::geteuid().is_root(),
-            "The Debian image is made by debootstrap, which needs root: run this once as root"
-        );
-        progress.step("Making the Debian image (debootstrap)");
+        progress.step("Making the Debian image");
         make_debian(entry, work, &cache.path().join("image-debian.log"))
     })?;
     Ok(vec![
@@ -128,8 +124,18 @@ fn make_busybox(entry: &Path, work: &Path) -> Result<()> {
     for applet in applets.lines().filter(|name| *name != "busybox") {
         symlink("busybox", tree.join("bin").join(applet))?;
     }
+    let layer = work.join("layer.tar");
+    output(
+        clean("tar")
+            .args(["--sort=name", "--mtime=@0"])
+            .args(["--numeric-owner", "--owner=0", "--group=0", "-C"])
+            .arg(tree)
+            .arg("-cf")
+            .arg(&layer)
+            .arg("."),
+    )?;
     write_layout(
-        &tree,
+        &layer,
         &entry.join("layout"),
         "busybox",
         &json!({"Env": [PATH], "Cmd": ["sh"]}),
@@ -137,40 +143,24 @@ fn make_busybox(entry: &Path, work: &Path) -> Result<()> {
 }
 
 fn make_debian(entry: &Path, work: &Path, log: &Path) -> Result<()> {
-    let tree = work.join("tree");
-    debootstrap(&Mirror::of_this_machine()?, STABLE, DEBIAN, &tree, log)?;
-    list_packages(&tree, "", &entry.join(PACKAGES))?;
+    let layer = work.join("layer.tar");
+    system::install(&Mirror::of_this_machine()?, STABLE, DEBIAN, &layer, log)?;
+    system::list_packages(&layer, "", work, &entry.join(PACKAGES))?;
     write_layout(
-        &tree,
+        &layer,
         &entry.join("layout"),
         "debian",
         &json!({"Env": [PATH], "Cmd": ["bash"]}),
     )
 }
 
-/// Writes an image of one uncompressed layer.
-fn write_layout(tree: &Path, layout: &Path, name: &str, process: &Value) -> Result<()> {
+/// Writes an image whose one layer is the file `layer`, which is moved into it.
+fn write_layout(layer: &Path, layout: &Path, name: &str, process: &Value) -> Result<()> {
     let blobs = layout.join("blobs/sha256");
     fs::create_dir_all(&blobs)?;
-    let layer = blobs.join("layer");
-    output(
-        clean("tar")
-            .args([
-                "--sort=name",
-                "--mtime=@0",
-                "--numeric-owner",
-                "--xattrs",
-                "--xattrs-include=*",
-                "-C",
-            ])
-            .arg(tree)
-            .arg("-cf")
-            .arg(&layer)
-            .arg("."),
-    )?;
-    let digest = sha256_of(&layer)?;
-    let size = fs::metadata(&layer)?.len();
-    fs::rename(&layer, blobs.join(&digest))?;
+    let digest = sha256_of(layer)?;
+    let size = fs::metadata(layer)?.len();
+    fs::rename(layer, blobs.join(&digest))?;
     let put = |value: &Value| -> Result<Value> {
         let bytes = serde_json::to_vec(value)?;
         let digest = hex::encode(Sha256::digest(&bytes));

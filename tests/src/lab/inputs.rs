@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use bulkhead_guest_kernel::debian::{Apt, Mirror};
 
 use super::packages::STABLE;
-use super::root::PACKAGES;
+use super::system::PACKAGES;
 use super::{image, programs, root};
 use bulkhead_guest_kernel::cache::{Cache, Entry};
 

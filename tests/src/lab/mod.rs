@@ -5,7 +5,7 @@
 //! hardware, and never knows.
 //!
 //! ```text
-//! debootstrap ─► root.qcow2 ─► booted once; containerd of a pinned
+//! mmdebstrap  ─► root.qcow2 ─► booted once; containerd of a pinned
 //!                              version, images imported ─► state + disk.qcow2   (cache)
 //!                                                                   │ restored for each call
 //! binaries ─► mke2fs -d ─► second disk ────────────────────────► Session ─► jobs
@@ -21,6 +21,7 @@
 //! matter ([`packages`]), everything made here lies below the cache directory.
 
 mod accelerator;
+mod ahead;
 mod disk;
 mod emulator;
 mod image;
@@ -34,9 +35,11 @@ mod root;
 mod saved;
 mod session;
 mod store;
+mod system;
 mod terminal;
 
 pub use accelerator::Accelerator;
+pub use ahead::begin;
 pub use bulkhead_guest_kernel::cache;
 pub use disk::Contents;
 pub use image::{Image, images};

@@ -7,10 +7,13 @@ pub const MACHINE: &[&str] = &[
     "busybox",                // what the agent's tests run in their containers
     "cpio",                   // the lab host's initial file system
     "debian-archive-keyring", // signatures of all that follows
-    "debootstrap",            // root file systems
     "e2fsprogs",              // mke2fs -d: disks without mounting
+    "fakeroot",               // right owners on disks that a user packs
+    "kmod",                   // depmod: the lab host's modules
+    "mmdebstrap",             // Debian systems, for root and users
     "qemu-system-x86",        // the emulated processor with SVM
     "qemu-utils",             // qemu-img: overlays
+    "uidmap",                 // users make systems in namespaces
 ];
 
 /// The suite of the lab host, its kernel and the images: Debian's stable one, which

@@ -1,23 +1,24 @@
 //! The lab host's root disk, with kernel and initial file system.
 //!
-//! Made in a directory by debootstrap, without mounting anything, and packed by
-//! `mke2fs -d`. Debian's signatures are checked.
+//! A Debian system and what is ours, laid over each other and packed by `mke2fs -d`:
+//! nothing is mounted, and nobody has to be root.
 
+use std::fmt::Write;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use bulkhead_guest_kernel::Progress;
-use bulkhead_guest_kernel::debian::{Apt, Mirror, keyring};
+use bulkhead_guest_kernel::debian::{Apt, Mirror};
 
 use super::packages::{BUSYBOX, LAB_HOST, LAB_KERNEL, MODULES, STABLE};
+use super::system::{self, PACKAGES, as_root};
 use bulkhead_guest_kernel::cache::{self, Cache, Entry};
-use bulkhead_guest_kernel::command::{clean, limited, logged, output, output_bytes};
+use bulkhead_guest_kernel::command::{clean, output, output_bytes};
 
 /// Changes whenever a step below does.
-const RECIPE: &str = "2";
+const RECIPE: &str = "3";
 
 /// Largest size of the root file system in MiB; the disk file is sparse.
 const SIZE_MIB: u32 = 24 * 1024;
@@ -29,11 +30,22 @@ pub(crate) const KERNEL: &str = "vmlinuz";
 /// The initial file system of the kernel.
 pub(crate) const INITRD: &str = "initrd";
 
-/// How long installing a system may take.
-const DEBOOTSTRAP_DEADLINE: Duration = Duration::from_secs(2400);
+/// While it is made: the archive of Debian's system, and the tree of what is laid over it.
+const BASE: &str = "base.tar";
+const OURS: &str = "ours";
 
-/// In an entry made from Debian packages: their names and versions.
-pub(crate) const PACKAGES: &str = "packages";
+/// Lays one over the other, where owners are as they should be, and packs it. The first
+/// argument is the size.
+const PACK: &str = "
+mkdir root
+tar -C root --numeric-owner -xpf base.tar
+tar -C ours --owner=0 --group=0 -cf ours.tar .
+tar -C root --no-overwrite-dir -xpf ours.tar
+mke2fs -q -t ext4 -O ^has_journal -d root root.img \"$1\"
+";
+
+/// How the names of attributes begin in an archive.
+const ATTRIBUTE: &str = "SCHILY.xattr.";
 
 /// Where a kernel's modules lie, in its package and in the lab host.
 const MODULES_DIRECTORY: &str = "usr/lib/modules";
@@ -117,107 +129,42 @@ pub(crate) fn find(cache: &Cache) -> Result<Option<Entry>> {
 }
 
 /// The root disk for the present lists and files: out of the cache, or made
-/// now, which takes minutes and root's rights.
+/// now, which takes minutes.
 pub(crate) fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Entry> {
     let (kind, key) = name();
     cache.entry(kind, &key, progress, |entry, work| {
-        ensure!(
-            rustix::process::geteuid().is_root(),
-            "The lab host is made by debootstrap, which needs root: run this once as root"
-        );
         make(cache, entry, work, progress)
     })
 }
 
 fn make(cache: &Cache, entry: &Path, work: &Path, progress: &dyn Progress) -> Result<()> {
-    let root = work.join("root");
     let mirror = Mirror::of_this_machine()?;
-    progress.step("Installing the lab host's system (debootstrap)");
-    debootstrap(
-        &mirror,
-        STABLE,
-        LAB_HOST,
-        &root,
-        &cache.path().join("lab-root.log"),
-    )?;
+    progress.step("Installing the lab host's system");
+    let base = work.join(BASE);
+    let log = cache.path().join("lab-root.log");
+    system::install(&mirror, STABLE, LAB_HOST, &base, &log)?;
     progress.step("Installing the lab host's kernel");
-    let (package, version) = kernel(&mirror, work, &root, entry)?;
-    list_packages(&root, &package, &entry.join(PACKAGES))?;
-    settle(&root)?;
-    initrd(&root, &version, work, &entry.join(INITRD))?;
+    let ours = work.join(OURS);
+    settle(&ours)?;
+    let (package, version) = kernel(&mirror, work, &ours, entry)?;
+    system::list_packages(&base, &package, work, &entry.join(PACKAGES))?;
+    let modules = ours.join(MODULES_DIRECTORY).join(&version);
+    initrd(&base, &modules, work, &entry.join(INITRD))?;
     progress.step("Packing the lab host's disk");
-    let raw = work.join("root.img");
-    output(
-        clean("mke2fs")
-            .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])
-            .arg(&root)
-            .arg(&raw)
-            .arg(format!("{SIZE_MIB}M")),
-    )?;
+    let raw = pack(work, SIZE_MIB)?;
+    set_attributes(work, &raw)?;
     output(
         clean("qemu-img")
             .args(["convert", "-O", "qcow2"])
-            .arg(&raw)
+            .arg(raw)
             .arg(entry.join(DISK)),
     )?;
     Ok(())
 }
 
-/// Installs the minimal system of `suite` and `packages` in the directory `root`.
-pub(crate) fn debootstrap(
-    mirror: &Mirror,
-    suite: &str,
-    packages: &[&str],
-    root: &Path,
-    log: &Path,
-) -> Result<()> {
-    // An older debootstrap knows no newer suite by name; all are made alike.
-    logged(
-        limited("debootstrap", DEBOOTSTRAP_DEADLINE)
-            .args(["--variant=minbase", "--force-check-gpg"])
-            .arg(format!("--keyring={}", keyring()?))
-            .arg(format!("--include={}", packages.join(",")))
-            .arg(suite)
-            .arg(root)
-            .args([mirror.uri(), "/usr/share/debootstrap/scripts/sid"]),
-        log,
-    )?;
-    // Nobody reads these here; they are a tenth of the size.
-    for folder in [
-        "usr/share/doc",
-        "usr/share/man",
-        "usr/share/locale",
-        "usr/share/info",
-        "var/lib/apt/lists",
-        "var/cache/apt",
-    ] {
-        let path = root.join(folder);
-        if path.exists() {
-            fs::remove_dir_all(&path)?;
-            fs::create_dir(&path)?;
-        }
-    }
-    Ok(())
-}
-
-/// Lists the packages that are installed in `root`, and `more`, in the file `out`:
-/// a name and a version a line.
-pub(crate) fn list_packages(root: &Path, more: &str, out: &Path) -> Result<()> {
-    let mut list = output(
-        clean("dpkg-query")
-            .arg(format!(
-                "--admindir={}",
-                root.join("var/lib/dpkg").display()
-            ))
-            .args(["--show", "--showformat", "${Package} ${Version}\n"]),
-    )?;
-    list.push_str(more);
-    fs::write(out, list).with_context(|| format!("Cannot write {}", out.display()))
-}
-
-/// Installs the kernel's modules in `root`, and its image in `entry`: the package with its
+/// Installs the kernel's modules in `ours`, and its image in `entry`: the package with its
 /// version, as a line, and the version that the kernel has itself.
-fn kernel(mirror: &Mirror, work: &Path, root: &Path, entry: &Path) -> Result<(String, String)> {
+fn kernel(mirror: &Mirror, work: &Path, ours: &Path, entry: &Path) -> Result<(String, String)> {
     let apt = Apt::new(&work.join("apt"), mirror, STABLE)?;
     let line = format!("{LAB_KERNEL} {}\n", apt.candidate(LAB_KERNEL)?);
     let package = apt.download(&apt.stands_for(LAB_KERNEL)?)?;
@@ -236,64 +183,105 @@ fn kernel(mirror: &Mirror, work: &Path, root: &Path, entry: &Path) -> Result<(St
         entry.join(KERNEL),
     )
     .context("The kernel package has no kernel")?;
-    output(
-        clean("cp")
-            .arg("-a")
-            .arg(&modules)
-            .arg(root.join("usr/lib/")),
-    )?;
-    output(clean("chroot").arg(root).args(["depmod", &version]))?;
+    // depmod looks in /lib, which is a part of /usr.
+    let lib = unpacked.join("lib");
+    if !lib.exists() {
+        symlink("usr/lib", &lib)?;
+    }
+    output(clean("depmod").arg("-b").arg(&unpacked).arg(&version))?;
+    let to = ours.join(MODULES_DIRECTORY);
+    fs::create_dir_all(ours.join("usr/lib"))?;
+    fs::rename(&modules, &to).with_context(|| format!("Cannot make {}", to.display()))?;
     Ok((line, version))
 }
 
-/// Writes our files and says which units run.
-fn settle(root: &Path) -> Result<()> {
-    for (path, mode, content) in FILES {
-        let path = root.join(path);
+/// Writes our files in `ours` and says which units run.
+fn settle(ours: &Path) -> Result<()> {
+    let modules = MODULES.join("\n") + "\n";
+    let lists = [
+        ("etc/modules-load.d/lab.conf", 0o644, modules.as_str()),
+        // An unset machine id would make the first boot a long one.
+        (
+            "etc/machine-id",
+            0o444,
+            "6c61620000000000000000000000a11b\n",
+        ),
+    ];
+    for (path, mode, content) in FILES.iter().chain(&lists) {
+        let path = ours.join(path);
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder)?;
         }
         fs::write(&path, content).with_context(|| format!("Cannot write {}", path.display()))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(*mode))?;
     }
-    fs::write(
-        root.join("etc/modules-load.d/lab.conf"),
-        MODULES.join("\n") + "\n",
-    )?;
-    fs::create_dir_all(root.join("lab"))?;
-    let wants = root.join("etc/systemd/system/multi-user.target.wants");
+    fs::create_dir_all(ours.join("lab"))?;
+    let wants = ours.join("etc/systemd/system/multi-user.target.wants");
     fs::create_dir_all(&wants)?;
     for unit in ["containerd.service", "lab-wait.service"] {
         symlink(format!("../{unit}"), wants.join(unit))?;
     }
     for unit in MASKED {
-        let path = root.join("etc/systemd/system").join(unit);
-        if path.is_symlink() {
-            fs::remove_file(&path)?;
-        }
-        symlink("/dev/null", path)?;
+        symlink("/dev/null", ours.join("etc/systemd/system").join(unit))?;
     }
-    // An unset machine id would make the first boot a long one.
-    fs::write(
-        root.join("etc/machine-id"),
-        "6c61620000000000000000000000a11b\n",
+    Ok(())
+}
+
+/// Packs what lies in `work` as a disk of this size, and says where it is.
+fn pack(work: &Path, size_mib: u32) -> Result<PathBuf> {
+    output(
+        as_root("sh")
+            .current_dir(work)
+            .args(["-euc", PACK, "sh", &format!("{size_mib}M")]),
+    )?;
+    Ok(work.join("root.img"))
+}
+
+/// Sets the attributes, capabilities among them, that files have in the archive in `work`
+/// on the disk made from it: fakeroot takes a file that tar makes with some for no file.
+fn set_attributes(work: &Path, disk: &Path) -> Result<()> {
+    let mut commands = String::new();
+    let mut values = 0;
+    let mut archive = tar::Archive::new(fs::File::open(work.join(BASE))?);
+    for entry in archive.entries_with_seek()? {
+        let mut entry = entry?;
+        let path = entry.path()?.into_owned();
+        for extension in entry.pax_extensions()?.into_iter().flatten() {
+            let extension = extension?;
+            let Some(name) = extension.key()?.strip_prefix(ATTRIBUTE) else {
+                continue;
+            };
+            values += 1;
+            let value = format!("value-{values}");
+            fs::write(work.join(&value), extension.value_bytes())?;
+            let path = path.display();
+            writeln!(commands, "ea_set -f {value} \"/{path}\" {name}")?;
+        }
+    }
+    fs::write(work.join("commands"), commands)?;
+    output(
+        clean("debugfs")
+            .current_dir(work)
+            .args(["-w", "-f", "commands"])
+            .arg(disk),
     )?;
     Ok(())
 }
 
-/// Packs busybox and the modules of the disk: the kernel's initial file system.
-fn initrd(root: &Path, version: &str, work: &Path, out: &Path) -> Result<()> {
+/// Packs busybox, of the system in `base`, and the disk's drivers among `modules`: the
+/// kernel's initial file system.
+fn initrd(base: &Path, modules: &Path, work: &Path, out: &Path) -> Result<()> {
     let tree = work.join("initrd");
     for folder in ["bin", "dev", "modules", "root"] {
         fs::create_dir_all(tree.join(folder))?;
     }
-    fs::copy(root.join(BUSYBOX), tree.join("bin/busybox"))
-        .with_context(|| format!("The lab host has no {BUSYBOX}"))?;
+    let busybox = tree.join("bin/busybox");
+    system::unpack(base, &format!("./{BUSYBOX}"), &busybox)?;
     let init = tree.join("init");
     fs::write(&init, include_str!("guest/init"))?;
-    fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
-
-    let modules = root.join(MODULES_DIRECTORY).join(version);
+    for program in [busybox, init] {
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    }
     let dependencies = fs::read_to_string(modules.join("modules.dep"))?;
     let built_in = fs::read_to_string(modules.join("modules.builtin"))?;
     let mut order: Vec<String> = Vec::new();
@@ -312,7 +300,7 @@ fn initrd(root: &Path, version: &str, work: &Path, out: &Path) -> Result<()> {
         }
     }
     fs::write(tree.join("modules/order"), order.join("\n") + "\n")?;
-    pack(&tree, out)
+    pack_initrd(&tree, out)
 }
 
 /// The module in the file `path`, which Debian may have compressed.
@@ -324,7 +312,7 @@ fn module_at(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Packs the directory `tree` as a cpio archive.
-fn pack(tree: &Path, out: &Path) -> Result<()> {
+fn pack_initrd(tree: &Path, out: &Path) -> Result<()> {
     let mut command = clean("sh");
     command
         .current_dir(tree)
@@ -367,7 +355,72 @@ pub(crate) fn paths(entry: &Entry) -> [PathBuf; 3] {
 
 #[cfg(test)]
 mod tests {
+    use tar::{EntryType, Header};
+
     use super::*;
+
+    #[test]
+    fn whoever_packs_a_disk_its_files_are_as_in_the_archive() {
+        let work = tempfile::tempdir().unwrap();
+        let ours = work.path().join(OURS);
+        fs::create_dir_all(ours.join("home")).unwrap();
+        fs::write(ours.join("home/own"), "own").unwrap();
+        let mut archive = tar::Builder::new(fs::File::create(work.path().join(BASE)).unwrap());
+        let mut add = |name: &str, kind: EntryType, mode: u32, owner: u64| {
+            let mut header = Header::new_ustar();
+            header.set_entry_type(kind);
+            header.set_mode(mode);
+            header.set_uid(owner);
+            header.set_gid(owner);
+            header.set_size(0);
+            header.set_device_major(1).unwrap();
+            header.set_device_minor(3).unwrap();
+            archive.append_data(&mut header, name, &[][..]).unwrap();
+        };
+        add("home", EntryType::Directory, 0o700, 7);
+        add("su", EntryType::Regular, 0o4755, 0);
+        add("null", EntryType::Char, 0o666, 0);
+        let capability = b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+        archive
+            .append_pax_extensions([("SCHILY.xattr.security.capability", &capability[..])])
+            .unwrap();
+        let mut header = Header::new_ustar();
+        header.set_mode(0o755);
+        header.set_uid(8);
+        header.set_gid(9);
+        header.set_size(0);
+        archive.append_data(&mut header, "ping", &[][..]).unwrap();
+        archive.into_inner().unwrap();
+
+        let disk = match pack(work.path(), 16) {
+            Ok(disk) => disk,
+            Err(error) => {
+                println!("skipped: this machine cannot pack disks: {error:#}");
+                return;
+            }
+        };
+        set_attributes(work.path(), &disk).unwrap();
+        let told = |what: &str| {
+            let told = output(clean("debugfs").args(["-R", what]).arg(&disk)).unwrap();
+            told.split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        let check = |name: &str, expected: &[&str]| {
+            let told = told(&format!("stat {name}"));
+            for text in expected {
+                assert!(told.contains(text), "{name}: no {text:?} in {told}");
+            }
+        };
+        check("/", &["Mode: 0755", "User: 0 Group: 0"]);
+        check("/home", &["Mode: 0700", "User: 7 Group: 7"]);
+        check("/home/own", &["User: 0 Group: 0"]);
+        check("/su", &["regular Mode: 04755", "User: 0 Group: 0"]);
+        check(
+            "/null",
+            &["character special", "Device major/minor number: 01:03"],
+        );
+        check("/ping", &["regular Mode: 0755", "User: 8 Group: 9"]);
+        assert!(told("ea_list /ping").contains("security.capability (20) = 01 00 00 02 00 20"));
+    }
 
     #[test]
     fn modules_are_loaded_after_what_they_need() {
