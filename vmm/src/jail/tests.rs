@@ -210,7 +210,8 @@ fn posture() {
         queues: 2,
         policy: crate::config::Policy::Shared,
     };
-    let fs = Fs::new(&share, &confined).unwrap();
+    let told = Some(crate::devices::notices::Notices::default().outbox());
+    let fs = Fs::new(&share, told, &confined).unwrap();
     let (stay, parked) = mpsc::channel::<()>();
     let parked = Arc::new(std::sync::Mutex::new(parked));
     start(&confined, move |_| {
@@ -276,8 +277,8 @@ fn posture() {
         (ThreadKind::Processor, 1),
         (ThreadKind::Devices, 1),
         (ThreadKind::Disk, 1),
-        // A shared file system's pool, and who waits for locks.
-        (ThreadKind::Files, 10),
+        // A shared file system's pool, who waits for locks, and who hears of changes.
+        (ThreadKind::Files, 11),
     ] {
         let seen = kinds.iter().filter(|seen| **seen == kind).count();
         assert_eq!(seen, count, "{kind:?}");

@@ -129,6 +129,14 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             pool.start("fs-locks".into(), seal, move || shared.locks.run())?;
         }
+        if pool.shared.watch.is_some() {
+            let shared = Arc::clone(&pool.shared);
+            pool.start("fs-watch".into(), seal, move || {
+                if let Some(watch) = &shared.watch {
+                    watch.run(&shared);
+                }
+            })?;
+        }
         Ok(pool)
     }
 
