@@ -26,13 +26,17 @@ pub(crate) const VMLINUX: &str = "vmlinux";
 pub(crate) const SYSTEM_MAP: &str = "System.map";
 pub(crate) const CONFIG: &str = "config";
 
-/// Name and content of each file of the driver.
+/// Name and content of each file of our drivers.
 pub(crate) const DRIVER: &[(&str, &str)] = &[
     ("Kconfig", include_str!("../driver/Kconfig")),
     ("Makefile", include_str!("../driver/Makefile")),
     (
         "bulkhead_power.c",
         include_str!("../driver/bulkhead_power.c"),
+    ),
+    (
+        "bulkhead_notify.c",
+        include_str!("../driver/bulkhead_notify.c"),
     ),
 ];
 
@@ -156,7 +160,7 @@ pub(crate) fn vmlinux(tree: &Tree, log: &Path, progress: &dyn Progress) -> Resul
     })
 }
 
-/// Puts our driver into the tree.
+/// Puts our drivers into the tree.
 fn add_driver(tree: &Path) -> Result<()> {
     let virt = tree.join("drivers/virt");
     let ours = virt.join("bulkhead");
@@ -245,6 +249,7 @@ mod tests {
         write(&virt.join("Makefile"), "obj-y += coco/\n").unwrap();
         add_driver(tree.path()).unwrap();
         assert!(virt.join("bulkhead/bulkhead_power.c").exists());
+        assert!(virt.join("bulkhead/bulkhead_notify.c").exists());
         assert_eq!(
             fs::read_to_string(virt.join("Kconfig")).unwrap(),
             "endif\nsource \"drivers/virt/bulkhead/Kconfig\"\n"

@@ -1,7 +1,7 @@
 //! The guest's kernel: what it is built from, and how.
 //!
-//! Owns the configuration (`fragments/`, a reason on each line), the one driver
-//! that is ours (`driver/`), and the way from Debian's kernel source package to
+//! Owns the configuration (`fragments/`, a reason on each line), the two drivers
+//! that are ours (`driver/`), and the way from Debian's kernel source package to
 //! a `vmlinux` that the VMM boots: [`ensure`].
 //!
 //! Promises:

@@ -160,6 +160,8 @@ impl Cli {
             disks,
             console: self.console.then(|| console(input)).transpose()?,
             rng: self.rng,
+            // Only our own kernel would listen.
+            notices: false,
             jail: None,
             control: None,
             report: None,

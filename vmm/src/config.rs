@@ -60,6 +60,9 @@ pub struct Config {
     pub console: Option<Console>,
     /// Offer an entropy device.
     pub rng: bool,
+    /// Offer the device by which our guest kernel hears what others change in its
+    /// shares of the policy [`Policy::Shared`].
+    pub notices: bool,
     /// Confinement before the first guest instruction; `None` runs unconfined.
     pub jail: Option<Jail>,
     /// Unix SOCK_SEQPACKET socket by which the VM is controlled
@@ -230,7 +233,8 @@ impl Config {
             + self.disks.len()
             + usize::from(self.vsock.is_some())
             + usize::from(self.console.is_some())
-            + usize::from(self.rng);
+            + usize::from(self.rng)
+            + usize::from(self.notices);
         if devices > MOST_DEVICES {
             return Err(Error::Devices(devices));
         }
@@ -273,7 +277,7 @@ mod tests {
     fn config() -> Config {
         let json = r#"{"kvm":3,"kernel":4,"cmdline":"quiet","vcpus":1,"memory_mib":256,
             "shares":[{"tag":"bulkhead","dir":"/s","read_only":false,"queues":1,"policy":"shared"}],
-            "vsock":{"guest_cid":3,"listener":5,"ports":[1024]},"disks":[],"rng":true}"#;
+            "vsock":{"guest_cid":3,"listener":5,"ports":[1024]},"disks":[],"rng":true,"notices":true}"#;
         serde_json::from_str(json).unwrap()
     }
 
@@ -326,9 +330,9 @@ mod tests {
                 read_only: true,
             })
         };
-        check(|c| c.disks = disks(14).collect(), "");
+        check(|c| c.disks = disks(13).collect(), "");
         check(
-            |c| c.disks = disks(15).collect(),
+            |c| c.disks = disks(14).collect(),
             "18 devices are too many: at most 17 are possible",
         );
         check(|c| c.control = Some(Fd(5)), "Descriptor 5 is named twice");

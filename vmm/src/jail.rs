@@ -223,6 +223,19 @@ impl Confined {
         }
     }
 
+    /// Does something as the pod's user, to whom the host charges what it counts by
+    /// users. The calling thread is not sealed yet; its capabilities stay.
+    pub(crate) fn as_pod<T>(&self, what: impl FnOnce() -> T) -> io::Result<T> {
+        let Some(rules) = &self.rules else {
+            return Ok(what());
+        };
+        let user = Uid::from_raw(rules.user);
+        set_thread_res_uid(Uid::ROOT, user, Uid::ROOT)?;
+        let done = what();
+        set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT)?;
+        Ok(done)
+    }
+
     /// The directory of this process's descriptors in procfs.
     pub(crate) fn proc_self_fd(&self) -> io::Result<OwnedFd> {
         self.proc_self_fd.try_clone()

@@ -50,9 +50,9 @@ pub const QUEUE_NOTIFY: u64 = 0x050;
 pub const INTERRUPT_ACK: u64 = 0x064;
 
 /// Ranges of offsets whose writes KVM may collect, since they change no register
-/// that can be read: InterruptACK and the addresses of the rings. (More would be
-/// possible, but each range costs about as much to register as it saves.)
-pub const COLLECTED: [Range<u64>; 2] = [0x064..0x068, 0x080..0x0a8];
+/// that can be read: DriverFeatures with its selector, QueueNum, InterruptACK and the
+/// addresses of the rings.
+pub const COLLECTED: [Range<u64>; 4] = [0x020..0x028, 0x038..0x03c, 0x064..0x068, 0x080..0x0a8];
 
 mod reg {
     pub(super) const MAGIC: u64 = 0x000;

@@ -23,7 +23,7 @@ use crate::{
         cmdline::{self, Slot},
         kernel,
     },
-    config::{self, Config, MOST_DEVICES},
+    config::{self, Config, MOST_DEVICES, Policy},
     control::{Control, Status},
     cpuid::{self, Processor},
     devices::{
@@ -31,6 +31,7 @@ use crate::{
         block::{Access, Block},
         console::{Console, Output},
         fs::Fs,
+        notices::Notices,
         rng::Rng,
         vsock::Vsock,
     },
@@ -169,10 +170,14 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
     let output = Output::new(fds.console_output);
     let mut loops = Loops::default();
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    let notices = config.notices.then(Notices::default);
     for share in &config.shares {
-        devices.push(Box::new(
-            Fs::new(share, &confined).during("a shared directory")?,
-        ));
+        let told = notices
+            .as_ref()
+            .filter(|_| share.policy == Policy::Shared)
+            .map(Notices::outbox);
+        let fs = Fs::new(share, told, &confined);
+        devices.push(Box::new(fs.during("a shared directory")?));
     }
     if let Some(vsock) = &config.vsock {
         let (listener, acceptor) = (fds.vsock_listener, fds.vsock_acceptor);
@@ -192,6 +197,9 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
     if config.rng {
         let rng = Rng::new(loops.shared()?);
         devices.push(Box::new(rng.during("the entropy device")?));
+    }
+    if let Some(notices) = notices {
+        devices.push(Box::new(notices));
     }
 
     let slots: Vec<Slot> = slots(devices.len());

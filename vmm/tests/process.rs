@@ -126,6 +126,7 @@ impl Machine {
             disks: Vec::new(),
             console: None,
             rng: true,
+            notices: true,
             jail: Some(Jail {
                 root: root.path().into(),
                 user: USER,

@@ -337,6 +337,7 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
             input: None,
         }),
         rng: true,
+        notices: true,
         control: Some(fd(&control)),
         report: Some(fd(&report_end)),
     };

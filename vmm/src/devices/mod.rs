@@ -9,6 +9,7 @@
 pub mod block;
 pub mod console;
 pub mod fs;
+pub mod notices;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]

@@ -264,9 +264,16 @@ pub(super) const FILES: &[Rule] = &[
             When::Is(1, libc::F_OFD_SETLKW.cast_unsigned()),
         ],
     ),
-    // What changes on the host.
-    any(libc::SYS_inotify_add_watch),
-    any(libc::SYS_inotify_rm_watch),
+    // What changes on the host: marks of single files, in a group that can have no others.
+    any(libc::SYS_name_to_handle_at),
+    only(
+        libc::SYS_fanotify_mark,
+        &[When::Bits {
+            index: 1,
+            mask: libc::FAN_MARK_MOUNT | libc::FAN_MARK_FILESYSTEM,
+            value: 0,
+        }],
+    ),
 ];
 
 /// Threads that start threads of their own kind, which inherit all of this. The flags of

@@ -211,7 +211,8 @@ fn posture() {
         queues: 2,
         policy: crate::config::Policy::Shared,
     };
-    let fs = Fs::new(&share, &confined).unwrap();
+    let told = Some(crate::devices::notices::Notices::default().outbox());
+    let fs = Fs::new(&share, told, &confined).unwrap();
     let (stay, parked) = mpsc::channel::<()>();
     let parked = Arc::new(std::sync::Mutex::new(parked));
     start(&confined, move |_| {

@@ -482,7 +482,7 @@ fn many_resets() {
     let disk = Block::new(shared(), disk, Access::ReadWrite, "disk".into());
     let vsock = Vsock::new(3, Some(listener.into()), None, vec![], shared());
     let devices: Vec<Box<dyn Device>> = vec![
-        Box::new(Fs::new(&share, &jail::enter(None).unwrap()).unwrap()),
+        Box::new(Fs::new(&share, None, &jail::enter(None).unwrap()).unwrap()),
         Box::new(vsock.unwrap()),
         Box::new(disk.unwrap()),
         Box::new(Console::new(shared(), output, Some(input.into()))),

@@ -116,6 +116,8 @@ impl Shared {
             let path = DecInt::from_fd(&*fd);
             sys::utimensat(&self.proc_self_fd, path, &times, AtFlags::empty())?;
         }
+        let size = if has(set::SIZE) { libc::IN_MODIFY } else { 0 };
+        self.did_to(number, libc::IN_ATTRIB | size);
         self.getattr(number, handle)
     }
 
@@ -156,6 +158,7 @@ impl Shared {
         let fd = self.table.node(number)?.fd()?;
         let flags = XattrFlags::from_bits(flags).ok_or_else(|| error(libc::EINVAL))?;
         sys::setxattr(here(&*fd), name, value, flags)?;
+        self.did_to(number, libc::IN_ATTRIB);
         // The guest's kernel found that whoever sets the list must lose the bit;
         // the host's would let root keep it.
         if kill_sgid && name == ACCESS_LIST {
@@ -216,7 +219,9 @@ impl Shared {
         self.writable()?;
         attribute(name)?;
         let fd = self.table.node(number)?.fd()?;
-        Ok(sys::removexattr(here(&*fd), name)?)
+        sys::removexattr(here(&*fd), name)?;
+        self.did_to(number, libc::IN_ATTRIB);
+        Ok(())
     }
 }
 

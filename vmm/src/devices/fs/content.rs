@@ -12,6 +12,7 @@ use super::{
     request::{Copy, Lock, Piece},
     share::Shared,
     table::Handle,
+    watch::Watch,
 };
 use crate::{
     config::Policy,
@@ -63,6 +64,9 @@ impl Shared {
             let _kill = KillPrivileges::when(open_flags & OPEN_KILL_SUIDGID != 0)?;
             self.reopen(&node, flags)?
         };
+        if flags & OFlags::TRUNC.bits() != 0 {
+            self.did_to(number, libc::IN_MODIFY);
+        }
         let mut body = Body::default();
         body.open(self.table.open(number, file)?, 0);
         Ok(body)
@@ -113,6 +117,7 @@ impl Shared {
             }
         }
         let written = offset.saturating_sub(piece.offset);
+        self.did_to(node, libc::IN_MODIFY);
         let mut body = Body::default();
         body.u32(u32::try_from(written).unwrap_or(0)).u32(0);
         Ok(body)
@@ -129,6 +134,12 @@ impl Shared {
     }
 
     pub(super) fn release(&self, node: u64, handle: u64) -> io::Result<()> {
+        if self.watch.as_ref().is_some_and(Watch::has_others) {
+            let flags = sys::fcntl_getfl(&self.table.handle(handle, node)?.file)?;
+            if flags.intersects(OFlags::WRONLY | OFlags::RDWR) {
+                self.did_to(node, libc::IN_CLOSE_WRITE);
+            }
+        }
         self.table.close(handle, node)?;
         // A BSD lock may have gone with it.
         self.locks.given_back();
@@ -174,7 +185,9 @@ impl Shared {
         self.writable()?;
         let handle = self.file(node, handle, true)?;
         let mode = FallocateFlags::from_bits_retain(mode);
-        Ok(sys::fallocate(&handle.file, mode, offset, length)?)
+        sys::fallocate(&handle.file, mode, offset, length)?;
+        self.did_to(node, libc::IN_MODIFY);
+        Ok(())
     }
 
     pub(super) fn lseek(
@@ -221,6 +234,7 @@ impl Shared {
             rustix::io::Errno::NOSYS => error(libc::EOPNOTSUPP),
             errno => errno.into(),
         })?;
+        self.did_to(copy.to_node, libc::IN_MODIFY);
         let mut body = Body::default();
         body.u32(u32::try_from(copied).unwrap_or(0)).u32(0);
         Ok(body)

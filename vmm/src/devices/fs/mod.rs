@@ -24,6 +24,7 @@ mod caller;
 mod content;
 mod device;
 mod directory;
+mod fanotify;
 mod file;
 mod locks;
 mod names;
@@ -36,18 +37,22 @@ mod share;
 mod table;
 #[cfg(test)]
 mod tests;
+mod watch;
 
-use std::{io, sync::Arc};
+use std::{
+    io::{self, Write},
+    sync::Arc,
+};
 
 use rustix::{
     fs::{Mode, OFlags},
     process::{Resource, getrlimit},
 };
 
-use self::{queue::Pool, share::Shared};
+use self::{fanotify::Group, queue::Pool, share::Shared, watch::Watch};
 use crate::{
     config::{Policy, Share},
-    devices::{Device, Io, Worker, queue::State},
+    devices::{Device, Io, Worker, notices::Outbox, queue::State},
     jail::{Confined, threads::ThreadKind},
 };
 
@@ -78,17 +83,22 @@ pub struct Fs {
 
 impl Fs {
     /// Opens the directory and starts the threads, which work once the driver is
-    /// ready.
+    /// ready. What others change in it is told to `outbox`, if the host can tell.
     ///
     /// The calling thread still has the capabilities that the threads keep; see
     /// [`jail`](crate::jail).
-    pub fn new(share: &Share, confined: &Confined) -> io::Result<Fs> {
+    pub fn new(share: &Share, outbox: Option<Arc<Outbox>>, confined: &Confined) -> io::Result<Fs> {
         let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        Fs::with_descriptors(share, confined, descriptors)
+        Fs::with_descriptors(share, outbox, confined, descriptors)
     }
 
     /// In a process that may have so many descriptors.
-    fn with_descriptors(share: &Share, confined: &Confined, descriptors: u64) -> io::Result<Fs> {
+    fn with_descriptors(
+        share: &Share,
+        outbox: Option<Arc<Outbox>>,
+        confined: &Confined,
+        descriptors: u64,
+    ) -> io::Result<Fs> {
         let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
         let tag = share.tag.as_bytes();
         if tag.is_empty() || tag.len() > TAG || tag.contains(&0) {
@@ -114,13 +124,18 @@ impl Fs {
             Policy::Shared => left.saturating_sub(left / 4),
             Policy::Private => left / 4,
         };
-        let shared = Arc::new(Shared::new(
+        let mut shared = Shared::new(
             root,
             confined.proc_self_fd()?,
             share.read_only,
             share.policy,
             usize::try_from(limit).unwrap_or(usize::MAX),
-        )?);
+        )?;
+        shared.watch = match outbox {
+            Some(outbox) => watch(outbox, confined)?,
+            None => None,
+        };
+        let shared = Arc::new(shared);
         let pool = Pool::spawn(shared, &confined.seal(ThreadKind::Files))?;
         let mut config = [0; TAG + 4];
         for (to, from) in config.iter_mut().zip(tag) {
@@ -134,6 +149,22 @@ impl Fs {
             sizes,
             pool,
         })
+    }
+}
+
+/// What tells `outbox` of others' changes; none if the host cannot tell of them.
+fn watch(outbox: Arc<Outbox>, confined: &Confined) -> io::Result<Option<Watch>> {
+    // The host counts groups and marks by users: the pod's own has nobody else's.
+    match confined.as_pod(Group::new)? {
+        Ok(group) => Ok(Some(Watch::new(group, outbox)?)),
+        Err(error) => {
+            // Whoever should read it may be gone.
+            let _ = writeln!(
+                io::stderr(),
+                "Changes of the host in volumes are not told to the guest: {error}"
+            );
+            Ok(None)
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use super::{
     node::Node,
     request::Create,
     share::{Caller, Shared},
+    watch::Deed,
 };
 use crate::config::Policy;
 
@@ -38,8 +39,12 @@ impl Shared {
     }
 
     pub(super) fn forget(&self, number: u64, lookups: u64) {
-        if self.table.forget(number, lookups) {
-            self.opened.forget(number);
+        let Some(node) = self.table.forget(number, lookups) else {
+            return;
+        };
+        self.opened.forget(number);
+        if let Some(watch) = &self.watch {
+            watch.forget(number, node);
         }
     }
 
@@ -60,7 +65,9 @@ impl Shared {
     /// What was created there.
     fn created(&self, parent: u64, node: &Arc<Node>, name: &CStr) -> io::Result<Body> {
         let mut body = Body::default();
-        body.entry(&self.find(parent, node, name)?);
+        let entry = self.find(parent, node, name)?;
+        self.did(parent, name, libc::IN_CREATE | directory(entry.attr.mode));
+        body.entry(&entry);
         Ok(body)
     }
 
@@ -141,6 +148,9 @@ impl Shared {
         let kept = self.keep_reachable(parent, name);
         sys::unlinkat(&*dir, name, flags)?;
         self.table.unnamed(parent, name);
+        let is_directory = flags.contains(AtFlags::REMOVEDIR);
+        let directory = if is_directory { libc::IN_ISDIR } else { 0 };
+        self.did(parent, name, libc::IN_DELETE | directory);
         drop(kept);
         Ok(())
     }
@@ -165,6 +175,16 @@ impl Shared {
             to_name,
             flags.contains(RenameFlags::EXCHANGE),
         );
+        if let Some(watch) = &self.watch {
+            watch.did(to, || Deed::Renamed {
+                from: (from, from_name.into()),
+                to: (to, to_name.into()),
+                directory: self
+                    .table
+                    .named(to, to_name)
+                    .map_or(0, |(_, node)| directory(node.kind)),
+            });
+        }
         drop(kept);
         Ok(())
     }
@@ -210,6 +230,7 @@ impl Shared {
         let (entry, file) = match created {
             Ok(fd) => {
                 let entry = self.entry((parent, &node), self.path_of(&fd)?, Some(name))?;
+                self.did(parent, name, libc::IN_CREATE);
                 (entry, File::from(fd))
             }
             Err(rustix::io::Errno::EXIST) if args.flags & OFlags::EXCL.bits() == 0 => {
@@ -264,6 +285,15 @@ impl Shared {
             OFlags::PATH | OFlags::CLOEXEC,
             Mode::empty(),
         )?)
+    }
+}
+
+/// `IN_ISDIR` for the mode of a directory.
+fn directory(mode: u32) -> u32 {
+    if mode & libc::S_IFMT == libc::S_IFDIR {
+        libc::IN_ISDIR
+    } else {
+        0
     }
 }
 

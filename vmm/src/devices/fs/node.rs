@@ -119,22 +119,30 @@ impl Node {
                 },
             )?;
         let status = statx(fd.as_fd())?;
-        let same = Identity::of(&status) == self.identity
-            && match self.birth {
-                Birth::Time(..) => Birth::of(&status) == self.birth,
-                Birth::Sure => true,
-                Birth::Unknown => false,
-            };
-        if same {
+        if self.is(&status) && self.birth != Birth::Unknown {
             Ok(fd)
         } else {
             Err(error(libc::ESTALE))
         }
     }
 
+    /// Whether a status is this file's, as far as that can be told.
+    pub(super) fn is(&self, status: &sys::Statx) -> bool {
+        Identity::of(status) == self.identity
+            && match self.birth {
+                Birth::Time(..) => Birth::of(status) == self.birth,
+                Birth::Sure | Birth::Unknown => true,
+            }
+    }
+
     /// Whether the node has its descriptor at present.
     pub(super) fn is_resident(&self) -> bool {
         self.state().fd.is_some()
+    }
+
+    /// The descriptor, if the node has it at present.
+    pub(super) fn resident_fd(&self) -> Option<Arc<OwnedFd>> {
+        self.state().fd.clone()
     }
 
     pub(super) fn place(&self) -> Option<Place> {

@@ -181,6 +181,22 @@ impl Pool {
         Ok(())
     }
 
+    /// Starts the thread that tells what others change, if it is to be started.
+    fn start_watch(&self) {
+        let Some(watch) = self.shared.watch.as_ref().filter(|watch| watch.begins()) else {
+            return;
+        };
+        let shared = Arc::clone(&self.shared);
+        let started = thread_of("fs-watch".into()).spawn(move || {
+            if let Some(watch) = &shared.watch {
+                watch.run(&shared);
+            }
+        });
+        if started.is_err() {
+            watch.begin_later();
+        }
+    }
+
     /// Gives the threads their queues.
     pub(super) fn activate(&self, rings: Vec<Option<Ring>>) -> io::Result<()> {
         let mut state = self.state();
@@ -301,7 +317,9 @@ impl Pool {
     }
 
     fn answer(self: &Arc<Pool>, job: Job, header: &Header) {
-        match Message::new(&job.chain, *header).answer(&self.shared, job.queue == HIPRIO) {
+        let answer = Message::new(&job.chain, *header).answer(&self.shared, job.queue == HIPRIO);
+        self.start_watch();
+        match answer {
             Answer::Written(len) => self.give_back(job, len),
             Answer::Waits(lock, file) => {
                 let (pool, unique) = (Arc::downgrade(self), header.unique);

@@ -54,7 +54,8 @@ use super::{
     node::{About, Birth, Identity, Node, Residents},
     opened::Opened,
     request::{Header, MAX_DATA},
-    table::Table,
+    table::{ROOT, Table},
+    watch::{Deed, Watch},
 };
 use crate::config::Policy;
 
@@ -77,6 +78,10 @@ pub(super) const OPEN_FLAGS: u32 = OFlags::ACCMODE
     .union(OFlags::NOATIME)
     .bits();
 
+/// First number of a node in a private share: none is that of one in a shared share,
+/// of which the guest is told by numbers alone.
+const PRIVATE_NODES: u64 = 1 << 62;
+
 /// What the guest may send without waiting for answers.
 const BACKGROUND: u16 = 64;
 
@@ -94,6 +99,8 @@ pub(super) struct Shared {
     pub(super) proc_self_fd: OwnedFd,
     read_only: bool,
     pub(super) policy: Policy,
+    /// Tells the guest what others change.
+    pub(super) watch: Option<Watch>,
     initialized: AtomicBool,
 }
 
@@ -146,15 +153,20 @@ impl Shared {
             salt: mount.salt,
         };
         let root = residents.admit(Some(root), about);
+        let first = match policy {
+            Policy::Shared => ROOT.saturating_add(1),
+            Policy::Private => PRIVATE_NODES,
+        };
         Ok(Shared {
             root_mount: root.identity.mount,
             mounts: Mutex::new(HashMap::from([(root.identity.mount, mount)])),
-            table: Table::new(root, residents, (limit / 2).max(1)),
+            table: Table::new(root, residents, (limit / 2).max(1), first),
             locks: Locks::new((limit / 8).max(1)),
             opened: Opened::new((limit / 8).max(1)),
             proc_self_fd,
             read_only,
             policy,
+            watch: None,
             initialized: AtomicBool::new(false),
         })
     }
@@ -238,6 +250,9 @@ impl Shared {
         self.locks.clear();
         self.opened.clear();
         self.table.clear();
+        if let Some(watch) = &self.watch {
+            watch.clear();
+        }
     }
 
     pub(super) fn writable(&self) -> io::Result<()> {
@@ -358,7 +373,10 @@ impl Shared {
         };
         attr.inode ^= about.salt;
         let node = self.table.residents.admit(fd, about);
-        let number = self.table.look_up(node, parent, name)?;
+        let (number, new) = self.table.look_up(node, parent, name)?;
+        if let (Some(watch), Some(node), Some(name)) = (&self.watch, new, name) {
+            watch.hold(number, &node, parent.1, name);
+        }
         Ok(Entry {
             node: number,
             attr,
@@ -382,6 +400,25 @@ impl Shared {
         });
         mount.overlay = magic == libc::OVERLAYFS_SUPER_MAGIC;
         Ok(*mount)
+    }
+
+    /// Something was done for the guest to a name in a directory: it is told to who has
+    /// the directory by another mount.
+    pub(super) fn did(&self, parent: u64, name: &CStr, mask: u32) {
+        if let Some(watch) = &self.watch {
+            watch.did(parent, || Deed::Changed((parent, name.into()), mask));
+        }
+    }
+
+    /// As [`did`](Self::did), to a file or to what is in it.
+    pub(super) fn did_to(&self, number: u64, mask: u32) {
+        if self.watch.as_ref().is_some_and(Watch::has_others) {
+            // It may be a volume by itself.
+            self.did(number, c"", mask);
+            if let Some((parent, name)) = self.table.place_of(number) {
+                self.did(parent, &name, mask);
+            }
+        }
     }
 
     /// Opens a node's file. `flags` may have any bits.

@@ -80,13 +80,15 @@ struct Known {
 }
 
 impl Table {
-    /// A table that knows the share's directory only, with room for `handles`.
-    pub(super) fn new(root: Node, residents: Arc<Residents>, handles: usize) -> Table {
+    /// A table that knows the share's directory only, with room for `handles`. Others
+    /// are numbered from `first` on.
+    pub(super) fn new(root: Node, residents: Arc<Residents>, handles: usize, first: u64) -> Table {
         let mut nodes = Nodes {
             next: ROOT,
             ..Nodes::default()
         };
         nodes.add(root, None);
+        nodes.next = first;
         Table {
             nodes: Mutex::new(nodes),
             handles: Mutex::default(),
@@ -124,13 +126,14 @@ impl Table {
     }
 
     /// The number of a file, known or new, that was found under a name; one lookup
-    /// more to forget. A file without a name has no place.
+    /// more to forget. A file without a name has no place. With it the node, if it is
+    /// new.
     pub(super) fn look_up(
         &self,
         node: Node,
         parent: (u64, &Arc<Node>),
         name: Option<&CStr>,
-    ) -> io::Result<u64> {
+    ) -> io::Result<(u64, Option<Arc<Node>>)> {
         let mut unused = None;
         let mut nodes = self.nodes();
         let known = nodes.by_identity.get(&node.identity).copied();
@@ -161,30 +164,26 @@ impl Table {
         }
         drop(nodes);
         drop(unused);
-        if let Some(node) = new {
-            self.residents.settle(&node);
+        if let Some(node) = &new {
+            self.residents.settle(node);
         }
-        Ok(number)
+        Ok((number, new))
     }
 
-    /// Takes lookups back; whether none is left. The share's directory stays.
-    pub(super) fn forget(&self, number: u64, lookups: u64) -> bool {
+    /// Takes lookups back; the node, if none is left. The share's directory stays.
+    ///
+    /// The last to drop the node of a large deleted file waits until it is deleted.
+    pub(super) fn forget(&self, number: u64, lookups: u64) -> Option<Arc<Node>> {
         if number == ROOT {
-            return false;
+            return None;
         }
         let mut nodes = self.nodes();
-        let Some(known) = nodes.by_number.get_mut(&number) else {
-            return false;
-        };
+        let known = nodes.by_number.get_mut(&number)?;
         known.lookups = known.lookups.saturating_sub(lookups);
         if known.lookups > 0 {
-            return false;
+            return None;
         }
-        let gone = nodes.remove(number);
-        drop(nodes);
-        // The last to close a large deleted file waits until it is deleted.
-        drop(gone);
-        true
+        Some(nodes.remove(number)?.node)
     }
 
     /// A node of each mount that the guest knows, of a kind that can be opened.
@@ -209,6 +208,13 @@ impl Table {
         let number = *nodes.by_name.get(&parent)?.get(name)?;
         let node = Arc::clone(&nodes.by_number.get(&number)?.node);
         Some((number, node))
+    }
+
+    /// The last name of a node, with the number of its directory.
+    pub(super) fn place_of(&self, number: u64) -> Option<(u64, Arc<CStr>)> {
+        let nodes = self.nodes();
+        let known = nodes.by_number.get(&number)?;
+        Some((known.parent, known.node.place()?.name))
     }
 
     /// A name is gone, and with it its node's place.

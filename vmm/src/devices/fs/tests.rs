@@ -123,7 +123,7 @@ impl Guest {
             policy,
         };
         let confined = jail::enter(None).unwrap();
-        let device = Fs::with_descriptors(&share, &confined, descriptors).unwrap();
+        let device = Fs::with_descriptors(&share, None, &confined, descriptors).unwrap();
         let mut guest = Guest {
             mem: memory(0x800_0000),
             rings: Vec::new(),
@@ -530,7 +530,7 @@ fn a_tag_or_a_number_of_queues_out_of_range_is_refused() {
             queues,
             policy: Policy::Shared,
         };
-        assert!(Fs::new(&share, &confined).is_err());
+        assert!(Fs::new(&share, None, &confined).is_err());
     }
 }
 

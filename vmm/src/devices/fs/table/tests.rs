@@ -6,7 +6,7 @@ use crate::devices::fs::node::{About, Birth};
 fn table(budget: usize, handles: usize) -> Table {
     let residents = Residents::new(budget);
     let root = node(&residents, 1);
-    Table::new(root, residents, handles)
+    Table::new(root, residents, handles, ROOT + 1)
 }
 
 fn node(residents: &Arc<Residents>, inode: u64) -> Node {
@@ -28,7 +28,7 @@ fn look_up(table: &Table, inode: u64) -> u64 {
     let root = table.node(ROOT).unwrap();
     let found = node(&table.residents, inode);
     let name = std::ffi::CString::new(inode.to_string()).unwrap();
-    table.look_up(found, (ROOT, &root), Some(&name)).unwrap()
+    table.look_up(found, (ROOT, &root), Some(&name)).unwrap().0
 }
 
 fn errno<T>(result: io::Result<T>) -> Option<i32> {
