@@ -9,9 +9,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest::Progress;
 
-use bulkhead_guest_kernel::cache::Cache;
+use bulkhead_guest::cache::Cache;
 
 use crate::{packages, progress::Bar};
 
@@ -33,7 +33,7 @@ pub(crate) struct Product {
 
 /// Builds all of it.
 pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
-    let kernel = bulkhead_guest_kernel::ensure(&Cache::of_this_user()?, progress)?;
+    let kernel = bulkhead_guest::ensure(&Cache::of_this_user()?, progress)?;
     for note in &kernel.notes {
         eprintln!("Note: {note}");
     }
@@ -55,8 +55,8 @@ pub(crate) fn product(progress: &dyn Progress) -> Result<Product> {
     )?;
     let assets = target_dir().join("guest");
     fs::create_dir_all(&assets)?;
-    let image = bulkhead_rootfs_builder::build(&agent, &target_dir().join("guest-root.cpio"))?;
-    bulkhead_rootfs_builder::write_manifest(&assets, &kernel, &image, &rustc()?)?;
+    let image = bulkhead_guest::root::build(&agent, &target_dir().join("guest-root.cpio"))?;
+    bulkhead_guest::root::write_manifest(&assets, &kernel, &image, &rustc()?)?;
     Ok(Product {
         programs: PROGRAMS
             .iter()

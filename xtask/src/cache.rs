@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Result;
-use bulkhead_guest_kernel::cache::Cache;
+use bulkhead_guest::cache::Cache;
 
 /// Removes entries if that is wanted, and lists what there is.
 pub(crate) fn show(kept: Option<usize>) -> Result<()> {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io::{Write as _, stdout};
 
 use anyhow::Result;
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest::Progress;
 use bulkhead_tests::lab::cache::Cache;
 use bulkhead_tests::lab::inputs::{self, Made};
 
@@ -21,7 +21,7 @@ pub(crate) fn show() -> Result<()> {
     all.extend(inputs::made(&cache)?);
     bar.step("Asking the Debian archive for its present versions");
     let mut today = inputs::today()?;
-    today.extend([bulkhead_guest_kernel::source_today()?]);
+    today.extend([bulkhead_guest::source_today()?]);
     drop(bar);
     stdout().write_all(text(&all, &today, &build::rustc()?).as_bytes())?;
     Ok(())
@@ -29,7 +29,7 @@ pub(crate) fn show() -> Result<()> {
 
 /// The guest kernel, as the other things are told.
 fn guest_kernel(cache: &Cache) -> Result<Made> {
-    let kernel = bulkhead_guest_kernel::find(cache)?;
+    let kernel = bulkhead_guest::find(cache)?;
     Ok(Made {
         name: match &kernel {
             Some(kernel) => format!("guest kernel {}", kernel.version),

@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest::Progress;
 use bulkhead_tests::DEBIAN;
 use bulkhead_tests::lab::cache::{self, Cache};
 use bulkhead_tests::lab::{

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest::Progress;
 
 /// What compiling our own programs needs beside Rust.
 const OURS: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev", "pkg-config"];
@@ -32,7 +32,7 @@ pub(crate) fn ensure_installed(progress: &dyn Progress) -> Result<()> {
 fn missing() -> Result<Vec<&'static str>> {
     let wanted = || {
         OURS.iter()
-            .chain(bulkhead_guest_kernel::PACKAGES)
+            .chain(bulkhead_guest::PACKAGES)
             .chain(bulkhead_tests::lab::packages::MACHINE)
     };
     let output = Command::new("dpkg-query")

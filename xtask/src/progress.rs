@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// A bar that is drawn on a terminal; elsewhere each step is a line.

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_guest_kernel::{Progress, cache::Cache};
+use bulkhead_guest::{Progress, cache::Cache};
 
 use crate::build;
 
@@ -32,15 +32,14 @@ pub(crate) fn run(with_kernel: bool, progress: &dyn Progress) -> Result<()> {
 
     let roots = [(here, "one"), (there, "two")].map(|(agent, name)| {
         let out = elsewhere.path().join(name);
-        bulkhead_rootfs_builder::build(&agent, &out).map(|image| image.sha256)
+        bulkhead_guest::root::build(&agent, &out).map(|image| image.sha256)
     });
     let [one, two] = roots;
     same.push(("guest root", one? == two?));
 
     if with_kernel {
-        let known = bulkhead_guest_kernel::ensure(&Cache::of_this_user()?, progress)?;
-        let fresh =
-            bulkhead_guest_kernel::ensure(&Cache::at(&elsewhere.path().join("cache"))?, progress)?;
+        let known = bulkhead_guest::ensure(&Cache::of_this_user()?, progress)?;
+        let fresh = bulkhead_guest::ensure(&Cache::at(&elsewhere.path().join("cache"))?, progress)?;
         same.push((
             "kernel configuration",
             known.config_sha256 == fresh.config_sha256,

@@ -3,7 +3,7 @@
 use std::{ffi::OsStr, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_guest_kernel::{
+use bulkhead_guest::{
     Progress,
     cache::{self, Cache, Entry},
 };

@@ -116,7 +116,7 @@ fn virtiofsd(cache: &str) -> Result<String> {
 
 /// An initial file system whose only program is `/init`.
 fn initramfs_with(program: &Path, to: &Path) -> Result<()> {
-    let image = bulkhead_rootfs_builder::build(program, to);
+    let image = bulkhead_guest::root::build(program, to);
     image
         .map(drop)
         .context("Cannot make the initial file system")

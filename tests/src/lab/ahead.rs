@@ -3,8 +3,8 @@
 use std::thread;
 
 use anyhow::Result;
-use bulkhead_guest_kernel::Progress;
-use bulkhead_guest_kernel::cache::Cache;
+use bulkhead_guest::Progress;
+use bulkhead_guest::cache::Cache;
 
 use super::{image, root, system};
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::system::as_root;
-use bulkhead_guest_kernel::command::{clean, output};
+use bulkhead_guest::command::{clean, output};
 
 /// Size in MiB. It must be the same when the machine is saved and when it is
 /// restored; the file is sparse.

@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_guest_kernel::Progress;
-use bulkhead_guest_kernel::debian::{Apt, Mirror};
+use bulkhead_guest::Progress;
+use bulkhead_guest::debian::{Apt, Mirror};
 
-use bulkhead_guest_kernel::cache::{self, Cache, Entry};
-use bulkhead_guest_kernel::command::{clean, output};
+use bulkhead_guest::cache::{self, Cache, Entry};
+use bulkhead_guest::command::{clean, output};
 
 /// The program.
 const QEMU: &str = "qemu-system-x86_64";

@@ -5,15 +5,15 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use bulkhead_guest_kernel::Progress;
-use bulkhead_guest_kernel::debian::{Apt, Mirror};
+use bulkhead_guest::Progress;
+use bulkhead_guest::debian::{Apt, Mirror};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::packages::{BUSYBOX, BUSYBOX_IMAGE, DEBIAN, STABLE};
 use super::system::{self, PACKAGES};
-use bulkhead_guest_kernel::cache::{self, Cache, Entry, sha256_of};
-use bulkhead_guest_kernel::command::{clean, output};
+use bulkhead_guest::cache::{self, Cache, Entry, sha256_of};
+use bulkhead_guest::command::{clean, output};
 
 /// Changes whenever a step below does.
 const RECIPE: &str = "3";

@@ -7,12 +7,12 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::{Context, Result};
-use bulkhead_guest_kernel::debian::{Apt, Mirror};
+use bulkhead_guest::debian::{Apt, Mirror};
 
 use super::packages::STABLE;
 use super::system::PACKAGES;
 use super::{image, programs, root};
-use bulkhead_guest_kernel::cache::{Cache, Entry};
+use bulkhead_guest::cache::{Cache, Entry};
 
 /// A thing that is made once and kept.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,12 +9,12 @@ use std::process::{Child, Command};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow};
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest::Progress;
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::accelerator::Accelerator;
 use super::emulator::Emulator;
-use bulkhead_guest_kernel::command::{clean, last_lines, output};
+use bulkhead_guest::command::{clean, last_lines, output};
 
 /// Memory of the lab host in MiB. Only what it touches is taken.
 pub const MEMORY_MIB: u32 = 4096;

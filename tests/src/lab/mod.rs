@@ -40,7 +40,7 @@ mod terminal;
 
 pub use accelerator::Accelerator;
 pub use ahead::begin;
-pub use bulkhead_guest_kernel::cache;
+pub use bulkhead_guest::cache;
 pub use disk::Contents;
 pub use image::{Image, images};
 pub use machine::{Clock, MEMORY_MIB};

@@ -5,7 +5,6 @@
 /// On the building machine, to make the lab host and to run it.
 pub const MACHINE: &[&str] = &[
     "busybox",                // what the agent's tests run in their containers
-    "cpio",                   // the lab host's initial file system
     "debian-archive-keyring", // signatures of all that follows
     "e2fsprogs",              // mke2fs -d: disks without mounting
     "fakeroot",               // right owners on disks that a user packs

@@ -15,12 +15,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use bulkhead_guest_kernel::Progress;
-use bulkhead_guest_kernel::debian::{Apt, Mirror};
+use bulkhead_guest::Progress;
+use bulkhead_guest::debian::{Apt, Mirror};
 
 use super::packages::{GO, GO_ROOT, STABLE};
-use bulkhead_guest_kernel::cache::{self, Cache, Entry};
-use bulkhead_guest_kernel::command::{clean, limited, output};
+use bulkhead_guest::cache::{self, Cache, Entry};
+use bulkhead_guest::command::{clean, limited, output};
 
 /// Changes whenever a step below does.
 const RECIPE: &str = "2";

@@ -9,16 +9,17 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use bulkhead_guest_kernel::Progress;
-use bulkhead_guest_kernel::debian::{Apt, Mirror};
+use bulkhead_guest::Progress;
+use bulkhead_guest::debian::{Apt, Mirror};
 
 use super::packages::{BUSYBOX, LAB_HOST, LAB_KERNEL, MODULES, STABLE};
 use super::system::{self, PACKAGES, as_root};
-use bulkhead_guest_kernel::cache::{self, Cache, Entry};
-use bulkhead_guest_kernel::command::{clean, output, output_bytes};
+use bulkhead_guest::cache::{self, Cache, Entry};
+use bulkhead_guest::command::{clean, output, output_bytes};
+use bulkhead_guest::cpio::{Archive, Kind};
 
 /// Changes whenever a step below does.
-const RECIPE: &str = "3";
+const RECIPE: &str = "4";
 
 /// Largest size of the root file system in MiB; the disk file is sparse.
 const SIZE_MIB: u32 = 24 * 1024;
@@ -271,17 +272,14 @@ fn set_attributes(work: &Path, disk: &Path) -> Result<()> {
 /// Packs busybox, of the system in `base`, and the disk's drivers among `modules`: the
 /// kernel's initial file system.
 fn initrd(base: &Path, modules: &Path, work: &Path, out: &Path) -> Result<()> {
-    let tree = work.join("initrd");
+    let mut archive = Archive::default();
     for folder in ["bin", "dev", "modules", "root"] {
-        fs::create_dir_all(tree.join(folder))?;
+        archive.add(folder, 0o755, Kind::Directory)?;
     }
-    let busybox = tree.join("bin/busybox");
+    let busybox = work.join("busybox");
     system::unpack(base, &format!("./{BUSYBOX}"), &busybox)?;
-    let init = tree.join("init");
-    fs::write(&init, include_str!("guest/init"))?;
-    for program in [busybox, init] {
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-    }
+    archive.add("bin/busybox", 0o755, Kind::File(&fs::read(busybox)?))?;
+    archive.add("init", 0o755, Kind::File(include_bytes!("guest/init")))?;
     let dependencies = fs::read_to_string(modules.join("modules.dep"))?;
     let built_in = fs::read_to_string(modules.join("modules.builtin"))?;
     let mut order: Vec<String> = Vec::new();
@@ -293,14 +291,15 @@ fn initrd(base: &Path, modules: &Path, work: &Path, out: &Path) -> Result<()> {
             let plain = path.strip_suffix(".xz").unwrap_or(&path);
             let name = plain.replace('/', "-");
             if !order.contains(&name) {
-                let to = tree.join("modules").join(&name);
-                fs::write(&to, module_at(&modules.join(&path))?)?;
+                let module = module_at(&modules.join(&path))?;
+                archive.add(&format!("modules/{name}"), 0o644, Kind::File(&module))?;
                 order.push(name);
             }
         }
     }
-    fs::write(tree.join("modules/order"), order.join("\n") + "\n")?;
-    pack_initrd(&tree, out)
+    let order = order.join("\n") + "\n";
+    archive.add("modules/order", 0o644, Kind::File(order.as_bytes()))?;
+    fs::write(out, archive.finish()).with_context(|| format!("Cannot write {}", out.display()))
 }
 
 /// The module in the file `path`, which Debian may have compressed.
@@ -309,21 +308,6 @@ fn module_at(path: &Path) -> Result<Vec<u8>> {
         return output_bytes(clean("xz").args(["--decompress", "--stdout"]).arg(path));
     }
     fs::read(path).with_context(|| format!("Cannot read {}", path.display()))
-}
-
-/// Packs the directory `tree` as a cpio archive.
-fn pack_initrd(tree: &Path, out: &Path) -> Result<()> {
-    let mut command = clean("sh");
-    command
-        .current_dir(tree)
-        .args([
-            "-c",
-            "find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 > \"$1\"",
-            "sh",
-        ])
-        .arg(out);
-    output(&mut command)?;
-    Ok(())
 }
 
 /// Whether the file `path` is `module`.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest::Progress;
 
 use super::disk::Contents;
 use super::emulator::Emulator;
@@ -12,7 +12,7 @@ use super::image::Image;
 use super::machine::{self, Clock, Machine, Parts};
 use super::session::Lab;
 use super::{root, store};
-use bulkhead_guest_kernel::cache::{self, Entry};
+use bulkhead_guest::cache::{self, Entry};
 
 /// Differences of the disk to the root disk.
 pub(crate) const DISK: &str = "disk.qcow2";

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest::Progress;
 use nix::sys::signal::{SigSet, Signal};
 
 use super::accelerator::Accelerator;
@@ -20,7 +20,7 @@ use super::programs::Programs;
 use super::protocol::{Frame, Request};
 use super::store::{self, Store};
 use super::{emulator, root, saved, terminal};
-use bulkhead_guest_kernel::cache::Cache;
+use bulkhead_guest::cache::Cache;
 
 /// Longest time for a restored lab host to answer; a busy machine is slow.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(120);

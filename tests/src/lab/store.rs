@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::machine::overlay;
-use bulkhead_guest_kernel::cache::Entry;
-use bulkhead_guest_kernel::command::{clean, output};
+use bulkhead_guest::cache::Entry;
+use bulkhead_guest::command::{clean, output};
 
 /// Largest size in MiB; the file is sparse. Part of the saved state, as all devices.
 const SIZE_MIB: u32 = 8192;

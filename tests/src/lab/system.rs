@@ -10,8 +10,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_guest_kernel::command::{clean, limited, logged, output};
-use bulkhead_guest_kernel::debian::{Mirror, access, keyring};
+use bulkhead_guest::command::{clean, limited, logged, output};
+use bulkhead_guest::debian::{Mirror, access, keyring};
 
 /// How long installing a system may take.
 const DEADLINE: Duration = Duration::from_secs(2400);

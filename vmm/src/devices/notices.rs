@@ -2,7 +2,7 @@
 //! guest's kernel.
 //!
 //! No device of the virtio specification does this: our driver in the guest's kernel
-//! (`guest-kernel-config/driver/bulkhead_notify.c`) offers buffers in the one queue,
+//! (`guest/driver/bulkhead_notify.c`) offers buffers in the one queue,
 //! and gets a [`Notice`] in each. So neither the one who started the machine nor a
 //! program of the guest is on the way, and none of them has to read what a VMM says.
 //!

@@ -19,7 +19,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_guest_kernel::Progress;
+use bulkhead_guest::Progress;
 
 use self::report::Report;
 use crate::{build, lab, progress::Bar, tools};

@@ -131,7 +131,7 @@ pub(crate) fn first_that_serves<T>(
     }
     bail!(
         "No version of the kernel source yields what the fragments in \
-         guest-kernel-config/fragments require:{refused}"
+         guest/fragments require:{refused}"
     )
 }
 
@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(
             found.unwrap_err().to_string(),
             "No version of the kernel source yields what the fragments in \
-             guest-kernel-config/fragments require:\n  \
+             guest/fragments require:\n  \
              linux-source-6.12 2 of a: f:1 asks for CONFIG_NEW=y (needed) and gets n\n  \
              linux-source-6.12 1 of b: f:1 asks for CONFIG_NEW=y (needed) and gets n"
         );

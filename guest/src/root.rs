@@ -9,7 +9,6 @@
 //!
 //! Never reads anything of the building machine but the files it is given.
 
-mod cpio;
 mod manifest;
 
 use std::fs;
@@ -18,7 +17,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
-pub use crate::manifest::write_manifest;
+pub use self::manifest::write_manifest;
 
 use crate::cpio::{Archive, Kind};
 

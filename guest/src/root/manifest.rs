@@ -5,10 +5,10 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_guest_kernel::Kernel;
 use serde::Serialize;
 
-use crate::{Image, sha256};
+use super::{Image, sha256};
+use crate::Kernel;
 
 /// File names in the directory.
 const MANIFEST: &str = "manifest.json";

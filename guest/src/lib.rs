@@ -21,10 +21,12 @@
 mod build;
 pub mod cache;
 pub mod command;
+pub mod cpio;
 pub mod debian;
 mod elf;
 mod fragments;
 mod kept;
+pub mod root;
 mod source;
 
 use std::collections::BTreeMap;

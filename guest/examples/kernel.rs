@@ -5,8 +5,8 @@ use std::io::{Write, stderr, stdout};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use bulkhead_guest_kernel::cache::Cache;
-use bulkhead_guest_kernel::{Progress, ensure};
+use bulkhead_guest::cache::Cache;
+use bulkhead_guest::{Progress, ensure};
 
 /// Steps and counts on standard error.
 struct Lines;

@@ -1,9 +1,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use bulkhead_guest_kernel::Kernel;
-
 use super::*;
+use crate::Kernel;
 
 /// One entry as read back: mode with file type, node number, data.
 #[derive(Debug, PartialEq, Eq)]

@@ -11,23 +11,35 @@ const TRAILER: &str = "TRAILER!!!";
 
 /// An archive that grows by one entry after the other.
 #[derive(Debug, Default)]
-pub(crate) struct Archive {
+pub struct Archive {
     bytes: Vec<u8>,
     entries: u32,
 }
 
 /// What an entry is.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Kind<'a> {
+pub enum Kind<'a> {
+    /// A directory.
     Directory,
+    /// A file with this content.
     File(&'a [u8]),
-    CharacterDevice { major: u32, minor: u32 },
+    /// A device.
+    CharacterDevice {
+        /// Which driver.
+        major: u32,
+        /// Which of its devices.
+        minor: u32,
+    },
 }
 
 impl Archive {
     /// Adds the entry `name`, relative to the root, with the permission bits
     /// `mode`. A directory comes before what is in it.
-    pub(crate) fn add(&mut self, name: &str, mode: u32, kind: Kind<'_>) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// The name is absolute or empty, or the file longer than 4 GiB.
+    pub fn add(&mut self, name: &str, mode: u32, kind: Kind<'_>) -> Result<()> {
         ensure!(
             !name.is_empty() && !name.starts_with('/') && !name.contains('\0') && name != TRAILER,
             "Not a name for an archive: {name:?}"
@@ -49,7 +61,8 @@ impl Archive {
     }
 
     /// The archive as bytes.
-    pub(crate) fn finish(mut self) -> Vec<u8> {
+    #[must_use]
+    pub fn finish(mut self) -> Vec<u8> {
         self.entry(TRAILER, [0, 0, 1, 0, 0, 0], &[]);
         self.bytes
     }
@@ -60,7 +73,7 @@ impl Archive {
         [inode, mode, links, len, major, minor]: [u32; 6],
         data: &[u8],
     ) {
-        let name_len = u32::try_from(name.len() + 1).expect("names are literals in this crate");
+        let name_len = u32::try_from(name.len() + 1).unwrap_or(u32::MAX);
         self.bytes.extend_from_slice(b"070701");
         // inode, mode, uid, gid, links, time, length, device (2), node (2), name, checksum
         for field in [
