@@ -3,8 +3,8 @@
 //! Needs no living shim, no guest, no bundle; whatever is gone already is no error.
 //! It may meet a shim that is in the middle of its own end, and for a container whose
 //! pod has another name (a label groups them) a shim in full health: that one is
-//! asked, a dead one's pod is removed. Takes less than four seconds, of which
-//! containerd gives five. Mounts need no care: they ended with the shim's mount
+//! asked, a dead one's pod is removed. Takes less than five seconds, which
+//! containerd gives it. Mounts need no care: they ended with the shim's mount
 //! namespace.
 
 use std::{
@@ -23,6 +23,7 @@ use tokio::{net::UnixStream, time::timeout};
 use ttrpc::r#async::transport::Socket;
 
 use crate::{
+    cgroup,
     error::{Error, Result, host},
     flags::Flags,
     mount,
@@ -181,6 +182,10 @@ fn end(dir: &StateDir) -> Result<()> {
     }
     // A VM that was started in the meantime.
     kill(now.vmm);
+    if let Err(error) = cgroup::remove_recorded(dir.path(), cgroup::LEAVE_DELETE) {
+        // containerd takes that for a warning.
+        eprintln!("{}", error.text());
+    }
     if let Some(socket) = processes.socket {
         remove_dead_socket(&socket);
     }

@@ -11,6 +11,7 @@ use tokio::time::timeout;
 
 use crate::{
     agent::Agent,
+    cgroup::Place,
     error::Result,
     io::Dialer,
     statedir::HostProcess,
@@ -24,8 +25,13 @@ const PARTING: Duration = Duration::from_millis(500);
 #[async_trait]
 pub trait Boots: Debug + Send + Sync {
     /// Boots a guest and waits for its agent. Giving up the future ends what was
-    /// begun.
-    async fn boot(&self, size: Size, oom_score_adj: i32) -> Result<Arc<dyn Guest>>;
+    /// begun. Without a place for the cgroup it gets one of its own choice.
+    async fn boot(
+        &self,
+        size: Size,
+        oom_score_adj: i32,
+        cgroup: Option<Place>,
+    ) -> Result<Arc<dyn Guest>>;
 }
 
 /// A running guest. Dropping it kills it.
@@ -48,6 +54,10 @@ pub trait Guest: Debug + Send + Sync {
 
     /// Waits for the end.
     async fn ended(&self) -> End;
+
+    /// Waits until nothing of it is left on the host either, beside the pod's own
+    /// directory.
+    async fn gone(&self);
 }
 
 /// Ends a guest: in order if its agent answers, else by force.

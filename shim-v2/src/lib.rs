@@ -18,6 +18,7 @@
 
 pub mod agent;
 pub mod assets;
+pub mod cgroup;
 mod clock;
 pub mod config;
 pub mod daemon;

@@ -36,6 +36,7 @@ use ttrpc::Code;
 pub use self::create::Create;
 use crate::{
     agent::ProcessName,
+    cgroup::Place,
     clock,
     config::Config,
     error::{Error, Result},
@@ -430,6 +431,10 @@ impl Pod {
             container.init.close_streams();
         }
         self.events.flush(FLUSH).await;
+        if let Some(guest) = self.guest.get() {
+            // Its directory is the last that tells of a pod.
+            let _ = timeout(DIE, guest.gone()).await;
+        }
         let slots = std::mem::take(&mut *lock(&self.slots));
         let (share, dir) = (Arc::clone(&self.share), Arc::clone(&self.dir));
         let removed = tokio::task::spawn_blocking(move || {
@@ -489,9 +494,14 @@ impl Pod {
     }
 
     /// The guest, booted by whoever comes first.
-    async fn boot(self: &Arc<Self>, size: Size, oom_score_adj: i32) -> Result<Arc<dyn Guest>> {
+    async fn boot(
+        self: &Arc<Self>,
+        size: Size,
+        oom_score_adj: i32,
+        cgroup: Option<Place>,
+    ) -> Result<Arc<dyn Guest>> {
         let boot = || async {
-            let guest = self.hypervisor.boot(size, oom_score_adj).await?;
+            let guest = self.hypervisor.boot(size, oom_score_adj, cgroup).await?;
             let (dir, process) = (Arc::clone(&self.dir), guest.process());
             let recorded = tokio::task::spawn_blocking(move || dir.record_vmm(process)).await;
             recorded

@@ -17,6 +17,7 @@ use bulkhead_spec::{Inherited, json, oci, plan};
 use serde_json::Value;
 
 use crate::{
+    cgroup::Place,
     names::ContainerId,
     seccomp::{self, Filter},
 };
@@ -58,6 +59,8 @@ pub struct Prepared {
     pub limits: Limits,
     /// `process.oomScoreAdj`, 0 if absent.
     pub oom_score_adj: i32,
+    /// `linux.cgroupsPath`: where the cgroup of a VM for this container belongs.
+    pub cgroup: Option<Place>,
     /// First size of the terminal: columns and rows, 0 if unknown.
     pub console: (u32, u32),
     /// What was changed or left out, one sentence each.
@@ -110,7 +113,9 @@ pub fn prepare(
         process.terminal = terminal == Terminal::Yes;
     }
     let mut filter = Filter::default();
+    let mut cgroup = None;
     if let Some(linux) = &mut spec.linux {
+        cgroup = Place::new(&linux.cgroups_path)?;
         leave_host_namespaces(&mut linux.namespaces)?;
         if let Some(profile) = linux.seccomp.take() {
             filter = seccomp::compile(&profile)?;
@@ -133,6 +138,7 @@ pub fn prepare(
         filter,
         limits,
         oom_score_adj: checked.plan.process.oom_score_adj,
+        cgroup,
         console: console(&checked.plan.process),
         notes,
     })

@@ -1,8 +1,8 @@
 //! The run-time directory of a pod: `/run/bulkhead/<namespace>/<group id>/`.
 //!
 //! Mode 0700. Holds `vsock.sock`, the directory `share` (on which the shim mounts
-//! the pod's share in its own mount namespace), `processes.json` for `delete`, and
-//! after an end that was not asked for `reason`. Removal knows these names and
+//! the pod's share in its own mount namespace), `processes.json` and `cgroups.json` for
+//! `delete`, and after an end that was not asked for `reason`. Removal knows these names and
 //! never walks.
 //!
 //! Two shims of one id may meet: one at its end, one at its beginning. Whoever makes
@@ -26,13 +26,17 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::names::{GroupId, Namespace};
+use crate::{
+    cgroup,
+    names::{GroupId, Namespace},
+};
 
 /// Where all run-time state is.
 pub const RUN_DIR: &str = "/run/bulkhead";
 
 /// Files that may be in the directory of a pod.
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
+    cgroup::RECORD,
     "vsock.sock",
     "processes.json",
     "processes.json.new",
@@ -238,6 +242,9 @@ impl StateDir {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
         }
         kill(processes.vmm);
+        if let Err(error) = cgroup::remove_recorded(&self.path, cgroup::LEAVE_DELETE) {
+            warn!(error = error.text(), "something is left of an earlier VMM");
+        }
         self.remove()
     }
 

@@ -5,6 +5,7 @@
 //! [`Vm::ended`], and nobody needs the guest or a lock to kill it.
 
 mod acceptor;
+mod child;
 pub mod control;
 pub mod vmm;
 
@@ -13,11 +14,12 @@ use std::{
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt, unix::net::UnixListener},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use async_trait::async_trait;
 use bulkhead_agent_api::{AGENT_PORT, PRIVATE_TAG, SHARE_TAG};
-use bulkhead_vmm::config as vmm_config;
+use bulkhead_vmm::{config as vmm_config, jail::threads};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::info;
 
@@ -25,6 +27,7 @@ use self::vmm::{End, Launch, Vmm};
 use crate::{
     agent::{self, Agent},
     assets::Assets,
+    cgroup::{Cgroup, Place},
     config::Config,
     error::{Error, Result, host},
     guest::{Boots, Guest},
@@ -41,7 +44,9 @@ pub const CMDLINE: &str = "quiet panic=-1 reboot=k";
 const VSOCK: &str = "vsock.sock";
 
 /// Time that the VMM gets to report before it is killed.
-const REPORT: std::time::Duration = std::time::Duration::from_millis(500);
+const REPORT: Duration = Duration::from_millis(500);
+/// Time for a VMM that did not come up to be gone.
+const GONE: Duration = Duration::from_secs(3);
 
 /// Size of a virtual machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +109,8 @@ pub struct Boot<'a> {
     pub size: Size,
     /// `oom_score_adj` of the VMM.
     pub oom_score_adj: i32,
+    /// Where its cgroup shall be, if not where its state directory says.
+    pub cgroup: Option<Place>,
 }
 
 /// A virtual machine whose agent is ready.
@@ -122,12 +129,13 @@ impl Vm {
         let config = boot.config.clone();
         let dir = boot.dir.clone();
         let (size, oom_score_adj) = (boot.size, boot.oom_score_adj);
-        let prepared =
-            tokio::task::spawn_blocking(move || prepare(&config, &dir, size, oom_score_adj))
-                .await
-                .map_err(|error| {
-                    host("prepare the virtual machine")(std::io::Error::other(error))
-                })??;
+        let place = boot.cgroup;
+        let place = place.unwrap_or_else(|| Place::like(boot.dir.path()));
+        let prepared = tokio::task::spawn_blocking(move || {
+            prepare(&config, &dir, size, oom_score_adj, &place)
+        })
+        .await
+        .map_err(|error| host("prepare the virtual machine")(std::io::Error::other(error)))??;
         let (launch, acceptor) = prepared;
         let state =
             crate::mount::open_dir(boot.dir.path()).map_err(host("open the state directory"))?;
@@ -144,9 +152,9 @@ impl Vm {
         };
         let result = tokio::select! {
             result = timeout_at(deadline, greeted) => result,
-            end = vmm.ended() => return Err(Error::Boot(end.reason)),
+            end = vmm.ended() => Ok(Err(Error::Boot(end.reason))),
         };
-        match result {
+        let error = match result {
             Ok(Ok(agent)) => {
                 info!(
                     boot_ms = begun.elapsed().as_millis(),
@@ -154,16 +162,16 @@ impl Vm {
                     memory_mib = size.memory_mib,
                     "virtual machine is up"
                 );
-                Ok(Vm {
+                return Ok(Vm {
                     agent,
                     dialer: Dialer::new(state, VSOCK),
                     vmm,
-                })
+                });
             }
             // The VMM's own end says more than a connection that closed.
             Ok(Err(error)) => match timeout(REPORT, vmm.ended()).await {
-                Ok(end) => Err(Error::Boot(end.reason)),
-                Err(_) => Err(error),
+                Ok(end) => Error::Boot(end.reason),
+                Err(_) => error,
             },
             Err(_) => {
                 // Once the shim seems gone, the VMM reports what the console said.
@@ -175,11 +183,15 @@ impl Vm {
                     _ => String::new(),
                 };
                 let limit = boot.config.boot_timeout_s;
-                Err(Error::Boot(format!(
+                Error::Boot(format!(
                     "the agent did not connect within {limit} s{console}"
-                )))
+                ))
             }
-        }
+        };
+        // Whoever tries again finds everything free.
+        vmm.kill();
+        let _ = timeout(GONE, vmm.gone()).await;
+        Err(error)
     }
 }
 
@@ -194,13 +206,19 @@ pub struct Kvm {
 
 #[async_trait]
 impl Boots for Kvm {
-    async fn boot(&self, size: Size, oom_score_adj: i32) -> Result<Arc<dyn Guest>> {
+    async fn boot(
+        &self,
+        size: Size,
+        oom_score_adj: i32,
+        cgroup: Option<Place>,
+    ) -> Result<Arc<dyn Guest>> {
         let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
         let boot = Boot {
             config: &self.config,
             dir: &self.dir,
             size,
             oom_score_adj: oom_score(oom_score_adj, &own),
+            cgroup,
         };
         Ok(Arc::new(Vm::boot(boot).await?))
     }
@@ -237,6 +255,10 @@ impl Guest for Vm {
     async fn ended(&self) -> End {
         self.vmm.ended().await
     }
+
+    async fn gone(&self) {
+        self.vmm.gone().await;
+    }
 }
 
 /// Opens everything that the VMM gets; a blocking function.
@@ -245,6 +267,7 @@ fn prepare(
     dir: &StateDir,
     size: Size,
     oom_score_adj: i32,
+    place: &Place,
 ) -> Result<(Launch, OwnedFd)> {
     let kvm = open_kvm(Path::new("/dev/kvm"))?;
     let assets = Assets::open(&config.assets_dir, Path::new(crate::statedir::RUN_DIR))?;
@@ -260,6 +283,10 @@ fn prepare(
         cmdline.push(' ');
         cmdline.push_str(&config.kernel_cmdline);
     }
+    let shares = shares(&dir.share(), size.vcpus);
+    // Last: nothing that may still fail has to take it back.
+    let tasks = threads::most(size.vcpus, shares.len());
+    let cgroup = Cgroup::make(place, tasks, dir.path())?;
     let launch = Launch {
         binary,
         kvm,
@@ -272,8 +299,9 @@ fn prepare(
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
         share: dir.share(),
-        shares: shares(&dir.share(), size.vcpus),
+        shares,
         oom_score_adj,
+        cgroup,
     };
     Ok((launch, ours))
 }

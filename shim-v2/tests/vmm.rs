@@ -107,6 +107,7 @@ fn with_vmm<F: Future<Output = ()>>(
                 queues: 1,
             }],
             oom_score_adj: 100,
+            cgroup: None,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

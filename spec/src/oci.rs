@@ -206,6 +206,9 @@ pub struct Linux {
     pub sysctl: BTreeMap<String, String>,
     /// Limits.
     pub resources: Resources,
+    /// A place in the host's hierarchy of cgroups.
+    #[serde(skip_serializing)]
+    pub cgroups_path: String,
     /// Namespaces.
     pub namespaces: Vec<Namespace>,
     /// Device nodes beyond the usual ones.

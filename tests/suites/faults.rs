@@ -430,3 +430,60 @@ fn a_full_disk_is_an_error_in_the_guest_and_no_more_f10() {
     assert_eq!(out.success(), "1\nfits\n");
     drop(disk);
 }
+
+/// Unmounts what lies on a path when it is dropped.
+struct Unmounts(&'static str);
+
+impl Drop for Unmounts {
+    fn drop(&mut self) {
+        Command::new("umount", [self.0]).run().success();
+    }
+}
+
+#[test]
+fn cgroups_that_cannot_be_made_fail_the_start_f14() {
+    const CGROUPS: &str = "/sys/fs/cgroup";
+    Command::new("mount", ["--bind", "-o", "ro", CGROUPS, CGROUPS])
+        .run()
+        .success();
+    let read_only = Unmounts(CGROUPS);
+    let outcome = run_true();
+    drop(read_only);
+    assert_said(&outcome, "Cannot make the cgroup /sys/fs/cgroup/bulkhead");
+    run_true().success();
+}
+
+#[test]
+fn a_cgroup_in_which_no_process_may_live_fails_the_start_f14() {
+    // Beside a threaded cgroup there is none for whole processes.
+    let top = Path::new("/sys/fs/cgroup/lab");
+    fs::create_dir_all(top.join("threaded")).unwrap();
+    fs::write(top.join("threaded/cgroup.type"), "threaded").unwrap();
+    let mut config = bundle::config("true");
+    config["linux"]["cgroupsPath"] = json!("/lab/vmm");
+    let (run, _dir) = start_bundle(&config);
+    let outcome = run.wait();
+    let left = top.join("vmm").exists();
+    fs::remove_dir(top.join("threaded")).unwrap();
+    fs::remove_dir(top).unwrap();
+    assert_said(&outcome, "/sys/fs/cgroup/lab/vmm");
+    assert!(!left);
+}
+
+#[test]
+fn a_cgroup_that_cannot_be_removed_keeps_nobody_waiting_f15() {
+    let run = endless_named("stays");
+    let dir = Path::new("/sys/fs/cgroup/bulkhead/bulkhead/stays");
+    fs::create_dir(dir.join("stray")).unwrap();
+    kill_all("bulkhead-vmm");
+    let began = Instant::now();
+    let outcome = run.wait();
+    let took = began.elapsed();
+    // Somebody else's is not removed, and ours with it by hand.
+    fs::remove_dir(dir.join("stray")).unwrap();
+    for dir in dir.ancestors().take(3) {
+        fs::remove_dir(dir).unwrap();
+    }
+    assert_said(&outcome, "the VM was killed");
+    assert!(took < Duration::from_secs(30), "{took:?}");
+}

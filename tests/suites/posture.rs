@@ -3,10 +3,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::{collections::HashSet, fs, path::Path};
+use std::{
+    collections::HashSet,
+    fs,
+    path::{Path, PathBuf},
+};
 
-use bulkhead_tests::{BUSYBOX, Command};
-use bulkhead_vmm::jail::{posture, threads::ThreadKind};
+use bulkhead_tests::{BUSYBOX, BUSYBOX_NAME, Command, bundle};
+use bulkhead_vmm::jail::{
+    posture,
+    threads::{self, ThreadKind},
+};
+use serde_json::json;
 
 /// The one process of this name.
 fn process(name: &str) -> String {
@@ -55,4 +63,131 @@ fn every_thread_of_the_vmm_has_what_the_table_says() {
     // It is still good for something.
     run.write("line\n");
     assert!(run.wait().success().ends_with("line\n"));
+}
+
+/// The cgroup of the one VMM, below the root; it is alone there.
+fn cgroup_of_the_vmm() -> PathBuf {
+    let pid = process("bulkhead-vmm");
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let place = text.trim_end().strip_prefix("0::/").unwrap();
+    let procs = fs::read_to_string(dir(place).join("cgroup.procs")).unwrap();
+    assert_eq!(procs.trim_end(), pid);
+    place.into()
+}
+
+/// The directory of a cgroup.
+fn dir(place: impl AsRef<Path>) -> PathBuf {
+    Path::new("/sys/fs/cgroup").join(place)
+}
+
+#[test]
+fn the_vmm_lives_in_a_cgroup_of_its_own_that_limits_its_tasks() {
+    let run = Command::bulkhead([
+        "run",
+        "-i",
+        "--rm",
+        "--name",
+        "placed",
+        BUSYBOX,
+        "--",
+        "sh",
+        "-c",
+        "echo ready; read line",
+    ]);
+    let run = run.start();
+    run.wait_for_output("ready");
+    let place = cgroup_of_the_vmm();
+    assert!(
+        place.starts_with("bulkhead") && place.ends_with("placed"),
+        "{place:?}"
+    );
+    let number = |name: &str| -> u64 {
+        let text = fs::read_to_string(dir(&place).join(name)).unwrap();
+        text.trim_end().parse().unwrap()
+    };
+    assert_eq!(number("pids.max"), threads::most(1, 2));
+    let (now, most) = (number("pids.current"), number("pids.max"));
+    assert!(now <= most, "{now} of {most}");
+    // What the virtual machine costs can be seen.
+    assert!(number("memory.current") > 0);
+    run.write("\n");
+    run.wait().success();
+    assert!(!dir("bulkhead").exists());
+}
+
+#[test]
+fn a_shim_that_is_killed_leaves_no_cgroup_f1() {
+    let run = Command::bulkhead([
+        "run",
+        "--rm",
+        BUSYBOX,
+        "--",
+        "sh",
+        "-c",
+        "echo ready; read l",
+    ]);
+    let run = run.start();
+    run.wait_for_output("ready");
+    let place = cgroup_of_the_vmm();
+    let shim = ["-KILL", "-f", "containerd-shim-bulkhead-v2"];
+    Command::new("pkill", shim).run().success();
+    assert!(run.wait().code != 0);
+    assert!(!dir(&place).exists() && !dir("bulkhead").exists());
+}
+
+#[test]
+fn the_cgroup_is_where_the_specification_has_it() {
+    for (path, place) in [
+        ("/lab/pod/one", "lab/pod/one"),
+        (
+            "lab-pod.slice:bulkhead:one",
+            "lab.slice/lab-pod.slice/bulkhead-one.scope",
+        ),
+    ] {
+        let made = tempfile::tempdir().unwrap();
+        let mut config = bundle::config("echo ready; read line");
+        config["linux"]["cgroupsPath"] = json!(path);
+        bundle::write(made.path(), &config);
+        let run = [
+            "run",
+            "-i",
+            "--rm",
+            "--bundle",
+            made.path().to_str().unwrap(),
+        ];
+        let run = Command::bulkhead(run).start();
+        run.wait_for_output("ready");
+        assert_eq!(cgroup_of_the_vmm(), Path::new(place));
+        run.write("\n");
+        run.wait().success();
+        let top = Path::new(place).iter().next().unwrap();
+        assert!(!dir(Path::new(top)).exists(), "{path}");
+    }
+}
+
+#[test]
+fn containerds_place_for_a_container_is_that_of_its_vmm() {
+    let runtime = "io.containerd.bulkhead.v2";
+    let run = [
+        "run",
+        "--runtime",
+        runtime,
+        "--detach",
+        BUSYBOX_NAME,
+        "placed",
+        "sleep",
+        "1000",
+    ];
+    Command::new("ctr", run).run().success();
+    let place = cgroup_of_the_vmm();
+    for end in [
+        &["task", "kill", "--signal", "SIGKILL", "placed"][..],
+        &["task", "rm", "--force", "placed"],
+        &["container", "rm", "placed"],
+    ] {
+        // The second one comes too late if the first one was fast.
+        let _ = Command::new("ctr", end).run();
+    }
+    assert_eq!(place, Path::new("default/placed"));
+    assert!(!dir(&place).exists());
 }

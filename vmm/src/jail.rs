@@ -14,9 +14,11 @@
 //! The guest runs after that. What is given up cannot be won back: a user
 //! namespace, in which it could be, is behind system calls that no kind may make.
 //!
-//! `/proc/self/fd`, through which a file server opens what it has found, is the
-//! one directory of an unnamed procfs that shows processes of this PID namespace
-//! only, and nothing but processes. Nothing else of it can be named.
+//! `/proc/self/fd`, through which a file server opens what it has found, is a mount of
+//! its own that is attached nowhere, so not even `..` leads to the rest of procfs:
+//! through `/proc/self/mem` all of this could be undone. What the process holds it can
+//! open anew by that way, as root and for writing, whatever it was given it for: so it
+//! keeps nothing that is not the share's, the pod's own, or without content.
 //!
 //! The death of the parent is seen by the end of the control socket: PR_SET_PDEATHSIG
 //! would also strike when the parent's *thread* that started this process ends, or
@@ -29,7 +31,7 @@ pub mod threads;
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd, RawFd},
+    os::fd::{OwnedFd, RawFd},
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
     thread,
@@ -37,10 +39,7 @@ use std::{
 
 use rustix::{
     fs::{CWD, Mode, OFlags},
-    mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, UnmountFlags,
-        fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, unmount,
-    },
+    mount::{MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount_change, open_tree, unmount},
     process::{
         DumpableBehavior, Gid, Resource, Rlimit, Uid, getpid, getrlimit, pivot_root,
         set_dumpable_behavior, setrlimit, umask,
@@ -74,7 +73,7 @@ pub enum Error {
     /// The mount namespace could not be made.
     #[error("Cannot make a mount namespace")]
     Namespace(#[source] io::Error),
-    /// procfs could not be made or used.
+    /// procfs could not be used.
     #[error("Cannot open /proc/self/fd")]
     Proc(#[source] io::Error),
     /// The root could not be changed.
@@ -135,7 +134,7 @@ pub fn report_violations(report: Option<RawFd>) -> Result<(), Error> {
 pub fn enter(jail: Option<&Jail>) -> Result<Confined, Error> {
     let (sealed, reports) = mpsc::channel();
     let Some(jail) = jail else {
-        let proc_self_fd = open_directory(CWD, "/proc/self/fd").map_err(Error::Proc)?;
+        let proc_self_fd = open_directory("/proc/self/fd").map_err(Error::Proc)?;
         return Ok(Confined {
             proc_self_fd,
             rules: None,
@@ -288,24 +287,18 @@ fn leave_mount_namespace() -> io::Result<()> {
     Ok(())
 }
 
+/// A copy of the mount that begins at this directory. It is what the parent's procfs
+/// calls this process, whose number there is not its own.
 fn own_proc_self_fd() -> io::Result<OwnedFd> {
-    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    // Without it the first process of the namespace could write to /proc/sys.
-    fsconfig_set_string(context.as_fd(), "subset", "pid")?;
-    fsconfig_create(context.as_fd())?;
-    let proc = fsmount(
-        context.as_fd(),
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::MOUNT_ATTR_NOSUID
-            | MountAttrFlags::MOUNT_ATTR_NODEV
-            | MountAttrFlags::MOUNT_ATTR_NOEXEC,
-    )?;
-    open_directory(&proc, "self/fd")
+    Ok(open_tree(
+        CWD,
+        "/proc/self/fd",
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )?)
 }
 
-fn open_directory(at: impl AsFd, path: &str) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::openat(
-        at,
+fn open_directory(path: &str) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(
         path,
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Mode::empty(),

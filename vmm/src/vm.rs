@@ -210,6 +210,8 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
         cmdline: &cmdline,
     };
     let entry = kernel::load(&memory, config.memory_mib, config.vcpus, &images)?;
+    // Other machines' as well: whoever takes this one over must not hold them.
+    drop((fds.kernel, fds.initramfs));
     boot::cpu::write_tables(&memory).map_err(kernel::Error::Memory)?;
     let machine = Arc::new(Machine {
         ports: Mutex::new(Ports::new(serial(&vm, extras.serial)?)),

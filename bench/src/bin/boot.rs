@@ -184,11 +184,12 @@ fn boot_ours() -> Result<Boot> {
                 memory_mib: MEMORY_MIB,
             },
             oom_score_adj: 0,
+            cgroup: None,
         })
         .await?;
         let boot = measured(start, &before, vm.process().pid.cast_unsigned());
         vm.kill();
-        vm.ended().await;
+        vm.gone().await;
         boot
     });
     drop(share);

@@ -178,7 +178,8 @@ impl Pod {
             Ok(())
         };
         let size = Size::on_this_host(prepared.limits, &self.config);
-        let (guest, ()) = tokio::try_join!(self.boot(size, prepared.oom_score_adj), put_up)?;
+        let boot = self.boot(size, prepared.oom_score_adj, prepared.cgroup);
+        let (guest, ()) = tokio::try_join!(boot, put_up)?;
         let (streams, mut stdio, room) = Streams::open(&request.stdio, guest.dialer()).await?;
         (stdio.columns, stdio.rows) = prepared.console;
         let message = CreateRequest {

@@ -3,8 +3,8 @@
 //! It begins in namespaces of its own, but for that of mounts, which it makes itself
 //! when it confines itself to the share. It inherits exactly the descriptors that its
 //! configuration names. A thread makes these namespaces and ends as soon as the process
-//! is started; another one waits for the end. The VMM lives as
-//! long as the control socket.
+//! is started; another one waits for the end, and then removes the cgroup. The VMM lives
+//! as long as the control socket.
 
 use std::{
     fs::File,
@@ -14,7 +14,7 @@ use std::{
         unix::process::ExitStatusExt,
     },
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::ExitStatus,
     sync::Arc,
     thread,
 };
@@ -27,16 +27,19 @@ use bulkhead_vmm::{
 use nix::sched::{CloneFlags, unshare};
 use rustix::{
     event::{PollFd, PollFlags, poll},
-    process::{Pid, PidfdFlags, Signal, pidfd_open},
+    process::Signal,
 };
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
-use super::control::Control;
+use super::{
+    child::{Child, Failure, Program},
+    control::Control,
+};
 use crate::{
     agent::escape,
+    cgroup::Cgroup,
     error::{Error, Result, host},
-    inherit,
     statedir::{HostProcess, signal},
 };
 
@@ -85,6 +88,8 @@ pub struct Launch {
     pub shares: Vec<Share>,
     /// `oom_score_adj` of the process.
     pub oom_score_adj: i32,
+    /// Where it lives.
+    pub cgroup: Option<Cgroup>,
 }
 
 /// How a VMM ended, and what that means for the processes in it.
@@ -163,10 +168,15 @@ impl Vmm {
                 let _ = started.send(start(launch, control_end, stderr));
             })
             .map_err(host("start the thread of the VMM"))?;
-        let Started { mut child, report } = result
+        let Started {
+            mut child,
+            report,
+            cgroup,
+        } = result
             .await
             .map_err(|_| host("start the VMM")(io::Error::other("its thread ended")))??;
-        let (process, pidfd) = child.open().map_err(host("open the process of the VMM"))?;
+        let opened = HostProcess::of(child.pid()).and_then(|process| Ok((process, child.pidfd()?)));
+        let (process, pidfd) = opened.map_err(host("open the process of the VMM"))?;
         let pidfd = Arc::new(pidfd);
         let (end, ended) = watch::channel(None);
         let died = Arc::clone(&pidfd);
@@ -174,7 +184,9 @@ impl Vmm {
             .name("vmm-parent".to_owned())
             .spawn(move || {
                 let report = read_report(report, &died);
-                end.send_replace(Some(child.wait(report)));
+                end.send_replace(Some(end_of(&mut child, report)));
+                // Nobody waits for this but who waits for `gone`.
+                drop(cgroup);
             })
             .map_err(host("start the thread of the VMM"))?;
         Ok(Vmm {
@@ -224,6 +236,13 @@ impl Vmm {
             console: Vec::new(),
         })
     }
+
+    /// Waits until nothing of it is left on the host.
+    pub async fn gone(&self) {
+        let mut ended = self.ended.clone();
+        // The other end goes last.
+        while ended.changed().await.is_ok() {}
+    }
 }
 
 impl Drop for Vmm {
@@ -252,52 +271,24 @@ pub fn find(shim: &Path) -> Result<PathBuf> {
     })
 }
 
-/// The process as the child that it is. Dropping it ends and reaps it.
-#[derive(Debug)]
-struct Reaped(Option<Child>);
-
-impl Reaped {
-    fn open(&self) -> io::Result<(HostProcess, OwnedFd)> {
-        let child = self.0.as_ref().ok_or(io::ErrorKind::NotFound)?;
-        let number = child.id().cast_signed();
-        let pid = Pid::from_raw(number).ok_or_else(|| io::Error::other("no process id"))?;
-        // The child is not reaped yet, so the number is its own.
-        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-        Ok((HostProcess::of(number)?, pidfd))
-    }
-
-    /// Waits for its end.
-    fn wait(&mut self, report: Option<Report>) -> End {
-        let status = match self.0.take() {
-            Some(mut child) => child.wait(),
-            None => Err(io::ErrorKind::NotFound.into()),
-        };
-        match status {
-            Ok(status) => End::of(status, report),
-            Err(error) => End {
-                status: FAILED,
-                reason: format!("the end of the VMM cannot be seen: {error}"),
-                console: Vec::new(),
-            },
-        }
-    }
-}
-
-impl Drop for Reaped {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            // Both fail only if it has ended.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+/// Waits for the end of the process.
+fn end_of(child: &mut Child, report: Option<Report>) -> End {
+    match child.wait() {
+        Ok(status) => End::of(status, report),
+        Err(error) => End {
+            status: FAILED,
+            reason: format!("the end of the VMM cannot be seen: {error}"),
+            console: Vec::new(),
+        },
     }
 }
 
 /// A process that was started, and where it will report.
 #[derive(Debug)]
 struct Started {
-    child: Reaped,
+    child: Child,
     report: PipeReader,
+    cgroup: Option<Cgroup>,
 }
 
 /// Starts the process; the calling thread does nothing else in its life.
@@ -354,27 +345,45 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
     ]
     .map(|fd| fd.0)
     .to_vec();
-    let mut command = Command::new(&launch.binary);
-    command
-        .arg("--config-fd")
-        .arg(config_file.as_raw_fd().to_string())
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(stderr);
-    inherit::only(&mut command, kept);
-    let child = command.spawn().map_err(|source| Error::Path {
-        action: "start",
-        path: launch.binary.clone(),
-        source,
+    let arguments = [
+        "--config-fd".to_owned(),
+        config_file.as_raw_fd().to_string(),
+    ];
+    let program = Program {
+        path: &launch.binary,
+        arguments: &arguments,
+        stderr: stderr.as_fd(),
+        kept: &kept,
+        cgroup: launch.cgroup.as_ref(),
+    };
+    let child = Child::start(&program).map_err(|failure| match failure {
+        Failure::Program(source) => Error::Path {
+            action: "start",
+            path: launch.binary.clone(),
+            source,
+        },
+        Failure::Birth(source) => match &launch.cgroup {
+            Some(cgroup) => Error::Path {
+                action: "start the VMM in the cgroup",
+                path: cgroup.path().to_owned(),
+                source,
+            },
+            None => host("start the VMM")(source),
+        },
     })?;
     // Each of these must have one holder, so that its close is seen.
-    drop((launch.acceptor, launch.listener, control, report_end));
-    set_oom_score(child.id(), launch.oom_score_adj);
+    drop((
+        launch.acceptor,
+        launch.listener,
+        control,
+        report_end,
+        stderr,
+    ));
+    set_oom_score(child.pid(), launch.oom_score_adj);
     Ok(Started {
-        child: Reaped(Some(child)),
+        child,
         report,
+        cgroup: launch.cgroup,
     })
 }
 
@@ -387,7 +396,7 @@ fn config_file(config: &Config) -> io::Result<File> {
 }
 
 /// The VMM must not be as hard to kill as the shim.
-fn set_oom_score(pid: u32, score: i32) {
+fn set_oom_score(pid: i32, score: i32) {
     if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
         warn!(%error, score, "cannot set the VMM's oom_score_adj");
     }
@@ -456,23 +465,25 @@ mod tests {
     /// waits for it does. `hold` keeps the report's other end open meanwhile.
     fn end_of(script: &str, hold: bool) -> End {
         let (report, report_end) = io::pipe().unwrap();
-        let child = Command::new("sh")
-            .args(["-c", script])
-            .stdout(report_end.try_clone().unwrap())
-            .spawn()
-            .unwrap();
+        let mut child = Child::start(&Program {
+            path: Path::new("/bin/sh"),
+            arguments: &["-c".to_owned(), script.to_owned()],
+            // Where it reports.
+            stderr: report_end.as_fd(),
+            kept: &[],
+            cgroup: None,
+        })
+        .unwrap();
         let held = hold.then_some(report_end);
-        let mut child = Reaped(Some(child));
-        let (_, died) = child.open().unwrap();
-        let report = read_report(report, &died);
+        let report = read_report(report, &child.pidfd().unwrap());
         drop(held);
-        child.wait(report)
+        super::end_of(&mut child, report)
     }
 
     #[test]
     fn a_report_that_fills_the_pipe_does_not_hold_the_vmm_up() {
         // A pipe takes 64 KiB; nobody has read yet when the process waits for room.
-        let end = end_of("yes | head -c 1000000; exit 3", false);
+        let end = end_of("yes | head -c 1000000 >&2; exit 3", false);
         assert_eq!(end.reason, "the VMM ended with status 3 and no report");
     }
 
@@ -481,24 +492,13 @@ mod tests {
         let said =
             r#"{"end":"blocked","reason":"The VMM's thread x made the blocked system call 41"}"#;
         for hold in [false, true] {
-            let end = end_of(&format!("cat << 'END'\n{said}\nEND\nexit 18"), hold);
+            let end = end_of(&format!("cat >&2 << 'END'\n{said}\nEND\nexit 18"), hold);
             assert_eq!(end.status, FAILED);
             assert!(
                 end.reason.ends_with("the blocked system call 41"),
                 "{end:?}"
             );
         }
-    }
-
-    #[test]
-    fn a_dropped_child_is_ended_and_reaped() {
-        let child = Command::new("sleep").arg("1000").spawn().unwrap();
-        let pid = child.id().cast_signed();
-        let child = Reaped(Some(child));
-        let (_, pidfd) = child.open().unwrap();
-        drop(child);
-        assert!(crate::statedir::ended(&pidfd, 0));
-        assert!(HostProcess::of(pid).is_err());
     }
 
     #[test]

@@ -3,9 +3,17 @@
 //! For whoever looks at a machine's process from outside, such as the tests do with
 //! a machine that runs.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use super::threads::{Identity, ThreadKind};
+
+/// The numbers of the system calls that a thread of this kind may make, some of them
+/// with certain arguments only.
+#[must_use]
+pub fn allowed(kind: ThreadKind) -> BTreeSet<i64> {
+    let rules = kind.system_calls();
+    rules.iter().map(|rule| rule.number).collect()
+}
 
 /// Compares a thread's `/proc/PID/task/TID/status` with what its kind has in a pod
 /// of this user. An error names the first line that differs.

@@ -17,6 +17,23 @@ pub const DESCRIPTORS: u64 = 1 << 14;
 /// but for KVM.
 pub const THREADS: u64 = 512;
 
+/// Most threads of a share: those that serve requests, who waits for locks, and who
+/// hears of changes.
+pub const FILE_THREADS: usize = 11;
+
+/// Threads of KVM that are tasks of the process (its page recovery), and room for some
+/// that other kernels may have.
+const KVM_THREADS: usize = 4;
+
+/// Most tasks of a machine with so many processors and shares, and without disks: what
+/// its cgroup is limited to.
+#[must_use]
+pub const fn most(processors: u8, shares: usize) -> u64 {
+    // The main thread, and that of the devices.
+    let own = 2 + processors as usize + shares * FILE_THREADS;
+    (own + KVM_THREADS) as u64
+}
+
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ThreadKind {

@@ -149,6 +149,10 @@ impl Guest for TestGuest {
         let end = end.wait_for(Option::is_some).await.unwrap();
         end.clone().unwrap()
     }
+
+    async fn gone(&self) {
+        self.ended().await;
+    }
 }
 
 #[derive(Debug)]
@@ -161,7 +165,7 @@ struct TestBoots {
 
 #[async_trait]
 impl Boots for TestBoots {
-    async fn boot(&self, _: Size, _: i32) -> Result<Arc<dyn Guest>> {
+    async fn boot(&self, _: Size, _: i32, _: Option<Place>) -> Result<Arc<dyn Guest>> {
         self.booted.fetch_add(1, Ordering::SeqCst);
         let guest = TestGuest::boot(&self.script, &self.dir).await;
         *lock(&self.guest) = Some(Arc::clone(&guest));

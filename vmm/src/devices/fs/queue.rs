@@ -42,7 +42,7 @@ use super::{
 use crate::{
     config::Policy,
     devices::queue::{self, Chain, Ring},
-    jail::Seal,
+    jail::{Seal, threads::FILE_THREADS},
 };
 
 /// The queue that serves only what must not wait behind other requests (virtio
@@ -52,6 +52,7 @@ const HIPRIO: usize = 0;
 /// Most threads of a share whose volumes can hang, and of one that is on the host's
 /// own disks.
 const THREADS: (usize, usize) = (9, 3);
+const _: () = assert!(THREADS.0 + 2 <= FILE_THREADS);
 
 /// How long a reset waits for what is being worked on.
 const PATIENCE: Duration = Duration::from_secs(2);

@@ -1,0 +1,343 @@
+//! A program as a child, born in its cgroup.
+//!
+//! `clone3` puts it there from its first moment: to move it later would wait for
+//! every processor of the host. On hosts with cgroup v1 it moves itself, while it is
+//! nothing but a copy of the thread that made it.
+
+use std::{
+    ffi::CString,
+    io::{self, PipeReader, Read},
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::{ffi::OsStrExt, process::ExitStatusExt},
+    },
+    path::Path,
+    process::ExitStatus,
+    ptr,
+};
+
+use libc::c_char;
+use rustix::{
+    io::Errno,
+    process::{Pid, Signal, WaitOptions, waitpid},
+};
+
+use crate::{cgroup::Cgroup, inherit, statedir::signal};
+
+/// Flags of clone3(2) that do not fit the type that `libc` gives them.
+const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+/// What a child is started with.
+#[derive(Debug)]
+pub(super) struct Program<'a> {
+    /// The executable.
+    pub(super) path: &'a Path,
+    /// Its arguments, beside its name.
+    pub(super) arguments: &'a [String],
+    /// Its standard error; input and output lead nowhere.
+    pub(super) stderr: BorrowedFd<'a>,
+    /// What else it inherits, under the same numbers.
+    pub(super) kept: &'a [RawFd],
+    /// Where it lives.
+    pub(super) cgroup: Option<&'a Cgroup>,
+}
+
+/// Why there is no child.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// No process could be made, or not where it was to live.
+    Birth(io::Error),
+    /// It could not become its program.
+    Program(io::Error),
+}
+
+/// A child process. Dropping it ends and reaps it.
+#[derive(Debug)]
+pub(super) struct Child {
+    pid: Pid,
+    pidfd: OwnedFd,
+    reaped: bool,
+}
+
+impl Child {
+    /// Starts it, without environment, in a session of its own.
+    pub(super) fn start(program: &Program<'_>) -> Result<Child, Failure> {
+        let text = |bytes: &[u8]| CString::new(bytes).map_err(|nul| Failure::Program(nul.into()));
+        let path = text(program.path.as_os_str().as_bytes())?;
+        let mut arguments = vec![path.clone()];
+        for argument in program.arguments {
+            arguments.push(text(argument.as_bytes())?);
+        }
+        let mut argv: Vec<*const c_char> = arguments.iter().map(|text| text.as_ptr()).collect();
+        argv.push(ptr::null());
+        let null = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .map_err(Failure::Birth)?;
+        let (failure, failed) = io::pipe().map_err(Failure::Birth)?;
+        let unified = program.cgroup.and_then(Cgroup::unified);
+        let exec = || -> io::Result<()> {
+            rustix::stdio::dup2_stdin(&null)?;
+            rustix::stdio::dup2_stdout(&null)?;
+            rustix::stdio::dup2_stderr(program.stderr)?;
+            inherit::keep(program.kept)?;
+            rustix::process::chdir(c"/")?;
+            let environment: [*const c_char; 1] = [ptr::null()];
+            // SAFETY: `path` ends with NUL; both arrays end with a null pointer and
+            // consist of pointers to strings that end with NUL, which live in
+            // `arguments`.
+            unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), environment.as_ptr()) };
+            Err(io::Error::last_os_error())
+        };
+        // SAFETY: until it has another program the child makes only system calls on
+        // memory that is there: `exec` neither allocates nor locks nor panics.
+        let side = unsafe { copy_of_this_thread(unified) };
+        let child = match side.map_err(Failure::Birth)? {
+            Side::Parent(child) => child,
+            Side::Child => {
+                let number = |error: &io::Error| error.raw_os_error().unwrap_or(libc::EIO);
+                let number = match program.cgroup.map_or(Ok(()), Cgroup::enter) {
+                    Err(error) => -number(&error),
+                    Ok(()) => exec().err().as_ref().map_or(libc::EIO, number),
+                };
+                // What nobody reads is seen by the status.
+                let _ = rustix::io::write(&failed, &number.to_ne_bytes());
+                // SAFETY: ends this process without running anything of it.
+                unsafe { libc::_exit(127) }
+            }
+        };
+        drop(failed);
+        told(failure).map(|()| child)
+    }
+
+    /// Its number.
+    pub(super) fn pid(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
+    /// A descriptor of the process.
+    pub(super) fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
+    }
+
+    /// Waits for its end.
+    pub(super) fn wait(&mut self) -> io::Result<ExitStatus> {
+        loop {
+            match waitpid(Some(self.pid), WaitOptions::empty()) {
+                Ok(Some((_, status))) => {
+                    self.reaped = true;
+                    return Ok(ExitStatus::from_raw(status.as_raw()));
+                }
+                Ok(None) | Err(Errno::INTR) => {}
+                Err(errno) => {
+                    // Somebody else has reaped it: the number may be another's.
+                    self.reaped = true;
+                    return Err(errno.into());
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if !self.reaped {
+            // Both fail only if it has ended.
+            let _ = signal(&self.pidfd, Signal::KILL);
+            let _ = self.wait();
+        }
+    }
+}
+
+/// Why the child did not become its program; waits until it has or has not.
+fn told(mut failure: PipeReader) -> Result<(), Failure> {
+    let mut number = [0; 4];
+    let number = match failure.read_exact(&mut number) {
+        Ok(()) => i32::from_ne_bytes(number),
+        // The pipe closed as the program began, or as the child was killed.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+        Err(error) => return Err(Failure::Birth(error)),
+    };
+    let error = io::Error::from_raw_os_error(number.saturating_abs());
+    Err(match number {
+        ..0 => Failure::Birth(error),
+        _ => Failure::Program(error),
+    })
+}
+
+/// On which side of a copy the caller finds itself.
+enum Side {
+    Parent(Child),
+    Child,
+}
+
+/// Makes a process that is a copy of this one with the calling thread only, in the
+/// given cgroup of v2. No handler of a signal runs in it.
+///
+/// # Safety
+/// In the child whatever other threads were about to do stays half done: locks that
+/// they hold (of the allocator, of the standard streams) are never released.
+unsafe fn copy_of_this_thread(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Side> {
+    let mut pidfd: RawFd = -1;
+    let arguments = libc::clone_args {
+        flags: u64::from(libc::CLONE_PIDFD.cast_unsigned())
+            | CLONE_CLEAR_SIGHAND
+            | if cgroup.is_some() {
+                CLONE_INTO_CGROUP
+            } else {
+                0
+            },
+        pidfd: (&raw mut pidfd).expose_provenance() as u64,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: cgroup.map_or(0, |cgroup| u64::from(cgroup.as_raw_fd().unsigned_abs())),
+    };
+    // SAFETY: without CLONE_VM the child has a copy of all memory, this stack
+    // included, as after fork(2); the caller heeds what that means. The kernel reads
+    // `arguments`, which has the given size, and writes to `pidfd`.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw const arguments,
+            size_of_val(&arguments),
+        )
+    };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(Side::Child),
+        pid => {
+            // SAFETY: the call has just written it, and nobody else knows of it.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+            let pid = pid.ok_or_else(|| io::Error::other("a child without a number"))?;
+            Ok(Side::Parent(Child {
+                pid,
+                pidfd,
+                reaped: false,
+            }))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::statedir::{HostProcess, ended};
+
+    fn start(path: &str, arguments: &[&str], stderr: &impl AsFd) -> Result<Child, Failure> {
+        let arguments: Vec<String> = arguments.iter().map(|&text| text.into()).collect();
+        Child::start(&Program {
+            path: Path::new(path),
+            arguments: &arguments,
+            stderr: stderr.as_fd(),
+            kept: &[],
+            cgroup: None,
+        })
+    }
+
+    #[test]
+    fn a_child_has_its_program_and_what_it_is_given_and_no_more() {
+        let (mut said, stderr) = io::pipe().unwrap();
+        let script = "echo $0 $1 $(pwd) $(ls /proc/self/fd | tr '\\n' ' ') >&2; env >&2; \
+            test $(ps -o sid= $$) = $$ || echo session; exit 7";
+        let mut child = start("/bin/sh", &["-c", script, "name", "one"], &stderr).unwrap();
+        drop(stderr);
+        let mut text = String::new();
+        said.read_to_string(&mut text).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(7));
+        let mut lines = text.lines();
+        // The fourth descriptor is that of the directory which is listed.
+        assert_eq!(lines.next(), Some("name one / 0 1 2 3"));
+        for line in lines {
+            // The shell's own.
+            assert!(line.starts_with("PWD=") || line.starts_with("_="), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_program_that_cannot_be_started_is_an_error() {
+        let stderr = io::stderr();
+        for (path, errno) in [("/no/such", libc::ENOENT), ("/etc/passwd", libc::EACCES)] {
+            let Err(Failure::Program(error)) = start(path, &[], &stderr) else {
+                panic!("{path}");
+            };
+            assert_eq!(error.raw_os_error(), Some(errno), "{path}");
+        }
+        assert!(start("/a\0b", &[], &stderr).is_err());
+    }
+
+    #[test]
+    fn a_child_begins_its_life_in_its_cgroup() {
+        let name = format!("/bulkhead-test-{}-born", std::process::id());
+        let state = tempfile::tempdir().unwrap();
+        let place = crate::cgroup::Place::new(&name).unwrap().unwrap();
+        let Ok(Some(cgroup)) = Cgroup::make(&place, 5, state.path()) else {
+            println!("skipped: no cgroups can be made here");
+            return;
+        };
+        let (mut said, stderr) = io::pipe().unwrap();
+        let mut child = Child::start(&Program {
+            path: Path::new("/bin/sh"),
+            // Nothing but the shell's own.
+            arguments: &[
+                "-c".to_owned(),
+                "while read l; do echo $l; done < /proc/self/cgroup >&2".to_owned(),
+            ],
+            stderr: stderr.as_fd(),
+            kept: &[],
+            cgroup: Some(&cgroup),
+        })
+        .unwrap();
+        drop(stderr);
+        let mut text = String::new();
+        said.read_to_string(&mut text).unwrap();
+        assert!(child.wait().unwrap().success());
+        let inside = text.lines().filter(|line| line.ends_with(&name)).count();
+        let hierarchies = std::fs::read_to_string(state.path().join(crate::cgroup::RECORD));
+        assert_eq!(
+            inside,
+            hierarchies.unwrap().matches(&name).count(),
+            "{text}"
+        );
+        drop(cgroup);
+    }
+
+    #[test]
+    fn a_cgroup_that_is_gone_is_no_place_to_be_born_f14() {
+        let name = format!("/bulkhead-test-{}-gone", std::process::id());
+        let state = tempfile::tempdir().unwrap();
+        let place = crate::cgroup::Place::new(&name).unwrap().unwrap();
+        let Ok(Some(cgroup)) = Cgroup::make(&place, 5, state.path()) else {
+            println!("skipped: no cgroups can be made here");
+            return;
+        };
+        std::fs::remove_dir(cgroup.path()).unwrap();
+        let failure = Child::start(&Program {
+            path: Path::new("/bin/true"),
+            arguments: &[],
+            stderr: io::stderr().as_fd(),
+            kept: &[],
+            cgroup: Some(&cgroup),
+        });
+        assert!(matches!(failure, Err(Failure::Birth(_))), "{failure:?}");
+    }
+
+    #[test]
+    fn a_dropped_child_is_ended_and_reaped() {
+        let child = start("/bin/sleep", &["1000"], &io::stderr()).unwrap();
+        let (pid, pidfd) = (child.pid(), child.pidfd().unwrap());
+        drop(child);
+        assert!(ended(&pidfd, 0));
+        assert!(HostProcess::of(pid).is_err());
+    }
+}
