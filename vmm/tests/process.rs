@@ -341,7 +341,7 @@ fn every_thread_of_a_running_machine_has_what_the_table_says() {
 #[test]
 fn a_configuration_that_names_its_own_descriptor_is_refused() {
     let json = r#"{"kvm":9,"kernel":FD,"cmdline":"","vcpus":1,"memory_mib":32,"shares":[],
-        "disks":[],"rng":false}"#;
+        "disks":[],"rng":false,"notices":false}"#;
     let mut config = file(&[]);
     let text = json.replace("FD", &config.as_raw_fd().to_string());
     config.write_all(text.as_bytes()).unwrap();
