@@ -374,3 +374,57 @@ fn a_tree_of_more_files_than_the_server_may_have_open_can_be_walked() {
         "find /v -type f | wc -l; find /v -type f | xargs cat | wc -c; find /v -type f | wc -l";
     assert_eq!(debian(&volume, line).success(), "6000\n6000\n6000\n");
 }
+
+/// Opens files until that is refused; then shows that other work goes on, and that what
+/// is closed can be opened again.
+const OPENS_ALL: &str = r#"
+import errno, os
+held = []
+try:
+    for number in range(20_000):
+        held.append(os.open(f"/data/{number % 30}/1", os.O_RDONLY))
+except OSError as error:
+    print(errno.errorcode[error.errno], len(held) > 500)
+print(os.stat("/data/7/7").st_size)
+os.close(held.pop())
+held.append(os.open("/data/8/8", os.O_RDONLY))
+print(os.read(held[-1], 10))
+"#;
+
+#[test]
+fn a_volume_of_more_files_than_descriptors_is_served_and_open_ones_end_at_the_limit_f44() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    for below in 0..30 {
+        let below = dir.path().join(below.to_string());
+        fs::create_dir(&below).unwrap();
+        for file in 0..100 {
+            fs::write(below.join(file.to_string()), "x").unwrap();
+        }
+    }
+    let volume = format!("{}:/data", dir.path().display());
+    let script =
+        "find /data -type f | xargs cat | wc -c; echo walked; read line; python3 -c \"$1\"";
+    // The VMM takes what it is given, if that is less than its own limit.
+    let limited = [
+        "--nofile=2048:2048",
+        "bulkhead",
+        "run",
+        "-i",
+        "--rm",
+        "-v",
+        &volume,
+    ];
+    let pod = [DEBIAN, "--", "sh", "-c", script, "sh", OPENS_ALL];
+    let run = Command::new("prlimit", limited.into_iter().chain(pod)).start();
+    run.wait_for_output("walked");
+    let vmm = Command::new("pgrep", ["-x", "bulkhead-vmm"])
+        .run()
+        .success();
+    let fds = format!("/proc/{}/fd", vmm.trim());
+    let held = fs::read_dir(fds).unwrap().count();
+    run.write("\n");
+    let out = run.wait().success();
+    // Those that are idle were let go of.
+    assert!(held < 1000, "{held} descriptors");
+    assert_eq!(out, "3000\nwalked\nENFILE True\n1\nb'x'\n");
+}
