@@ -14,6 +14,7 @@ pub use inside::{
     image,
     leaks::{LEFT_BEHIND, LeakCheck},
     terminal::Terminal,
+    volume,
 };
 
 /// The busybox image in the lab host: an OCI image layout.

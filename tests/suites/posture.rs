@@ -6,6 +6,7 @@
 use std::{
     collections::HashSet,
     fs,
+    os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -63,6 +64,44 @@ fn every_thread_of_the_vmm_has_what_the_table_says() {
     // It is still good for something.
     run.write("line\n");
     assert!(run.wait().success().ends_with("line\n"));
+}
+
+/// `/dev/null` and `/dev/kvm`.
+const DEVICES: [u64; 2] = [0x103, 0xae8];
+
+#[test]
+fn the_vmm_holds_nothing_that_it_could_open_anew_and_is_not_its_own() {
+    let run = [
+        "run", "-i", "--rm", "--name", "held", BUSYBOX, "--", "sh", "-c",
+    ];
+    let run = Command::bulkhead(run.into_iter().chain(["echo ready; read line"]));
+    let run = run.start();
+    run.wait_for_output("ready");
+    let pid = process("bulkhead-vmm");
+    for fd in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+        let fd = fd.unwrap();
+        // One that was closed meanwhile is not held.
+        let (Ok(link), Ok(about)) = (fs::read_link(fd.path()), fs::metadata(fd.path())) else {
+            continue;
+        };
+        let link = link.display().to_string();
+        let kinds = ["anon_inode:", "socket:[", "pipe:["];
+        let is_own = kinds.iter().any(|kind| link.starts_with(kind));
+        let is_device = about.file_type().is_char_device() && DEVICES.contains(&about.rdev());
+        let is_shared = link.starts_with("/held/");
+        // Otherwise it only names something, such as the directory of descriptors.
+        let number = fd.file_name().display().to_string();
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:\t"));
+        let flags = u32::from_str_radix(flags.unwrap_or("0"), 8).unwrap();
+        let is_name = flags & libc::O_PATH.unsigned_abs() != 0;
+        assert!(
+            is_own || is_device || is_shared || is_name,
+            "{link} {flags:o}"
+        );
+    }
+    run.write("\n");
+    run.wait().success();
 }
 
 /// The cgroup of the one VMM, below the root; it is alone there.
@@ -124,7 +163,7 @@ fn a_shim_that_is_killed_leaves_no_cgroup_f1() {
         "--",
         "sh",
         "-c",
-        "echo ready; read l",
+        "echo ready; sleep 1000",
     ]);
     let run = run.start();
     run.wait_for_output("ready");

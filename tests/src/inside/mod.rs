@@ -5,3 +5,4 @@ pub mod command;
 pub mod image;
 pub mod leaks;
 pub mod terminal;
+pub mod volume;

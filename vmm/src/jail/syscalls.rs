@@ -179,41 +179,26 @@ pub(super) const DEVICES: &[Rule] = &[
 
 /// A disk.
 pub(super) const DISK: &[Rule] = &[
-    any(libc::SYS_pread64),
-    any(libc::SYS_pwrite64),
     any(libc::SYS_preadv),
     any(libc::SYS_pwritev),
-    any(libc::SYS_preadv2),
-    any(libc::SYS_pwritev2),
     any(libc::SYS_fdatasync),
-    any(libc::SYS_fsync),
-    any(libc::SYS_fallocate),
-    any(libc::SYS_fstat),
-    any(libc::SYS_statx),
-    any(libc::SYS_lseek),
 ];
 
 /// The file server: whatever acts on a descriptor or on a name relative to one.
 pub(super) const FILES: &[Rule] = &[
     // Data.
-    any(libc::SYS_pread64),
-    any(libc::SYS_pwrite64),
     any(libc::SYS_preadv),
     any(libc::SYS_pwritev),
-    any(libc::SYS_preadv2),
     any(libc::SYS_pwritev2),
     any(libc::SYS_copy_file_range),
     any(libc::SYS_fallocate),
     any(libc::SYS_ftruncate),
     any(libc::SYS_lseek),
-    any(libc::SYS_fadvise64),
     any(libc::SYS_fdatasync),
     any(libc::SYS_fsync),
     any(libc::SYS_syncfs),
-    any(libc::SYS_sync_file_range),
     // Names.
     any(libc::SYS_openat),
-    any(libc::SYS_openat2),
     any(libc::SYS_getdents64),
     any(libc::SYS_mkdirat),
     any(libc::SYS_mknodat),
@@ -221,31 +206,21 @@ pub(super) const FILES: &[Rule] = &[
     any(libc::SYS_symlinkat),
     any(libc::SYS_readlinkat),
     any(libc::SYS_unlinkat),
-    any(libc::SYS_renameat),
     any(libc::SYS_renameat2),
     // The directory of descriptors in procfs is the working directory.
     any(libc::SYS_fchdir),
     // Attributes.
-    any(libc::SYS_fstat),
-    any(libc::SYS_newfstatat),
     any(libc::SYS_statx),
     any(libc::SYS_fstatfs),
     any(libc::SYS_fchmod),
     any(libc::SYS_fchmodat),
-    any(libc::SYS_fchmodat2),
-    any(libc::SYS_fchown),
     any(libc::SYS_fchownat),
     any(libc::SYS_utimensat),
-    any(libc::SYS_faccessat),
-    any(libc::SYS_faccessat2),
     any(libc::SYS_getxattr),
     any(libc::SYS_setxattr),
     any(libc::SYS_listxattr),
     any(libc::SYS_removexattr),
-    any(libc::SYS_fgetxattr),
     any(libc::SYS_fsetxattr),
-    any(libc::SYS_flistxattr),
-    any(libc::SYS_fremovexattr),
     // Identity of whoever makes a file.
     any(libc::SYS_umask),
     any(libc::SYS_setfsuid),
@@ -257,11 +232,8 @@ pub(super) const FILES: &[Rule] = &[
     only(
         libc::SYS_fcntl,
         &[
-            When::Is(1, libc::F_SETFD.cast_unsigned()),
-            When::Is(1, libc::F_SETFL.cast_unsigned()),
             When::Is(1, libc::F_OFD_GETLK.cast_unsigned()),
             When::Is(1, libc::F_OFD_SETLK.cast_unsigned()),
-            When::Is(1, libc::F_OFD_SETLKW.cast_unsigned()),
         ],
     ),
     // What changes on the host: marks of single files, in a group that can have no others.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, RawDir, RenameFlags},
+    fs::{AtFlags, RawDir, RenameFlags, StatxFlags},
     path::DecInt,
 };
 
@@ -59,9 +59,8 @@ fn procfs() {
             reached.push("../mem".to_owned());
         }
         let inode = |path| {
-            rustix::fs::statat(&proc, path, AtFlags::empty())
-                .unwrap()
-                .st_ino
+            let status = rustix::fs::statx(&proc, path, AtFlags::empty(), StatxFlags::INO);
+            status.unwrap().stx_ino
         };
         assert_eq!(inode(".."), inode("."));
         // What it is for works.
@@ -104,16 +103,16 @@ fn serve_once(proc: &OwnedFd, name: &CStr) {
     let root = rustix::fs::openat(CWD, "/", OFlags::PATH, Mode::empty()).unwrap();
     let dir = place(&root, name);
     let file = anew(&place(&dir, c"file"), OFlags::RDWR);
-    rustix::io::pwrite(&file, b"L", 0).unwrap();
+    rustix::io::pwritev(&file, &[std::io::IoSlice::new(b"L")], 0).unwrap();
     rustix::fs::ftruncate(&file, 1).unwrap();
     for one in ["a", "b"] {
         rustix::fs::mkdirat(&dir, one, mode).unwrap();
     }
     let (a, b) = (place(&dir, c"a"), place(&dir, c"b"));
+    let (plain, exchange) = (RenameFlags::empty(), RenameFlags::EXCHANGE);
     // From one directory to another.
-    rustix::fs::renameat(&dir, "file", &a, "moved").unwrap();
-    rustix::fs::renameat(&dir, "b", &a, "b").unwrap();
-    let exchange = RenameFlags::EXCHANGE;
+    rustix::fs::renameat_with(&dir, "file", &a, "moved", plain).unwrap();
+    rustix::fs::renameat_with(&dir, "b", &a, "b", plain).unwrap();
     rustix::fs::symlinkat("moved", &b, "link").unwrap();
     rustix::fs::renameat_with(&a, "moved", &b, "link", exchange).unwrap();
     let moved = place(&b, c"link");
