@@ -184,7 +184,7 @@ fn an_exec_joins_the_container_in_everything() {
         spec["hostname"] = "inside".into();
         let id = host.create(spec, Stdio::default()).await.unwrap();
         host.start_container(&id).await.unwrap();
-        let script = "hostname; ls -d /tmp/here; for n in pid mnt ipc uts cgroup; do
+        let script = "hostname; until ls -d /tmp/here 2>/dev/null; do sleep 0.01; done; for n in pid mnt ipc uts cgroup; do
             test $(readlink /proc/1/ns/$n) = $(readlink /proc/self/ns/$n) || echo other $n; done
             grep -E 'CapEff|NoNew' /proc/self/status; echo $(ps | grep -c sleep)";
         let process = busybox_spec(["sh", "-c", script])["process"].clone();

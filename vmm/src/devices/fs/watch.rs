@@ -441,9 +441,11 @@ impl Marks {
         })
     }
 
-    /// A mark was taken away, unless somebody needs it again.
+    /// A mark was taken away, unless somebody needs it again, or has forgotten it again
+    /// meanwhile: then it is among those that are gone once more.
     fn take_back(&mut self, key: &[u8]) {
-        if self.is_idle(key) {
+        let marked = self.by_key.get(key);
+        if marked.is_some_and(|marked| marked.nodes.is_empty() && !marked.is_gone) {
             self.by_key.remove(key);
         }
     }
