@@ -245,10 +245,11 @@ pub(crate) fn lab(wanted: Lab) -> Result<ExitCode> {
 }
 
 /// What can be measured, and the time that a round of it may take on this machine.
-const BENCHES: [(&str, Duration); 3] = [
+const BENCHES: [(&str, Duration); 4] = [
     ("boot", Duration::from_secs(120)),
     ("exec", Duration::from_secs(120)),
     ("files", Duration::from_secs(900)),
+    ("syscalls", Duration::from_secs(900)),
 ];
 
 /// `cargo xtask bench`.

@@ -58,7 +58,7 @@ enum Task {
     Lab(lab::Lab),
     /// Run a benchmark in the lab host, under the deterministic clock
     Bench {
-        /// Which one: boot, exec or files
+        /// Which one: boot, exec, files, or the system calls that filters allow and threads make: syscalls
         name: String,
         /// How many rounds
         #[arg(default_value_t = 5)]
