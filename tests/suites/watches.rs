@@ -14,30 +14,53 @@ use bulkhead_tests::{
     volume::{debian, volume},
 };
 
-/// Does what it is told and then says what inotify tells of some paths: path, mask,
-/// name, and whether another event had the same cookie. Ends at a file `end`.
-const WATCH: &str = "
-import ctypes, os, struct, sys
-libc = ctypes.CDLL(None)
-fd = libc.inotify_init()
-paths = {libc.inotify_add_watch(fd, path.encode(), 0xfce): path for path in sys.argv[2:]}
-cookies = set()
-print('ready', flush=True)
-exec(sys.argv[1])
-while True:
-    data = os.read(fd, 65536)
-    while data:
-        wd, mask, cookie, length = struct.unpack_from('iIII', data)
-        name = data[16:16 + length].rstrip(b'\\0').decode()
-        data = data[16 + length:]
-        pair = ' pair' if cookie in cookies else ''
-        cookies.add(cookie or None)
-        print(f'{paths.get(wd)} {mask:x} {name}{pair}', flush=True)
-        if mask == 0x80 and name == '..data':
-            print('key', open('/v/..data/key').read(), flush=True)
-        if name.startswith('end'):
-            sys.exit()
-";
+/// Runs a shell line and then says what inotify tells of some paths: path, mask, name, and
+/// whether another event had the same cookie. Ends at a file `end`.
+const WATCH: &str = r#"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/inotify.h>
+#include <unistd.h>
+
+static char buffer[65536] __attribute__((aligned(8)));
+
+int main(int argc, char **argv)
+{
+    char *paths[64] = { 0 };
+    unsigned last = 0;
+    int fd = inotify_init();
+    for (int i = 2; i < argc; i++) {
+        int wd = inotify_add_watch(fd, argv[i], 0xfce);
+        if (wd < 0)
+            return 2;
+        paths[wd] = argv[i];
+    }
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    puts("ready");
+    if (system(argv[1]))
+        return 3;
+    for (;;) {
+        ssize_t length = read(fd, buffer, sizeof buffer);
+        for (char *at = buffer; at < buffer + length;) {
+            struct inotify_event *event = (void *)at;
+            const char *name = event->len ? event->name : "";
+            const char *path = event->wd > 0 ? paths[event->wd] : "none";
+            at += sizeof *event + event->len;
+            printf("%s %x %s%s\n", path, event->mask, name,
+                   event->cookie && event->cookie == last ? " pair" : "");
+            last = event->cookie;
+            if (event->mask == 0x80 && !strcmp(name, "..data"))
+                system("echo key $(cat /v/..data/key)");
+            if (!strncmp(name, "end", 3))
+                return 0;
+        }
+    }
+}
+"#;
+
+/// Makes it and runs it, with the arguments that follow.
+const BUILD: &str = r#"printf %s "$1" > /tmp/watch.c && gcc -o /tmp/watch /tmp/watch.c && shift && exec /tmp/watch "$@""#;
 
 /// Starts it in a container of this name with volumes.
 fn watch(name: &str, volumes: &[&str], first: &str, paths: &[&str]) -> Running {
@@ -45,7 +68,7 @@ fn watch(name: &str, volumes: &[&str], first: &str, paths: &[&str]) -> Running {
     for volume in volumes {
         arguments.extend(["-v", volume]);
     }
-    arguments.extend([DEBIAN, "--", "python3", "-c", WATCH, first]);
+    arguments.extend([DEBIAN, "--", "sh", "-c", BUILD, "sh", WATCH, first]);
     arguments.extend(paths);
     let running = Command::bulkhead(arguments).start();
     running.wait_for_output("ready\n");
@@ -103,12 +126,7 @@ fn a_change_on_the_host_is_told_to_who_watches_in_the_container() {
 #[test]
 fn the_guests_own_change_is_heard_once_and_that_of_another_pod_as_well() {
     let (_dir, v) = volume();
-    let first = "
-os.mkdir('/v/d')
-f = open('/v/f', 'w'); f.write('x'); f.close()
-os.rename('/v/f', '/v/g')
-os.remove('/v/g')
-print('done', flush=True)";
+    let first = "mkdir /v/d; echo x > /v/f; mv /v/f /v/g; rm /v/g; echo done";
     let run = watch("hears-once", &[&v], first, &["/v"]);
     run.wait_for_output("done\n");
     debian(&v, "mkdir /v/end").success();
@@ -170,7 +188,7 @@ fn a_host_that_changes_files_without_end_costs_a_watching_pod_no_memory() {
 #[test]
 fn a_pod_that_hears_too_much_can_be_killed() {
     let (dir, v) = volume();
-    let run = watch("too-much", &[&v], "import time; time.sleep(1000)", &["/v"]);
+    let run = watch("too-much", &[&v], "sleep 1000", &["/v"]);
     for number in 0..20_000 {
         let name = dir.path().join(format!("{}", number % 100));
         let _ = fs::remove_file(&name);
