@@ -165,7 +165,7 @@ fn a_host_that_changes_files_without_end_costs_a_watching_pod_no_memory() {
     let (dir, v) = volume();
     let run = watch("storm", &[&v], "", &["/v"]);
     let before = vmm_memory();
-    for number in 0..50_000 {
+    for number in 0..10_000 {
         let name = dir.path().join(format!("{}", number % 100));
         let _ = fs::remove_file(&name);
         fs::write(&name, "x").unwrap();
@@ -189,7 +189,7 @@ fn a_host_that_changes_files_without_end_costs_a_watching_pod_no_memory() {
 fn a_pod_that_hears_too_much_can_be_killed() {
     let (dir, v) = volume();
     let run = watch("too-much", &[&v], "sleep 1000", &["/v"]);
-    for number in 0..20_000 {
+    for number in 0..5_000 {
         let name = dir.path().join(format!("{}", number % 100));
         let _ = fs::remove_file(&name);
         fs::write(&name, "x").unwrap();

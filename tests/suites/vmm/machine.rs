@@ -175,7 +175,7 @@ impl Machine {
         let (report, report_end) = io::pipe()?;
         let config = json!({
             "kvm": 10, "kernel": 11, "initramfs": 12, "cmdline": self.cmdline,
-            "vcpus": 1, "memory_mib": 128, "shares": [], "disks": [], "rng": true,
+            "vcpus": 1, "memory_mib": 128, "shares": [], "disks": [], "rng": true, "notices": false,
             "vsock": {"guest_cid": 3, "ports": [1024]},
             "console": {"output": 13}, "control": 14, "report": 15,
         });
