@@ -13,6 +13,7 @@ use bulkhead_guest::Progress;
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::accelerator::Accelerator;
+use super::counter;
 use super::emulator::Emulator;
 use bulkhead_guest::command::{clean, last_lines, output};
 
@@ -85,13 +86,28 @@ pub(crate) fn fingerprint(emulator: &Emulator, accelerator: Accelerator) -> Stri
             accelerator,
             directory: Path::new("."),
         },
+        KERNEL_ARGUMENTS,
         0,
         0,
     );
     format!("{}\n{}", emulator.version, arguments.join("\n"))
 }
 
-fn arguments(parts: &Parts, port: i32, monitor: i32) -> Vec<String> {
+/// The kernel's command line, with what only this start of the machine decides about.
+///
+/// The emulated counter of time stamps is this machine's. A kernel that measures it while
+/// this machine is busy may be wrong by a factor of ten, for good: then clocks rush and
+/// everything takes too long.
+fn kernel_arguments(parts: &Parts) -> String {
+    match (parts.clock, parts.accelerator) {
+        (Clock::Wall, Accelerator::Emulation) => {
+            format!("{KERNEL_ARGUMENTS} tsc_early_khz={}", counter::khz())
+        }
+        _ => KERNEL_ARGUMENTS.to_owned(),
+    }
+}
+
+fn arguments(parts: &Parts, kernel: &str, port: i32, monitor: i32) -> Vec<String> {
     // One processor: with several, QEMU's emulation of SVM loses interrupts and the
     // state of its host now and then, which panics the lab host's kernel. It is not
     // slower, and two lab hosts side by side are faster.
@@ -111,7 +127,7 @@ fn arguments(parts: &Parts, port: i32, monitor: i32) -> Vec<String> {
         .into_iter()
         .chain(accelerator.arguments())
         .chain(["-m", &memory, "-nodefaults", "-display", "none"])
-        .chain(["-no-reboot", "-append", KERNEL_ARGUMENTS])
+        .chain(["-no-reboot", "-append", kernel])
         .chain(["-netdev", "user,id=n,restrict=on"])
         .chain(["-device", "virtio-net-pci,netdev=n"])
         .chain(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
@@ -148,7 +164,12 @@ impl Machine {
     pub(crate) fn start(emulator: &Emulator, parts: &Parts) -> Result<Machine> {
         let (port, port_theirs) = inherited_pair()?;
         let (monitor, monitor_theirs) = inherited_pair()?;
-        let mut arguments = arguments(parts, port_theirs.as_raw_fd(), monitor_theirs.as_raw_fd());
+        let mut arguments = arguments(
+            parts,
+            &kernel_arguments(parts),
+            port_theirs.as_raw_fd(),
+            monitor_theirs.as_raw_fd(),
+        );
         if let Some(state) = parts.state {
             // The shell that QEMU starts gets the path as it is: no quoting.
             let link = parts.directory.join("state");

@@ -22,6 +22,7 @@
 
 mod accelerator;
 mod ahead;
+mod counter;
 mod disk;
 mod emulator;
 mod image;
