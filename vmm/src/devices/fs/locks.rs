@@ -11,7 +11,7 @@
 //! for locks that somebody else holds.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fmt,
     fs::File,
     io,
@@ -26,6 +26,9 @@ use super::{file::error, request::Lock};
 
 /// Most who wait at the same time.
 const WAITING: usize = 1024;
+
+/// How many interrupts are remembered that came before those whom they mean waited.
+const EARLY: usize = 64;
 
 /// How long it takes to notice that somebody outside has given a lock back: from
 /// the first to the longest pause.
@@ -45,6 +48,8 @@ struct State {
     /// By node and owner.
     owners: HashMap<(u64, u64), Arc<File>>,
     waiting: Vec<Waiting>,
+    /// Interrupted before they waited: the queue of what must not wait can be faster.
+    early: VecDeque<u64>,
     /// Counts what may let somebody go on.
     changes: u64,
 }
@@ -119,9 +124,16 @@ impl Locks {
         reply: Box<dyn FnOnce(i32) + Send>,
     ) {
         let mut state = self.state();
-        if state.waiting.len() >= WAITING {
+        let refused = if state.early.contains(&unique) {
+            Some(libc::EINTR)
+        } else if state.waiting.len() >= WAITING {
+            Some(libc::ENOLCK)
+        } else {
+            None
+        };
+        if let Some(errno) = refused {
             drop(state);
-            return reply(libc::ENOLCK);
+            return reply(errno);
         }
         state.waiting.push(Waiting {
             unique,
@@ -133,11 +145,17 @@ impl Locks {
         self.changed.notify_all();
     }
 
-    /// Whoever waits by this number waits no more.
+    /// Whoever waits by this number waits no more, nor will.
     pub(super) fn interrupt(&self, unique: u64) {
         let mut state = self.state();
         let at = state.waiting.iter().position(|one| one.unique == unique);
-        let Some(at) = at else { return };
+        let Some(at) = at else {
+            if state.early.len() >= EARLY {
+                state.early.pop_front();
+            }
+            state.early.push_back(unique);
+            return;
+        };
         let waiting = state.waiting.swap_remove(at);
         drop(state);
         (waiting.reply)(libc::EINTR);
@@ -167,6 +185,7 @@ impl Locks {
         let gone = (
             std::mem::take(&mut state.owners),
             std::mem::take(&mut state.waiting),
+            std::mem::take(&mut state.early),
         );
         drop(state);
         drop(gone);
@@ -287,5 +306,44 @@ fn control(file: &File, command: i32, range: &mut libc::flock) -> io::Result<()>
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn an_interrupt_that_overtakes_its_request_is_not_lost_and_old_ones_are_forgotten() {
+        let locks = Locks::new(1);
+        let lock = Lock {
+            handle: 0,
+            owner: 0,
+            start: 0,
+            end: 0,
+            kind: libc::F_WRLCK,
+            whole: true,
+        };
+        let file: Arc<dyn AsFdSend> = Arc::new(File::open("/dev/null").unwrap());
+        let (answers, answered) = mpsc::channel();
+        let wait = |unique| {
+            let answers = answers.clone();
+            let reply = Box::new(move |errno| answers.send((unique, errno)).unwrap());
+            locks.wait(unique, lock, Arc::clone(&file), reply);
+        };
+        locks.interrupt(2);
+        wait(2);
+        assert_eq!(answered.try_recv(), Ok((2, libc::EINTR)));
+        for unique in 0..=u64::try_from(EARLY).unwrap() {
+            locks.interrupt(4 + unique);
+        }
+        wait(4);
+        assert!(answered.try_recv().is_err(), "it waits");
+        wait(5);
+        assert_eq!(answered.try_recv(), Ok((5, libc::EINTR)));
+        locks.interrupt(4);
+        assert_eq!(answered.try_recv(), Ok((4, libc::EINTR)));
     }
 }

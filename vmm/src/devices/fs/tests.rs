@@ -1,6 +1,7 @@
 //! The device against a guest made of rings in ordinary memory, which speaks FUSE
 //! by hand. What needs root is skipped for others.
 
+mod costs;
 mod hostile;
 mod hung;
 mod linux;
