@@ -40,9 +40,13 @@ pub(crate) const DRIVER: &[(&str, &str)] = &[
     ),
 ];
 
-/// Name and content of each patch: what makes a boot shorter and no option can do. The
-/// first line says what for. None is needed.
+/// Name and content of each patch: what no option can do. The first line says what for.
+/// A guest works without any of them.
 pub(crate) const PATCHES: &[(&str, &str)] = &[
+    (
+        "fuse-fewer-requests.patch",
+        include_str!("../patches/fuse-fewer-requests.patch"),
+    ),
     (
         "params-without-uevents.patch",
         include_str!("../patches/params-without-uevents.patch"),
@@ -50,6 +54,10 @@ pub(crate) const PATCHES: &[(&str, &str)] = &[
     (
         "slab-without-sysfs.patch",
         include_str!("../patches/slab-without-sysfs.patch"),
+    ),
+    (
+        "virtiofs-interrupt.patch",
+        include_str!("../patches/virtiofs-interrupt.patch"),
     ),
 ];
 
@@ -263,15 +271,17 @@ mod tests {
     /// A tree with the lines that the patches look for, and some before them.
     fn tree(path: &Path) -> Tree {
         for (_, text) in PATCHES {
-            let (_, body) = text.split_once("\n+++ b/").unwrap();
-            let (file, hunks) = body.split_once('\n').unwrap();
-            let old = hunks
-                .lines()
-                .filter_map(|line| line.strip_prefix([' ', '-']));
-            let old: Vec<&str> = ["/* first */"; 9].into_iter().chain(old).collect();
-            let file = path.join(file);
-            fs::create_dir_all(file.parent().unwrap()).unwrap();
-            write(&file, &(old.join("\n") + "\n")).unwrap();
+            for part in text.split("\n+++ b/").skip(1) {
+                let (file, hunks) = part.split_once('\n').unwrap();
+                let hunks = hunks.split("\n--- a/").next().unwrap();
+                let old = hunks
+                    .lines()
+                    .filter_map(|line| line.strip_prefix([' ', '-']));
+                let old: Vec<&str> = ["/* first */"; 9].into_iter().chain(old).collect();
+                let file = path.join(file);
+                fs::create_dir_all(file.parent().unwrap()).unwrap();
+                write(&file, &(old.join("\n") + "\n")).unwrap();
+            }
         }
         Tree {
             path: path.to_owned(),

@@ -125,7 +125,7 @@ pub fn ensure(cache: &Cache, progress: &dyn Progress) -> Result<Kernel> {
             let wished = wished.iter().map(|lack| format!("A wish: {lack}"));
             let unfit = unfit
                 .iter()
-                .map(|name| format!("The patch {name} does not fit: boots take longer"));
+                .map(|name| format!("The patch {name} does not fit this version and is left out"));
             let notes = package.note().into_iter().chain(wished).chain(unfit);
             kept::keep(entry, &built, went_in, notes.collect())
         });
