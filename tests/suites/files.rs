@@ -314,6 +314,8 @@ fn who_waits_for_a_lock_can_be_killed() {
     let holder = Command::new(
         "flock",
         [
+            // Else the sleep would be a child that stays.
+            "--no-fork",
             lock.to_str().unwrap(),
             "sh",
             "-c",
