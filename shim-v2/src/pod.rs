@@ -55,6 +55,8 @@ use crate::{
 const DRAIN: Duration = Duration::from_secs(2);
 /// Time for a killed process to end.
 const DIE: Duration = Duration::from_secs(3);
+/// Time in which a VM that is ending is seen to have ended.
+const ENDING: Duration = Duration::from_millis(500);
 /// Time for containerd to take the last events.
 const FLUSH: Duration = Duration::from_secs(2);
 
@@ -187,6 +189,11 @@ impl Pod {
     async fn explained(&self, error: Error) -> Error {
         match (error, self.guest.get()) {
             (Error::VmGone(_), Some(guest)) => Error::VmGone(self.lost(&**guest).await.reason),
+            // Or the guest is well and takes no more of them.
+            (error @ Error::Stream(_), Some(guest)) => match timeout(ENDING, guest.ended()).await {
+                Ok(end) => Error::VmGone(self.verdict(end).reason),
+                Err(_) => error,
+            },
             (error, _) => error,
         }
     }

@@ -87,6 +87,27 @@ fn a_vm_that_ends_during_create_or_exec_leaves_no_waiter_behind() {
 }
 
 #[test]
+fn a_stream_that_breaks_with_the_vm_tells_why_the_vm_ended() {
+    run(async |bench| {
+        bench.running("c").await;
+        std::fs::remove_file(bench.state.path().join("vsock.sock")).unwrap();
+        let stdio = Stdio {
+            stdout: bench.fifo("out"),
+            ..Stdio::default()
+        };
+        bench.add("c/e", stdio).unwrap();
+        let end = async {
+            // The stream breaks first.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            bench.guest().ends(137, "the VM was killed");
+        };
+        let (error, ()) = tokio::join!(bench.start("c/e"), end);
+        let text = error.unwrap_err().text();
+        assert!(text.contains("the VM was killed"), "{text}");
+    });
+}
+
+#[test]
 fn a_vm_that_ends_with_the_answer_to_create_leaves_no_waiter_behind() {
     run(async |bench| {
         bench.agent.hold("Create");
