@@ -28,6 +28,9 @@ pub use crate::{remove::remove_tree, store::collect};
 use serde::Deserialize;
 use thiserror::Error;
 
+/// OVERLAYFS_SUPER_MAGIC of statfs(2).
+const OVERLAYFS: rustix::fs::FsWord = 0x794c_7630;
+
 /// The result of a step.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 

@@ -23,7 +23,7 @@ use rustix::fs::{FlockOperation, Timespec, Timestamps, UTIME_NOW, flock, futimen
 use sha2::{Digest as _, Sha256};
 
 use crate::{
-    Error, Progress, Result,
+    Error, OVERLAYFS, Progress, Result,
     archive::Source,
     layout::{Description, Layer},
     remove_tree,
@@ -111,6 +111,19 @@ pub fn collect(store: &Path, keep: &HashSet<PathBuf>, age: Duration) -> Result<u
         count += 1;
     }
     Ok(count)
+}
+
+/// Why layers cannot be mounted, as far as the kernel's answer does not say.
+fn explained(error: io::Error, path: &Path) -> io::Error {
+    let on_overlay = rustix::fs::statfs(path).is_ok_and(|found| found.f_type == OVERLAYFS);
+    if !on_overlay {
+        return error;
+    }
+    io::Error::new(
+        error.kind(),
+        "an overlay cannot hold layers: mount a file system of another kind there (in a \
+         container, a volume)",
+    )
 }
 
 fn store_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
@@ -287,6 +300,7 @@ impl<'a> Unpacking<'a> {
         make(&upper.work, 0o700)?;
         let tree = below
             .open(Some(&upper))
+            .map_err(|error| explained(error, &self.path))
             .map_err(store_error("mount the layers of", &self.path))?;
 
         let read = |source: io::Error| Error::Read {

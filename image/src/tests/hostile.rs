@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 
 fn unpacked(items: &[Item]) -> Result<tempfile::TempDir> {
-    let target = tempfile::tempdir_in("/var/tmp").unwrap();
+    let target = scratch();
     unpack_on(&tar_of(items), target.path())?;
     Ok(target)
 }

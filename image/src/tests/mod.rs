@@ -220,6 +220,23 @@ pub(crate) fn is_root() -> bool {
     is_root
 }
 
+/// A directory for what is unpacked: on a file system that keeps attributes of root
+/// and can be under an overlay, which in a container the root's often is not.
+pub(crate) fn scratch() -> tempfile::TempDir {
+    let made = ["/var/tmp", "/tmp", "/dev/shm"].map(tempfile::tempdir_in);
+    let mut fit = made.into_iter().flatten().filter(|dir| {
+        let is_overlay = rustix::fs::statfs(dir.path()).unwrap().f_type == crate::OVERLAYFS;
+        let name = match rustix::process::geteuid().is_root() {
+            true => c"trusted.test",
+            false => c"user.test",
+        };
+        let flags = rustix::fs::XattrFlags::empty();
+        !is_overlay && rustix::fs::setxattr(dir.path(), name, b"1", flags).is_ok()
+    });
+    fit.next()
+        .expect("/var/tmp, /tmp or /dev/shm with extended attributes and no overlay")
+}
+
 /// An image layout in the making.
 pub(crate) struct Layout {
     pub(crate) dir: tempfile::TempDir,
@@ -227,8 +244,7 @@ pub(crate) struct Layout {
 
 impl Layout {
     pub(crate) fn new() -> Self {
-        // Not below /tmp, which may have no extended attributes.
-        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let dir = scratch();
         fs::create_dir_all(dir.path().join("blobs/sha256")).unwrap();
         Layout { dir }
     }

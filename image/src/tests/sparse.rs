@@ -96,7 +96,7 @@ fn sparse_tars() -> Vec<(&'static str, Vec<u8>)> {
 #[test]
 fn sparse_files_of_every_form_have_their_size_and_take_what_they_store_b37() {
     for (form, tar) in sparse_tars() {
-        let root = tempfile::tempdir_in("/var/tmp").unwrap();
+        let root = scratch();
         unpack_on(&tar, root.path()).unwrap_or_else(|error| panic!("{form}: {error:?}"));
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "{form}");
         let file = File::open(root.path().join("big")).unwrap();

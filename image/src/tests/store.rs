@@ -195,6 +195,40 @@ fn a_full_store_is_told_as_such_and_nothing_half_done_stays() {
 }
 
 #[test]
+fn a_store_on_an_overlay_is_told_as_such_with_what_to_do() {
+    if !is_root() {
+        return;
+    }
+    let test = || {
+        // One alone lies there as it is.
+        let layout = Layout::of(&[tar_of(&[file("a", "x")]), tar_of(&[file("b", "y")])]);
+        let none = None::<&Path>;
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        let flags = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
+        nix::mount::mount(none, "/", none, flags, none).unwrap();
+        let own = scratch();
+        let parts = ["lower", "upper", "work"].map(|name| {
+            let part = own.path().join(name);
+            fs::create_dir(&part).unwrap();
+            part.display().to_string()
+        });
+        let [lower, upper, work] = parts;
+        let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+        fs::create_dir(layout.store()).unwrap();
+        let (kind, flags) = (Some("overlay"), nix::mount::MsFlags::empty());
+        nix::mount::mount(kind, &layout.store(), kind, flags, Some(&*options)).unwrap();
+        let error = layout.open().unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(
+            cause.contains("mount a file system of another kind"),
+            "{cause}"
+        );
+        nix::mount::umount(&layout.store()).unwrap();
+    };
+    thread::spawn(test).join().unwrap();
+}
+
+#[test]
 fn layers_that_nothing_keeps_are_cleared_once_they_are_old() {
     let layout = Layout::of(&[tar_of(&[file("a", "x")]), tar_of(&[file("b", "y")])]);
     let layers = layout.open().unwrap().layers;
