@@ -19,12 +19,14 @@ pub mod plan;
 mod process;
 mod resources;
 mod sysctl;
+mod update;
 
 pub use self::{
     check::container,
     error::Error,
     mounts::allowed_in_proc,
     process::{CAPABILITIES, Inherited, SECCOMP_FLAGS, process, seccomp},
+    update::{InForce, Update, update},
 };
 
 /// What was accepted.

@@ -410,6 +410,9 @@ pub struct Memory {
     /// Of cgroup v1.
     #[serde(rename = "disableOOMKiller", skip_serializing)]
     pub disable_oom_killer: bool,
+    /// Of an update: refuses a limit below what is in use.
+    #[serde(skip_serializing)]
+    pub check_before_update: bool,
 }
 
 /// `linux.resources.cpu`.

@@ -2,6 +2,7 @@ mod mounts;
 mod process;
 mod random;
 mod resources;
+mod update;
 
 use serde_json::{Value, json};
 
