@@ -12,7 +12,7 @@ use std::{
     fs, io,
     os::fd::{AsRawFd, IntoRawFd},
     panic,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use bulkhead_agent_api::{AGENT_PORT, PRIVATE_DIR, PRIVATE_TAG, SHARE_DIR, SHARE_TAG, STREAM_PORT};
@@ -298,8 +298,16 @@ async fn serve() -> Result<End> {
     let config = Config {
         helper: SELF.into(),
         cgroups: CONTAINER_CGROUPS.into(),
+        shares: shares(),
     };
     Ok(rpc::serve(config, host, from_host(streams)).await?)
+}
+
+/// What containers write to is with the host once these are synchronised; a guest that
+/// was started without a share has none.
+fn shares() -> Vec<PathBuf> {
+    let shares = [SHARE_DIR, PRIVATE_DIR].map(PathBuf::from);
+    shares.into_iter().filter(|share| share.exists()).collect()
 }
 
 /// Only the host brings streams. Our kernel has no vsock within the guest; by that

@@ -1,12 +1,15 @@
 //! The cgroup of one container: a directory below the fixed parent.
 //!
-//! Owns its limits, its device program, the list of its processes and its end.
+//! Owns its limits, its device program, the list of its processes, its accounts, its
+//! freezer and its end.
 //! Promises that a [`Cgroup`] that goes away takes its processes with it. The
 //! specification's `cgroupsPath` has no say: it names a place in the host's
 //! tree, and the container sees its own directory as the root anyway.
 
 mod devices;
+mod freezer;
 mod oom;
+mod stats;
 
 use std::{
     ffi::CString,
@@ -24,7 +27,10 @@ use tokio::io::Interest;
 
 use crate::{
     error::{Doing, Error},
-    spec::plan::{Absent, Resources, Setting},
+    spec::{
+        InForce,
+        plan::{Absent, Resources, Setting},
+    },
     sys,
 };
 
@@ -54,6 +60,27 @@ impl Cgroup {
             cgroup.set(setting)?;
         }
         Ok(cgroup)
+    }
+
+    /// Sets limits of a container that exists. May wait for memory to become free.
+    pub(crate) fn set_all(&self, settings: &[Setting]) -> Result<(), Error> {
+        settings.iter().try_for_each(|setting| self.set(setting))
+    }
+
+    /// The limits that an update may leave as they are.
+    pub(crate) fn in_force(&self) -> InForce {
+        let cpu = self.text("cpu.max");
+        let (quota, period) = cpu.trim_end().split_once(' ').unwrap_or(("max", "100000"));
+        InForce {
+            memory: stats::number(&self.text("memory.max")),
+            quota: stats::number(quota),
+            period: stats::number(period).unwrap_or(100_000),
+        }
+    }
+
+    /// Bytes of memory that it has now.
+    pub(crate) fn memory_in_use(&self) -> u64 {
+        stats::number(&self.text("memory.current")).unwrap_or(0)
     }
 
     /// Lets a user of the guest move processes and enable controllers in it, but
@@ -160,20 +187,21 @@ fn kill(path: &Path) -> io::Result<()> {
 
 async fn remove(path: &Path) -> io::Result<()> {
     kill(path)?;
-    wait_until_empty(path).await?;
+    wait_until(path, "populated", 0).await?;
     remove_below(&rustix::fs::open(path, DIRECTORY, Mode::empty())?)?;
     fs::remove_dir(path)
 }
 
-/// The kernel says by a priority event that `cgroup.events` has changed.
-async fn wait_until_empty(path: &Path) -> io::Result<()> {
+/// Waits until `cgroup.events` has this value for this key. The kernel says by a
+/// priority event that the file has changed.
+async fn wait_until(path: &Path, key: &str, wanted: u64) -> io::Result<()> {
     let path = path.join("cgroup.events");
     let file = sys::watch(fs::File::open(&path)?.into(), Interest::PRIORITY)?;
     loop {
         let mut bytes = [0; 256];
         let length = rustix::io::pread(&file, &mut bytes, 0)?;
         let text = String::from_utf8_lossy(&bytes[..length]);
-        if value(&text, "populated") == Some(0) {
+        if value(&text, key) == Some(wanted) {
             return Ok(());
         }
         file.ready(Interest::PRIORITY).await?.clear_ready();

@@ -7,22 +7,26 @@
 //! waits.
 
 mod arguments;
+mod resources;
 pub mod state;
 
 use std::{
     collections::HashMap,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use bulkhead_agent_api::agent::Stdio;
+use bulkhead_agent_api::agent::{StatsResponse, Stdio};
 use rustix::{
     fs::{FileType, Uid},
     termios::{Winsize, tcsetwinsize},
 };
-use tokio::time::timeout;
+use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 
 use self::{
     arguments::{check_id, check_signal, size, terminal_size},
@@ -54,10 +58,12 @@ pub struct Config {
     pub helper: PathBuf,
     /// Directory of the cgroup that holds the cgroups of containers.
     pub cgroups: PathBuf,
+    /// File systems of the host that containers write to.
+    pub shares: Vec<PathBuf>,
 }
 
 /// What ended, and how.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Ended {
     /// Status and time.
     pub exit: Exit,
@@ -65,6 +71,8 @@ pub struct Ended {
     pub oom_kills: u64,
     /// Whether somebody else still holds its output.
     pub output_open: bool,
+    /// If it was the first process: what the container has used.
+    pub stats: Option<StatsResponse>,
 }
 
 /// All containers of the pod.
@@ -95,6 +103,10 @@ struct Container {
     uid_maps: Vec<IdMap>,
     /// Name of the session keyring of its processes.
     keyring: String,
+    /// Held while it is frozen or thawed.
+    freezer: AsyncMutex<()>,
+    /// It stands still.
+    paused: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -189,6 +201,8 @@ impl Containers {
             inherited,
             uid_maps,
             keyring,
+            freezer: AsyncMutex::default(),
+            paused: AtomicBool::new(false),
         })
     }
 
@@ -257,26 +271,14 @@ impl Containers {
         let exit = ended(process.exit.clone()).await.ok_or(Error::InitKilled)?;
         // Not an error: what is not out by now may still come.
         let drained = timeout(DRAIN_MAX, process.pumps.drained()).await;
-        let oom_kills = container.cgroup().map_or(0, |cgroup| cgroup.oom_kills());
+        let cgroup = container.cgroup().ok();
+        let first = cgroup.as_ref().filter(|_| exec_id.is_empty());
         Ok(Ended {
             exit,
-            oom_kills,
+            oom_kills: cgroup.as_ref().map_or(0, |cgroup| cgroup.oom_kills()),
             output_open: drained.is_err(),
+            stats: first.map(|cgroup| cgroup.stats()),
         })
-    }
-
-    /// Waits until the OOM killer has struck in a container more often than `seen`
-    /// times; an error if its first process ends before.
-    pub async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, Error> {
-        let container = self.container(id)?;
-        // Deleting the container must not wait for who waits here.
-        let watch = container.cgroup()?.watch_oom();
-        let watch = watch.doing("watch the OOM killer")?;
-        let init = &container.init;
-        tokio::select! {
-            kills = watch.beyond(seen) => kills.doing("watch the OOM killer"),
-            _ = ended(init.exit.clone()) => Err(Error::Ended { pid: init.pid }),
-        }
     }
 
     /// Sends a signal to one process.
@@ -398,6 +400,8 @@ impl Container {
             State::Stopped
         } else if lock(&self.waiting).is_some() {
             State::Created
+        } else if self.paused.load(Ordering::SeqCst) {
+            State::Paused
         } else {
             State::Running
         }

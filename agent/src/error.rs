@@ -1,6 +1,6 @@
 //! Everything that a request can fail with, and the code that its caller gets.
 
-use std::io;
+use std::{io, time::Duration};
 
 use bulkhead_agent_api::{
     agent::{Cause, cause::Kind},
@@ -108,6 +108,30 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
+    /// A limit beyond what the machine has.
+    #[error("linux.resources.{what} = {asked}: the virtual machine has at most {most}")]
+    Beyond {
+        /// The field.
+        what: &'static str,
+        /// Its value.
+        asked: String,
+        /// What there is.
+        most: String,
+    },
+    /// A limit below what is in use.
+    #[error("linux.resources.memory.limit = {limit}: {used} bytes are in use")]
+    InUse {
+        /// The limit.
+        limit: u64,
+        /// What is in use.
+        used: u64,
+    },
+    /// Processes that go on.
+    #[error("The container does not stand still within {0:?}")]
+    Restless(Duration),
+    /// Files that are not with the host.
+    #[error("The container's files are not written back within {0:?}")]
+    Unwritten(Duration),
     /// The guest could not do it.
     #[error("Cannot {doing}: {source}")]
     System {
@@ -128,6 +152,8 @@ impl Error {
             Self::WrongState { .. }
             | Self::Running { .. }
             | Self::NoTerminal { .. }
+            | Self::Beyond { .. }
+            | Self::InUse { .. }
             | Self::StreamMissing(_) => Code::FAILED_PRECONDITION,
             Self::BadId(_)
             | Self::BadSignal(_)
@@ -139,6 +165,7 @@ impl Error {
                 FailureKind::NotFound | FailureKind::NotExecutable => Code::INVALID_ARGUMENT,
                 FailureKind::Step => Code::INTERNAL,
             },
+            Self::Restless(_) | Self::Unwritten(_) => Code::DEADLINE_EXCEEDED,
             Self::InitKilled | Self::System { .. } => Code::INTERNAL,
         }
     }
@@ -171,6 +198,10 @@ impl Error {
             | Self::BadSize { .. }
             | Self::StreamTaken(_)
             | Self::StreamMissing(_)
+            | Self::Beyond { .. }
+            | Self::InUse { .. }
+            | Self::Restless(_)
+            | Self::Unwritten(_)
             | Self::NoTerminal { .. } => (Kind::OTHER, None),
         };
         let kind = match errno {

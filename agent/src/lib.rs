@@ -11,7 +11,8 @@
 //! [`spec`] turns `config.json` into a checked plan before anything is done;
 //! [`error`] holds every failure and its status code.
 //!
-//! Promises: one thread, and no copy of it is ever made (see [`init`]);
+//! Promises: one thread, but for calls of the kernel that may take their time, and no
+//! copy of it is ever made (see [`init`]);
 //! killing needs no lock that is held across a wait; a container that could
 //! not be created leaves nothing. Knows nothing of images, networks or the
 //! host; the transport is a parameter of [`rpc::serve`], so that the whole of

@@ -16,8 +16,9 @@ use bulkhead_agent_api::{
     GREETING,
     agent::{
         ClockRequest, ClockResponse, ContainerRequest, CreateRequest, Empty, ExecRequest,
-        KillRequest, PidsResponse, ProcessRequest, ProcessResponse, ResizePtyRequest, Stdio,
-        WaitOomRequest, WaitOomResponse, WaitResponse,
+        KillRequest, PidsResponse, ProcessRequest, ProcessResponse, ResizePtyRequest,
+        StatsResponse, Stdio, UpdateRequest, UpdateResponse, WaitOomRequest, WaitOomResponse,
+        WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
 };
@@ -174,6 +175,7 @@ impl Agent for Service {
             exited_at_ns: ended.exit.at_ns,
             oom_kills: ended.oom_kills,
             output_open: ended.output_open,
+            stats: ended.stats.into(),
             ..Default::default()
         })
     }
@@ -242,6 +244,31 @@ impl Agent for Service {
         self.containers.kill_everything()?;
         rustix::fs::sync();
         self.shutdown.notify_one();
+        Ok(Empty::default())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+        Ok(self.containers.stats(&r.container_id)?)
+    }
+
+    async fn update(&self, _: &TtrpcContext, r: UpdateRequest) -> ttrpc::Result<UpdateResponse> {
+        let notes = self
+            .containers
+            .update(&r.container_id, &r.resources)
+            .await?;
+        Ok(UpdateResponse {
+            notes,
+            ..Default::default()
+        })
+    }
+
+    async fn freeze(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.containers.freeze(&r.container_id).await?;
+        Ok(Empty::default())
+    }
+
+    async fn thaw(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.containers.thaw(&r.container_id).await?;
         Ok(Empty::default())
     }
 }

@@ -7,6 +7,8 @@ pub enum State {
     Created,
     /// Its first process runs.
     Running,
+    /// Its processes stand still.
+    Paused,
     /// Its first process has ended.
     Stopped,
 }
@@ -20,18 +22,26 @@ pub enum Op {
     Exec,
     /// Remove the container.
     Delete,
+    /// Stop its processes where they are.
+    Freeze,
+    /// Let them go on.
+    Thaw,
+    /// Change its limits.
+    Update,
 }
 
 impl State {
     /// Whether `op` is legal.
     pub fn allows(self, op: Op) -> bool {
         match (self, op) {
-            (Self::Created, Op::Start)
-            | (Self::Running, Op::Exec)
+            (Self::Created, Op::Start | Op::Update)
+            | (Self::Running, Op::Exec | Op::Freeze | Op::Thaw | Op::Update)
+            | (Self::Paused, Op::Freeze | Op::Thaw | Op::Update)
             | (Self::Stopped, Op::Delete) => true,
-            (Self::Created, Op::Exec | Op::Delete)
+            (Self::Created, Op::Exec | Op::Delete | Op::Freeze | Op::Thaw)
             | (Self::Running, Op::Start | Op::Delete)
-            | (Self::Stopped, Op::Start | Op::Exec) => false,
+            | (Self::Paused, Op::Start | Op::Exec | Op::Delete)
+            | (Self::Stopped, Op::Start | Op::Exec | Op::Freeze | Op::Thaw | Op::Update) => false,
         }
     }
 }

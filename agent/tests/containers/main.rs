@@ -18,6 +18,7 @@
 mod cgroups;
 mod confinement;
 mod life;
+mod resources;
 mod streams;
 mod support;
 mod users;

@@ -225,6 +225,7 @@ impl Host {
         let config = Config {
             helper,
             cgroups: cgroups.clone(),
+            shares: vec![rootfs.clone()],
         };
         let agent = tokio::spawn(async { rpc::serve(config, theirs, accepted).await.unwrap() });
         let mut ours = ours;

@@ -1,0 +1,182 @@
+//! What a container may use and has used, and its standing still.
+//!
+//! A call of the kernel that may take its time, as one that has to make room or to
+//! write files back, gets a thread of its own: whoever kills must not wait for it.
+
+use std::{io, path::PathBuf, sync::atomic::Ordering, time::Duration};
+
+use bulkhead_agent_api::agent::StatsResponse;
+use rustix::fs::{Mode, OFlags};
+use tokio::time::timeout;
+
+use super::{Containers, state::Op};
+use crate::{
+    baseline::Memory,
+    error::{Doing, Error},
+    reaper::ended,
+    spec::{self, Update},
+};
+
+/// How long it may take until the host has what a container wrote.
+const SYNC_MAX: Duration = Duration::from_secs(15);
+
+impl Containers {
+    /// What a container has used.
+    pub fn stats(&self, id: &str) -> Result<StatsResponse, Error> {
+        Ok(self.container(id)?.cgroup()?.stats())
+    }
+
+    /// Waits until the OOM killer has struck in a container more often than `seen`
+    /// times; an error if its first process ends before.
+    pub async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, Error> {
+        let container = self.container(id)?;
+        // Deleting the container must not wait for who waits here.
+        let watch = container.cgroup()?.watch_oom();
+        let watch = watch.doing("watch the OOM killer")?;
+        let init = &container.init;
+        tokio::select! {
+            kills = watch.beyond(seen) => kills.doing("watch the OOM killer"),
+            _ = ended(init.exit.clone()) => Err(Error::Ended { pid: init.pid }),
+        }
+    }
+
+    /// Changes limits of a container; `resources` is the OCI object. Answers what was
+    /// left out.
+    pub async fn update(&self, id: &str, resources: &[u8]) -> Result<Vec<String>, Error> {
+        let container = self.container(id)?;
+        container.check(Op::Update)?;
+        let cgroup = container.cgroup()?;
+        let resources = spec::json::from_slice("linux.resources", resources)?;
+        let checked = spec::update(resources, cgroup.in_force())?;
+        let plan = checked.plan;
+        Machine::this().can_give(&plan)?;
+        if let Some(limit) = plan.not_in_use {
+            let used = cgroup.memory_in_use();
+            if used > limit {
+                return Err(Error::InUse { limit, used });
+            }
+        }
+        blocking(move || cgroup.set_all(&plan.settings)).await??;
+        Ok(checked.notes)
+    }
+
+    /// Stops every process of a container where it is, and has the host get what they
+    /// wrote.
+    pub async fn freeze(&self, id: &str) -> Result<(), Error> {
+        let container = self.container(id)?;
+        let _one_at_a_time = container.freezer.lock().await;
+        container.check(Op::Freeze)?;
+        let cgroup = container.cgroup()?;
+        let frozen = cgroup.freeze().await?;
+        let shares = self.config.shares.clone();
+        match timeout(SYNC_MAX, blocking(move || sync(&shares))).await {
+            Ok(synced) => synced?.doing("write the container's files back")?,
+            Err(_) => return Err(Error::Unwritten(SYNC_MAX)),
+        }
+        container.paused.store(true, Ordering::SeqCst);
+        frozen.keep();
+        Ok(())
+    }
+
+    /// Lets the processes of a container go on.
+    pub async fn thaw(&self, id: &str) -> Result<(), Error> {
+        let container = self.container(id)?;
+        let _one_at_a_time = container.freezer.lock().await;
+        container.check(Op::Thaw)?;
+        container.cgroup()?.thaw().doing("thaw the container")?;
+        container.paused.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// Runs what may block on a thread for such work.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    let worked = tokio::task::spawn_blocking(work).await;
+    worked.map_err(io::Error::other).doing("use a thread")
+}
+
+/// Has the host get what was written into these file systems, also through memory.
+fn sync(shares: &[PathBuf]) -> io::Result<()> {
+    for share in shares {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let share = rustix::fs::open(share, flags, Mode::empty())?;
+        rustix::fs::syncfs(share)?;
+    }
+    Ok(())
+}
+
+/// What all containers share.
+#[derive(Clone, Copy, Debug)]
+struct Machine {
+    memory: u64,
+    processors: u64,
+}
+
+impl Machine {
+    fn this() -> Self {
+        let processors = std::thread::available_parallelism();
+        Self {
+            memory: Memory::of_this_machine().total,
+            processors: processors.map_or(1, |count| u64::try_from(count.get()).unwrap_or(1)),
+        }
+    }
+
+    /// Refuses a limit that would promise what there is not.
+    fn can_give(self, plan: &Update) -> Result<(), Error> {
+        let beyond = |what, asked: String, most: String| Err(Error::Beyond { what, asked, most });
+        match (plan.more_memory, plan.more_processors) {
+            (Some(bytes), _) if bytes > self.memory => {
+                let (asked, most) = (format!("{bytes} bytes"), format!("{} bytes", self.memory));
+                beyond("memory.limit", asked, most)
+            }
+            (_, Some(thousandths)) if thousandths > self.processors * 1_000 => {
+                let asked = format!("{}.{:03}", thousandths / 1_000, thousandths % 1_000);
+                beyond(
+                    "cpu.quota",
+                    asked + " processors",
+                    self.processors.to_string(),
+                )
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_than_the_machine_has_is_refused_with_the_most_there_is_ta_68() {
+        let machine = Machine {
+            memory: 256 << 20,
+            processors: 2,
+        };
+        let judge = |more_memory, more_processors| {
+            let plan = Update {
+                settings: Vec::new(),
+                more_memory,
+                more_processors,
+                not_in_use: None,
+            };
+            machine.can_give(&plan).map_err(|error| {
+                assert_eq!(error.code(), ttrpc::Code::FAILED_PRECONDITION);
+                error.to_string()
+            })
+        };
+        assert_eq!(judge(None, None), Ok(()));
+        assert_eq!(judge(Some(256 << 20), Some(2_000)), Ok(()));
+        let text = judge(Some(257 << 20), None).unwrap_err();
+        assert!(
+            text.contains("memory.limit") && text.contains("268435456 bytes"),
+            "{text}"
+        );
+        let text = judge(None, Some(2_001)).unwrap_err();
+        assert!(
+            text.contains("2.001 processors") && text.contains("at most 2"),
+            "{text}"
+        );
+    }
+}
