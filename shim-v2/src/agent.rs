@@ -8,6 +8,8 @@
 //! codes taken from a short list; no id of the guest is ever used.
 
 mod frames;
+mod resources;
+pub mod stats;
 
 use std::{future::Future, time::Duration};
 
@@ -20,6 +22,7 @@ use bulkhead_agent_api::{
     agent_ttrpc::AgentClient,
     cause,
 };
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{
     Code,
@@ -81,7 +84,7 @@ impl std::fmt::Display for ProcessName {
 }
 
 /// How a process of the guest ended, as the agent says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Ended {
     /// 0 to 255.
     pub status: u8,
@@ -89,6 +92,8 @@ pub struct Ended {
     pub oom_kills: u64,
     /// Another process still holds its output.
     pub output_open: bool,
+    /// Of a first process: what its container has used.
+    pub stats: Option<Box<Metrics>>,
 }
 
 /// A connection to the agent.
@@ -184,6 +189,10 @@ impl Agent {
             status: u8::try_from(response.exit_status).unwrap_or(255),
             oom_kills: response.oom_kills,
             output_open: response.output_open,
+            stats: response
+                .stats
+                .into_option()
+                .map(|said| Box::new(stats::of(&said))),
         })
     }
 

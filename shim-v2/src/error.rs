@@ -63,6 +63,9 @@ pub enum Error {
     /// The container does not run. Callers test the words.
     #[error("Container {0:?}: init process is not running")]
     InitNotRunning(ContainerId),
+    /// The container stands still.
+    #[error("Container {0:?} is paused: resume it first")]
+    Paused(ContainerId),
     /// A specification that is refused.
     #[error("Invalid specification")]
     Spec(#[from] spec::Error),
@@ -172,6 +175,7 @@ impl Error {
             Error::ContainerExists(_) | Error::ExecExists { .. } => Code::ALREADY_EXISTS,
             Error::WrongState { .. }
             | Error::InitNotRunning(_)
+            | Error::Paused(_)
             | Error::Config(_)
             | Error::Assets(_)
             | Error::Kvm { .. } => Code::FAILED_PRECONDITION,

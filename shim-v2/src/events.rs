@@ -13,7 +13,7 @@ use std::{collections::HashMap, io, sync::Mutex, time::Duration};
 use containerd_shim_protos::{
     events::task::{
         TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
-        TaskStart,
+        TaskPaused, TaskResumed, TaskStart,
     },
     protobuf::{
         Message, MessageField,
@@ -65,6 +65,10 @@ pub enum Event {
     Exit(TaskExit),
     /// A container was deleted.
     Delete(TaskDelete),
+    /// A container stands still.
+    Paused(TaskPaused),
+    /// It goes on.
+    Resumed(TaskResumed),
 }
 
 impl Event {
@@ -79,6 +83,8 @@ impl Event {
             Event::Oom(_) => topics::TASK_OOM_EVENT_TOPIC,
             Event::Exit(_) => topics::TASK_EXIT_EVENT_TOPIC,
             Event::Delete(_) => topics::TASK_DELETE_EVENT_TOPIC,
+            Event::Paused(_) => topics::TASK_PAUSED_EVENT_TOPIC,
+            Event::Resumed(_) => topics::TASK_RESUMED_EVENT_TOPIC,
         }
     }
 
@@ -98,6 +104,8 @@ impl Event {
             Event::Oom(message) => any(message),
             Event::Exit(message) => any(message),
             Event::Delete(message) => any(message),
+            Event::Paused(message) => any(message),
+            Event::Resumed(message) => any(message),
         }
     }
 }

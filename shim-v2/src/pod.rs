@@ -13,6 +13,7 @@
 mod create;
 mod exec;
 mod making;
+mod resources;
 mod watch;
 
 use std::{
@@ -25,7 +26,9 @@ use std::{
     time::Duration,
 };
 
-use containerd_shim_protos::{events::task::TaskDelete, protobuf::MessageField};
+use containerd_shim_protos::{
+    cgroups_v2::metrics::Metrics, events::task::TaskDelete, protobuf::MessageField,
+};
 use tokio::{
     sync::{Mutex as AsyncMutex, Notify, OnceCell},
     time::timeout,
@@ -130,6 +133,8 @@ struct Container {
     kill_unanswered: AtomicBool,
     /// How often the OOM killer struck, as far as containerd was told.
     ooms: AtomicU64,
+    /// What it has used, as far as the guest has told.
+    used: Mutex<Option<Metrics>>,
 }
 
 /// The further processes of a container.
@@ -149,6 +154,8 @@ pub struct Description {
     pub pid: u32,
     /// The process.
     pub process: Arc<Process>,
+    /// The state of the container's first process.
+    pub container: State,
 }
 
 impl Pod {
@@ -333,6 +340,7 @@ impl Pod {
             bundle: container.bundle.clone(),
             pid: self.pid(),
             process,
+            container: container.init.state(),
         })
     }
 
@@ -575,6 +583,7 @@ fn refused(process: &Process, op: Op, refusal: Refusal) -> Error {
         },
         Refusal::Finished => Error::Finished(process.name.to_string()),
         Refusal::InitNotRunning => Error::InitNotRunning(process.name.container.clone()),
+        Refusal::Paused => Error::Paused(process.name.container.clone()),
     }
 }
 

@@ -16,7 +16,7 @@ use std::{
 };
 
 use containerd_shim_protos::{
-    events::task::{TaskExecStarted, TaskExit, TaskStart},
+    events::task::{TaskExecStarted, TaskExit, TaskPaused, TaskResumed, TaskStart},
     protobuf::{MessageField, well_known_types::timestamp::Timestamp},
 };
 use serde_json::Value;
@@ -28,7 +28,7 @@ use crate::{
     events::{Event, Publisher},
     io::{Stdio, Streams},
     lock::lock,
-    state::{Refusal, State},
+    state::{self, Op, Refusal, State},
 };
 
 /// How a process ended.
@@ -63,6 +63,10 @@ pub enum Phase {
     },
     /// Its program runs, and its start was told.
     Live,
+    /// It is about to stand still.
+    Pausing,
+    /// It stands still, and that was told.
+    Paused,
     /// It has ended.
     Ended(Exit),
 }
@@ -75,6 +79,8 @@ impl Phase {
             Phase::Registered => State::Registered,
             Phase::Starting { .. } => State::Starting,
             Phase::Live => State::Live,
+            Phase::Pausing => State::Pausing,
+            Phase::Paused => State::Paused,
             Phase::Ended(_) => State::Ended,
         }
     }
@@ -84,7 +90,11 @@ impl Phase {
     pub fn exit(&self) -> Option<&Exit> {
         match self {
             Phase::Ended(exit) => Some(exit),
-            Phase::Registered | Phase::Starting { .. } | Phase::Live => None,
+            Phase::Registered
+            | Phase::Starting { .. }
+            | Phase::Live
+            | Phase::Pausing
+            | Phase::Paused => None,
         }
     }
 }
@@ -114,6 +124,20 @@ impl Herald {
                 ..TaskExecStarted::default()
             }),
         });
+    }
+
+    fn paused(&self, name: &ProcessName) {
+        self.events.publish(Event::Paused(TaskPaused {
+            container_id: name.container.to_string(),
+            ..TaskPaused::default()
+        }));
+    }
+
+    fn resumed(&self, name: &ProcessName) {
+        self.events.publish(Event::Resumed(TaskResumed {
+            container_id: name.container.to_string(),
+            ..TaskResumed::default()
+        }));
     }
 
     fn ended(&self, name: &ProcessName, exit: &Exit) {
@@ -198,6 +222,40 @@ impl Drop for Start<'_> {
     }
 }
 
+/// A pause under way. Dropping it is a pause that did not come about.
+#[derive(Debug)]
+pub struct Pausing<'a> {
+    process: &'a Process,
+}
+
+impl Pausing<'_> {
+    /// The container stands still, and that is told. False if it ended meanwhile.
+    #[must_use]
+    pub fn confirm(self) -> bool {
+        let process = self.process;
+        process.phase.send_if_modified(|phase| {
+            let pausing = *phase == Phase::Pausing;
+            if pausing {
+                process.herald.paused(&process.name);
+                *phase = Phase::Paused;
+            }
+            pausing
+        })
+    }
+}
+
+impl Drop for Pausing<'_> {
+    fn drop(&mut self) {
+        self.process.phase.send_if_modified(|phase| {
+            let pausing = *phase == Phase::Pausing;
+            if pausing {
+                *phase = Phase::Live;
+            }
+            pausing
+        });
+    }
+}
+
 impl Process {
     /// A process that waits for start. `pending` is the OCI process object of an
     /// exec.
@@ -252,6 +310,33 @@ impl Process {
         })
     }
 
+    /// Begins the pause of the container whose first process this is, if that is
+    /// legal; `None` if it stands still already.
+    pub fn pause(&self) -> Result<Option<Pausing<'_>>, Refusal> {
+        let mut verdict = Ok(());
+        let begun = self.phase.send_if_modified(|phase| {
+            verdict = state::init(phase.state(), Op::Pause);
+            let begins = verdict.is_ok() && *phase == Phase::Live;
+            if begins {
+                *phase = Phase::Pausing;
+            }
+            begins
+        });
+        verdict.map(|()| begun.then(|| Pausing { process: self }))
+    }
+
+    /// The container goes on: tells it, if it stood still.
+    pub fn resumed(&self) {
+        self.phase.send_if_modified(|phase| {
+            let paused = *phase == Phase::Paused;
+            if paused {
+                self.herald.resumed(&self.name);
+                *phase = Phase::Live;
+            }
+            paused
+        });
+    }
+
     /// Records the end and tells it: the only place that does. Later ends are
     /// not heard.
     pub fn end(&self, exit: Exit) {
@@ -265,7 +350,7 @@ impl Process {
                     ended.get_or_insert(exit);
                     return false;
                 }
-                Phase::Registered | Phase::Live => self.told(exit),
+                Phase::Registered | Phase::Live | Phase::Pausing | Phase::Paused => self.told(exit),
             };
             true
         });
@@ -455,6 +540,35 @@ mod tests {
         assert_eq!(exec.state(), State::Ended);
         assert!(!start.confirm());
         assert!(events.all().is_empty());
+    }
+
+    #[test]
+    fn a_pause_and_its_end_are_told_once_and_in_order_ta_51() {
+        let (process, events) = process(None);
+        assert!(process.pause().is_err());
+        assert!(process.begin(any).unwrap().confirm());
+        // It fails in the guest.
+        drop(process.pause().unwrap());
+        assert_eq!(process.state(), State::Live);
+        let pausing = process.pause().unwrap().unwrap();
+        assert_eq!(process.pause().unwrap_err(), Refusal::WrongState);
+        assert!(pausing.confirm());
+        assert!(process.pause().unwrap().is_none());
+        process.resumed();
+        process.resumed();
+        let pausing = process.pause().unwrap().unwrap();
+        process.end(Exit::now(137));
+        assert!(!pausing.confirm());
+        process.resumed();
+        assert_eq!(
+            events.all(),
+            [
+                "/tasks/start c",
+                "/tasks/paused c",
+                "/tasks/resumed c",
+                "/tasks/exit c 137"
+            ]
+        );
     }
 
     #[test]

@@ -3,14 +3,19 @@
 //! ```text
 //!              start             started           exit
 //!  Registered ──────► Starting ─────────► Live ─────────► Ended ──► (deleted)
-//!     │  ▲                │                                  ▲
-//!     │  └── failed ──────┤ (an exec: has ended)             │
-//!     └───── kill, exit ──┴──────────────────────────────────┘
+//!     │  ▲                │               │ ▲                ▲
+//!     │  └── failed ──────┤               │ └ resume, failed │
+//!     │                   │         pause │         │        │
+//!     │                   │               ▼         │        │
+//!     │                   │            Pausing ► Paused      │
+//!     │                   │ (an exec:     │         │        │
+//!     └───── kill, exit ──┴── has ended) ─┴─────────┴────────┘
 //! ```
 //!
-//! Pure: no IO, no lock. Every pair is listed; the tests hold the table of
-//! containerd's task API against it. Who meets `Starting` has waited for its end
-//! already if the call may wait (Delete, and Kill of an exec).
+//! Only the first process of a container is paused, and its execs with it. Pure: no
+//! IO, no lock. Every pair is listed; the tests hold the table of containerd's task
+//! API against it. Who meets `Starting` has waited for its end already if the call may
+//! wait (Delete, and Kill of an exec).
 
 use std::fmt;
 
@@ -23,6 +28,10 @@ pub enum State {
     Starting,
     /// Its program runs.
     Live,
+    /// Its program runs, and is about to stand still.
+    Pausing,
+    /// Its program stands still.
+    Paused,
     /// It has ended.
     Ended,
 }
@@ -33,6 +42,8 @@ impl fmt::Display for State {
             State::Registered => "created",
             State::Starting => "being started",
             State::Live => "running",
+            State::Pausing => "being paused",
+            State::Paused => "paused",
             State::Ended => "stopped",
         })
     }
@@ -49,6 +60,12 @@ pub enum Op {
     Kill,
     /// Register a further process.
     Exec,
+    /// Let the container stand still.
+    Pause,
+    /// Let it go on.
+    Resume,
+    /// Change its limits.
+    Update,
 }
 
 impl fmt::Display for Op {
@@ -58,6 +75,9 @@ impl fmt::Display for Op {
             Op::Delete => "delete",
             Op::Kill => "kill",
             Op::Exec => "execute in",
+            Op::Pause => "pause",
+            Op::Resume => "resume",
+            Op::Update => "update",
         })
     }
 }
@@ -71,18 +91,29 @@ pub enum Refusal {
     Finished,
     /// The container's first process does not run.
     InitNotRunning,
+    /// The container stands still.
+    Paused,
 }
 
 /// May `op` be done to the first process of a container in `state`?
 pub fn init(state: State, op: Op) -> Result<(), Refusal> {
     match (state, op) {
-        (State::Registered, Op::Start | Op::Delete | Op::Kill | Op::Exec)
-        | (State::Starting | State::Live, Op::Kill | Op::Exec)
+        (State::Registered, Op::Start | Op::Delete | Op::Kill | Op::Exec | Op::Update)
+        | (State::Starting, Op::Kill | Op::Exec | Op::Update)
+        | (State::Live, Op::Kill | Op::Exec | Op::Pause | Op::Resume | Op::Update)
+        | (State::Pausing, Op::Kill | Op::Update)
+        | (State::Paused, Op::Kill | Op::Pause | Op::Resume | Op::Update)
         | (State::Ended, Op::Delete) => Ok(()),
-        (State::Starting | State::Live | State::Ended, Op::Start)
-        | (State::Starting | State::Live, Op::Delete) => Err(Refusal::WrongState),
+        (State::Registered, Op::Pause | Op::Resume)
+        | (State::Starting, Op::Start | Op::Delete | Op::Pause | Op::Resume)
+        | (State::Live | State::Paused, Op::Start | Op::Delete)
+        | (State::Pausing, Op::Start | Op::Delete | Op::Pause | Op::Resume)
+        | (State::Ended, Op::Start) => Err(Refusal::WrongState),
+        (State::Pausing | State::Paused, Op::Exec) => Err(Refusal::Paused),
         (State::Ended, Op::Kill) => Err(Refusal::Finished),
-        (State::Ended, Op::Exec) => Err(Refusal::InitNotRunning),
+        (State::Ended, Op::Exec | Op::Pause | Op::Resume | Op::Update) => {
+            Err(Refusal::InitNotRunning)
+        }
     }
 }
 
@@ -92,15 +123,29 @@ pub fn exec(init: State, state: State, op: Op) -> Result<(), Refusal> {
     match (init, state, op) {
         (State::Live, State::Registered, Op::Start)
         | (_, State::Registered | State::Ended, Op::Delete)
-        | (_, State::Live, Op::Kill) => Ok(()),
+        | (_, State::Live | State::Pausing | State::Paused, Op::Kill) => Ok(()),
         (State::Registered | State::Starting | State::Ended, State::Registered, Op::Start) => {
             Err(Refusal::InitNotRunning)
         }
+        (State::Pausing | State::Paused, State::Registered, Op::Start) => Err(Refusal::Paused),
         (_, State::Ended, Op::Kill) => Err(Refusal::Finished),
-        (_, State::Starting | State::Live | State::Ended, Op::Start)
-        | (_, State::Starting | State::Live, Op::Delete)
+        (
+            _,
+            State::Starting | State::Live | State::Pausing | State::Paused | State::Ended,
+            Op::Start,
+        )
+        | (_, State::Starting | State::Live | State::Pausing | State::Paused, Op::Delete)
         | (_, State::Registered | State::Starting, Op::Kill)
-        | (_, _, Op::Exec) => Err(Refusal::WrongState),
+        | (_, _, Op::Exec | Op::Pause | Op::Resume | Op::Update) => Err(Refusal::WrongState),
+    }
+}
+
+/// The state of a process as callers see it, in a container whose first process is in
+/// the state `init`: what runs stands still with its container.
+pub fn seen(init: State, state: State) -> State {
+    match (init, state) {
+        (State::Pausing | State::Paused, State::Live) => init,
+        _ => state,
     }
 }
 
@@ -111,20 +156,26 @@ mod tests {
     const WRONG: Result<(), Refusal> = Err(Refusal::WrongState);
     const GONE: Result<(), Refusal> = Err(Refusal::Finished);
     const DOWN: Result<(), Refusal> = Err(Refusal::InitNotRunning);
-    const STATES: [State; 4] = [
+    const STILL: Result<(), Refusal> = Err(Refusal::Paused);
+    const STATES: [State; 6] = [
         State::Registered,
         State::Starting,
         State::Live,
+        State::Pausing,
+        State::Paused,
         State::Ended,
     ];
 
     #[test]
     fn calls_on_a_container_follow_the_table_ta_03() {
         for (op, expected) in [
-            (Op::Start, [Ok(()), WRONG, WRONG, WRONG]),
-            (Op::Delete, [Ok(()), WRONG, WRONG, Ok(())]),
-            (Op::Kill, [Ok(()), Ok(()), Ok(()), GONE]),
-            (Op::Exec, [Ok(()), Ok(()), Ok(()), DOWN]),
+            (Op::Start, [Ok(()), WRONG, WRONG, WRONG, WRONG, WRONG]),
+            (Op::Delete, [Ok(()), WRONG, WRONG, WRONG, WRONG, Ok(())]),
+            (Op::Kill, [Ok(()), Ok(()), Ok(()), Ok(()), Ok(()), GONE]),
+            (Op::Exec, [Ok(()), Ok(()), Ok(()), STILL, STILL, DOWN]),
+            (Op::Pause, [WRONG, WRONG, Ok(()), WRONG, Ok(()), DOWN]),
+            (Op::Resume, [WRONG, WRONG, Ok(()), WRONG, Ok(()), DOWN]),
+            (Op::Update, [Ok(()), Ok(()), Ok(()), Ok(()), Ok(()), DOWN]),
         ] {
             assert_eq!(STATES.map(|state| init(state, op)), expected, "{op:?}");
         }
@@ -133,18 +184,33 @@ mod tests {
     #[test]
     fn calls_on_an_exec_follow_the_table_ta_03() {
         for container in STATES {
-            let start = if container == State::Live {
-                Ok(())
-            } else {
-                DOWN
+            let start = match container {
+                State::Live => Ok(()),
+                State::Pausing | State::Paused => STILL,
+                State::Registered | State::Starting | State::Ended => DOWN,
             };
             for (op, expected) in [
-                (Op::Start, [start, WRONG, WRONG, WRONG]),
-                (Op::Delete, [Ok(()), WRONG, WRONG, Ok(())]),
-                (Op::Kill, [WRONG, WRONG, Ok(()), GONE]),
+                (Op::Start, [start, WRONG, WRONG, WRONG, WRONG, WRONG]),
+                (Op::Delete, [Ok(()), WRONG, WRONG, WRONG, WRONG, Ok(())]),
+                (Op::Kill, [WRONG, WRONG, Ok(()), Ok(()), Ok(()), GONE]),
             ] {
                 let verdicts = STATES.map(|state| exec(container, state, op));
                 assert_eq!(verdicts, expected, "{container:?} {op:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_exec_that_runs_stands_still_with_its_container_ta_52() {
+        for container in STATES {
+            for state in STATES {
+                let verdict = seen(container, state);
+                let stands = matches!(container, State::Pausing | State::Paused);
+                let expected = match state {
+                    State::Live if stands => container,
+                    state => state,
+                };
+                assert_eq!(verdict, expected, "{container:?} {state:?}");
             }
         }
     }

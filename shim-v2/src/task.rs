@@ -34,7 +34,7 @@ use crate::{
     lock::lock,
     names::{ContainerId, ExecId},
     pod::{Create, Pod},
-    state::State,
+    state::{self, State},
 };
 
 mod stats;
@@ -205,9 +205,11 @@ impl Task for TaskService {
                 exec_id: request.exec_id.clone(),
                 bundle: found.bundle.display().to_string(),
                 pid: found.pid,
-                status: EnumOrUnknown::new(match phase.state() {
+                status: EnumOrUnknown::new(match state::seen(found.container, phase.state()) {
                     State::Registered | State::Starting => Status::CREATED,
                     State::Live => Status::RUNNING,
+                    State::Pausing => Status::PAUSING,
+                    State::Paused => Status::PAUSED,
                     State::Ended => Status::STOPPED,
                 }),
                 stdin: stdio.stdin,
@@ -347,10 +349,9 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let id = request.id.clone();
         self.answer("Stats", &id, |service| async move {
-            service.pod.describe(&init(&request.id)?)?;
-            let stats = MessageField::some(stats::zeros());
+            let used = service.pod.stats(&ContainerId::new(&request.id)?).await?;
             Ok(StatsResponse {
-                stats,
+                stats: MessageField::some(stats::message(&used)),
                 ..StatsResponse::default()
             })
         })
@@ -388,11 +389,21 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        Err(refuse("Pause", &request.id, &Error::Unsupported("Pause")))
+        let id = request.id.clone();
+        self.answer("Pause", &id, |service| async move {
+            service.pod.pause(&ContainerId::new(&request.id)?).await?;
+            Ok(Empty::new())
+        })
+        .await
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        Err(refuse("Resume", &request.id, &Error::Unsupported("Resume")))
+        let id = request.id.clone();
+        self.answer("Resume", &id, |service| async move {
+            service.pod.resume(&ContainerId::new(&request.id)?).await?;
+            Ok(Empty::new())
+        })
+        .await
     }
 
     async fn checkpoint(
@@ -408,7 +419,20 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        Err(refuse("Update", &request.id, &Error::Unsupported("Update")))
+        let id = request.id.clone();
+        self.answer("Update", &id, |service| async move {
+            // What it says is judged where it is done; here only that it is JSON.
+            let resources =
+                json::parse(&request.resources.value).map_err(|source| Error::Json {
+                    what: "the resources of an update".to_owned(),
+                    source,
+                })?;
+            let id = ContainerId::new(&request.id)?;
+            let resources = resources.to_string().into_bytes();
+            service.pod.update(&id, resources).await?;
+            Ok(Empty::new())
+        })
+        .await
     }
 }
 

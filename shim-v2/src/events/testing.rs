@@ -47,6 +47,8 @@ fn brief(event: &Event) -> String {
         Event::ExecStarted(event) => format!("{topic} {}", event.exec_id),
         Event::Oom(event) => format!("{topic} {}", event.container_id),
         Event::Exit(event) => format!("{topic} {} {}", event.id, event.exit_status),
+        Event::Paused(event) => format!("{topic} {}", event.container_id),
+        Event::Resumed(event) => format!("{topic} {}", event.container_id),
         Event::Delete(event) => format!("{topic} {} {}", event.container_id, event.exit_status),
     }
 }

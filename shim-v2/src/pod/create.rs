@@ -215,6 +215,7 @@ impl Pod {
             deleting: AsyncMutex::new(()),
             kill_unanswered: AtomicBool::new(false),
             ooms: AtomicU64::new(0),
+            used: Mutex::default(),
         });
         Ok((guest, container))
     }

@@ -2,6 +2,7 @@
 
 mod faults;
 pub(crate) mod harness;
+mod resources;
 mod script;
 
 use bulkhead_agent_api::agent::cause::Kind;

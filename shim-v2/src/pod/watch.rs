@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use containerd_shim_protos::events::task::TaskOOM;
+use containerd_shim_protos::{cgroups_v2::metrics::Metrics, events::task::TaskOOM};
 use futures::future::join_all;
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
@@ -41,6 +41,7 @@ struct Seen {
     exit: Exit,
     oom_kills: u64,
     drain: Duration,
+    used: Option<Box<Metrics>>,
 }
 
 impl Pod {
@@ -56,6 +57,9 @@ impl Pod {
         tokio::spawn(async move {
             let seen = pod.see_end(&*guest, &process).await;
             pod.tell_oom(&container, seen.oom_kills);
+            if let Some(used) = seen.used {
+                container.has_used(*used);
+            }
             if process.name.exec.is_some() {
                 process.drained(seen.drain).await;
                 process.end(seen.exit);
@@ -66,26 +70,31 @@ impl Pod {
     }
 
     async fn see_end(&self, guest: &dyn Guest, process: &Process) -> Seen {
-        let seen = |status, oom_kills, drain| Seen {
+        let seen = |status, drain| Seen {
             exit: Exit::now(status),
-            oom_kills,
+            oom_kills: 0,
             drain,
+            used: None,
         };
         match guest.agent().wait(&process.name).await {
             Ok(ended) => {
                 // The agent has waited for the output already.
                 let drain = if ended.output_open { TAIL } else { DRAIN };
-                seen(ended.status, ended.oom_kills, drain)
+                Seen {
+                    oom_kills: ended.oom_kills,
+                    used: ended.stats,
+                    ..seen(ended.status, drain)
+                }
             }
             Err(Error::VmGone(_)) => {
                 let end = self.lost(guest).await;
                 // Before anybody learns of the exit and asks why.
                 self.write_reason(&end).await;
-                seen(end.status, 0, DRAIN)
+                seen(end.status, DRAIN)
             }
             Err(error) => {
                 warn!(process = %process.name, error = error.text(), "its end is not known");
-                seen(LOST, 0, DRAIN)
+                seen(LOST, DRAIN)
             }
         }
     }

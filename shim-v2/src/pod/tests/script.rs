@@ -11,7 +11,8 @@ use bulkhead_agent::streams::{BoxStream, Streams};
 use bulkhead_agent_api::{
     agent::{
         Cause, ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
-        ProcessResponse, Stdio, WaitOomRequest, WaitOomResponse, WaitResponse, cause::Kind,
+        ProcessResponse, StatsResponse, Stdio, WaitOomRequest, WaitOomResponse, WaitResponse,
+        cause::Kind,
     },
     agent_ttrpc::Agent,
     cause,
@@ -39,6 +40,8 @@ struct Guts {
     refused: BTreeMap<&'static str, (Code, Kind)>,
     processes: BTreeMap<(String, String), Model>,
     ooms: BTreeMap<String, u64>,
+    /// Microseconds of processor time that any container has used.
+    used: u64,
     /// Somebody else holds the output of what ends.
     shared_output: bool,
     off: bool,
@@ -142,6 +145,21 @@ impl Script {
         });
     }
 
+    /// Containers have used so much processor time.
+    pub(crate) fn uses(&self, microseconds: u64) {
+        self.guts.send_modify(|guts| guts.used = microseconds);
+    }
+
+    fn stats_of(&self, container: &str) -> StatsResponse {
+        let guts = self.guts.borrow();
+        let kills = guts.ooms.get(container).copied().unwrap_or(0);
+        StatsResponse {
+            cpu: [("usage_usec".to_owned(), guts.used)].into(),
+            memory_events: [("oom_kill".to_owned(), kills)].into(),
+            ..StatsResponse::default()
+        }
+    }
+
     /// Waits until it was asked to power off.
     pub(crate) async fn powered_off(&self) {
         let mut guts = self.guts.subscribe();
@@ -227,12 +245,14 @@ impl Agent for Script {
             .await
             .unwrap();
         let process = guts.processes.get(&key);
+        let stats = self.stats_of(&r.container_id);
         Ok(WaitResponse {
             exit_status: process
                 .and_then(|process| process.exit)
                 .ok_or_else(|| refusal(Code::NOT_FOUND))?,
             oom_kills: guts.ooms.get(&r.container_id).copied().unwrap_or(0),
             output_open: guts.shared_output,
+            stats: r.exec_id.is_empty().then_some(stats).into(),
             ..WaitResponse::default()
         })
     }
@@ -303,6 +323,21 @@ impl Agent for Script {
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         self.enter("Shutdown", String::new()).await?;
         self.guts.send_modify(|guts| guts.off = true);
+        Ok(Empty::default())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+        self.enter("Stats", label(&r.container_id, "")).await?;
+        Ok(self.stats_of(&r.container_id))
+    }
+
+    async fn freeze(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.enter("Freeze", label(&r.container_id, "")).await?;
+        Ok(Empty::default())
+    }
+
+    async fn thaw(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.enter("Thaw", label(&r.container_id, "")).await?;
         Ok(Empty::default())
     }
 }
