@@ -33,6 +33,14 @@ pub(crate) enum Command {
     /// List containers.
     #[command(visible_alias = "ps")]
     List(List),
+    /// Let every process of a container stand still.
+    Pause(Paused),
+    /// Let the processes of a paused container go on.
+    Resume(Paused),
+    /// Change limits of a container.
+    Update(Update),
+    /// Show what containers have used.
+    Stats(Stats),
     /// Say whether this host can run containers in virtual machines, and if not why.
     Check(Check),
     /// Print a completion script for a shell.
@@ -171,6 +179,52 @@ pub(crate) struct List {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Options of `pause` and `resume`.
+#[derive(Debug, Args)]
+pub(crate) struct Paused {
+    /// The container.
+    pub(crate) id: ContainerId,
+}
+
+/// Options of `update`: what is not given stays as it is.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bulkhead update --memory 1g --cpus 1.5 web\n  bulkhead update --pids 200 web"
+)]
+#[group(required = true, multiple = true, args = ["cpus", "memory", "pids"])]
+pub(crate) struct Update {
+    /// The container.
+    pub(crate) id: ContainerId,
+    /// Processors, such as 2 or 0.5; no more than its virtual machine has.
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<Cpus>,
+    /// Memory, such as 512m or 2g (powers of 1024); no more than its virtual machine has.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<Memory>,
+    /// Processes and threads; -1 for no limit.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub(crate) pids: Option<i64>,
+}
+
+/// Options of `stats`.
+#[derive(Debug, Args)]
+pub(crate) struct Stats {
+    /// How to print it.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(crate) format: Format,
+    /// The containers; all that run if none is given.
+    pub(crate) ids: Vec<ContainerId>,
+}
+
+/// How something is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
 }
 
 /// Options of `check`.

@@ -13,6 +13,7 @@ mod clearing;
 mod error;
 mod exec;
 mod progress;
+mod resources;
 mod run;
 mod seccomp;
 mod signal;
@@ -46,6 +47,10 @@ fn main() -> ExitCode {
         Command::Kill(args) => exec::kill(args),
         Command::Rm(args) => exec::rm(args),
         Command::List(args) => exec::list(args),
+        Command::Pause(args) => resources::pause(args),
+        Command::Resume(args) => resources::resume(args),
+        Command::Update(args) => resources::update(args),
+        Command::Stats(args) => resources::stats(args),
         Command::Check(args) => check::check(args),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => man(dir),

@@ -186,14 +186,16 @@ impl Settings {
             resources.insert("memory".to_owned(), json!({"limit": bytes}));
         }
         if let Some(thousandths) = self.cpus {
-            let quota_us = u64::from(thousandths) * u64::from(PERIOD_US) / 1000;
-            resources.insert(
-                "cpu".to_owned(),
-                json!({"quota": quota_us, "period": PERIOD_US}),
-            );
+            resources.insert("cpu".to_owned(), cpu_limit(thousandths));
         }
         Value::Object(resources)
     }
+}
+
+/// `linux.resources.cpu` for so many thousandths of a processor.
+pub(crate) fn cpu_limit(thousandths: u32) -> Value {
+    let quota_us = u64::from(thousandths) * u64::from(PERIOD_US) / 1000;
+    json!({"quota": quota_us, "period": PERIOD_US})
 }
 
 /// Adds `add` to `env`: the last word on each name wins, its place is kept. A name

@@ -5,8 +5,10 @@ use std::{fs, time::Duration};
 use containerd_shim_protos::{
     api::{
         CloseIORequest, CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest,
-        ResizePtyRequest, ShutdownRequest, StartRequest, StateRequest, StateResponse, WaitRequest,
+        PauseRequest, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest,
+        StateResponse, StatsRequest, UpdateTaskRequest, WaitRequest,
     },
+    protobuf::well_known_types::any::Any,
     shim_async::{Client, TaskClient},
 };
 use ttrpc::context::{self, Context};
@@ -171,6 +173,51 @@ impl Task {
         let answer = self.client.delete(limit(SHORT), &request).await;
         answer
             .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Running))
+    }
+
+    /// Stops every process of the container where it is.
+    pub async fn pause(&self) -> Result<()> {
+        let mut request = PauseRequest::new();
+        request.id = self.id.to_string();
+        let answer = self.client.pause(limit(SHORT), &request).await;
+        answer
+            .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Running))
+    }
+
+    /// Lets them go on.
+    pub async fn resume(&self) -> Result<()> {
+        let mut request = ResumeRequest::new();
+        request.id = self.id.to_string();
+        let answer = self.client.resume(limit(SHORT), &request).await;
+        answer
+            .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Running))
+    }
+
+    /// Changes limits; `resources` is the OCI object.
+    pub async fn update(&self, resources: &serde_json::Value) -> Result<()> {
+        let mut any = Any::new();
+        any.type_url =
+            "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned();
+        any.value = resources.to_string().into_bytes();
+        let mut request = UpdateTaskRequest::new();
+        request.id = self.id.to_string();
+        request.resources = Some(any).into();
+        let answer = self.client.update(limit(SHORT), &request).await;
+        answer
+            .map(drop)
+            .map_err(|error| failed(&self.id, &error, Phase::Running))
+    }
+
+    /// What the container has used: metrics of this host's version of cgroups.
+    pub async fn stats(&self) -> Result<Any> {
+        let mut request = StatsRequest::new();
+        request.id = self.id.to_string();
+        let answer = self.client.stats(limit(SHORT), &request).await;
+        answer
+            .map(|answer| answer.stats.into_option().unwrap_or_default())
             .map_err(|error| failed(&self.id, &error, Phase::Running))
     }
 
