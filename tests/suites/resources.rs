@@ -1,0 +1,253 @@
+//! What a container may use and has used, and its standing still: under containerd and
+//! by the command line.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use bulkhead_tests::{BUSYBOX, BUSYBOX_NAME, Command, DEBIAN, Outcome, Running, volume::volume};
+use serde_json::Value;
+
+fn ctr<'a>(args: impl IntoIterator<Item = &'a str>) -> Outcome {
+    Command::new("ctr", args).run()
+}
+
+/// A container of containerd that runs a shell line; removed when dropped.
+struct Task(&'static str);
+
+impl Task {
+    fn run(id: &'static str, options: &[&str], line: &str) -> Task {
+        let runtime = ["run", "--runtime", "io.containerd.bulkhead.v2", "--detach"];
+        let task = Task(id);
+        let command = [BUSYBOX_NAME, id, "sh", "-c", line];
+        let arguments = runtime.iter().chain(options).chain(&command).copied();
+        ctr(arguments).success();
+        task
+    }
+
+    /// `ctr task VERB ID`.
+    fn does(&self, verb: &str) -> Outcome {
+        ctr(["task", verb, self.0])
+    }
+
+    fn exec(&self, exec: &str, line: &str) -> Outcome {
+        ctr(["task", "exec", "--exec-id", exec, self.0, "sh", "-c", line])
+    }
+
+    fn status(&self) -> String {
+        let list = ctr(["task", "ls"]).success();
+        let line = list.lines().find(|line| line.starts_with(self.0));
+        let last = line.and_then(|line| line.split_whitespace().last());
+        last.unwrap_or("none").to_owned()
+    }
+
+    /// Waits until it has ended.
+    fn ended(&self) {
+        let end = Instant::now() + Duration::from_secs(120);
+        while self.status() != "STOPPED" {
+            assert!(Instant::now() < end, "{} does not end", self.0);
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn metrics(&self) -> Value {
+        let text = ctr(["task", "metrics", "--format", "json", self.0]).success();
+        serde_json::from_str(&text).expect("metrics are JSON")
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        let _ = ctr(["task", "resume", self.0]);
+        let _ = ctr(["task", "rm", "--force", self.0]);
+        let _ = ctr(["container", "rm", self.0]);
+    }
+}
+
+#[test]
+fn a_paused_container_stands_still_until_it_is_resumed_ta_51() {
+    let events = Command::new("ctr", ["events"]).start();
+    let line = "n=0; while :; do n=$((n+1)); echo $n > /next; mv /next /count; done";
+    let task = Task::run("still", &[], line);
+    let holder = [
+        "task",
+        "exec",
+        "--detach",
+        "--exec-id",
+        "side",
+        "still",
+        "sleep",
+        "1000",
+    ];
+    ctr(holder).success();
+    let count = || task.exec("count", "cat /count").success();
+    let first = count();
+    assert_ne!(first, count());
+    task.does("pause").success();
+    assert_eq!(task.status(), "PAUSED");
+    let refused = task.exec("late", "true").failure();
+    assert!(refused.contains("paused"), "{refused}");
+    // Pausing again changes nothing and is told nobody.
+    task.does("pause").success();
+    let used = task.metrics()["cpu"]["usage_usec"].as_u64();
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(task.metrics()["cpu"]["usage_usec"].as_u64(), used);
+    task.does("resume").success();
+    assert_eq!(task.status(), "RUNNING");
+    let second = count();
+    assert_ne!(second, count());
+    events.wait_for_output("/tasks/resumed");
+    events.signal(libc::SIGTERM);
+    let told = events.wait().stdout;
+    assert_eq!(told.matches("/tasks/paused").count(), 1, "{told}");
+    assert_eq!(told.matches("/tasks/resumed").count(), 1, "{told}");
+}
+
+#[test]
+fn a_paused_container_dies_of_sigkill_ta_47() {
+    let task = Task::run("frozen", &[], "exec sleep 1000");
+    task.does("pause").success();
+    ctr(["task", "kill", "--signal", "SIGKILL", "frozen"]).success();
+    task.ended();
+}
+
+#[test]
+fn statistics_tell_limits_and_use_of_the_container_itself_ta_57() {
+    let limit = ["--memory-limit", "134217728"];
+    let task = Task::run("counted", &limit, "i=0; while :; do i=$((i+1)); done");
+    let first = task.metrics();
+    let number = |metrics: &Value, part: &str, name: &str| metrics[part][name].as_u64();
+    assert_eq!(
+        number(&first, "memory", "usage_limit"),
+        Some(134_217_728),
+        "{first}"
+    );
+    assert!(number(&first, "memory", "usage") > Some(0), "{first}");
+    assert_eq!(number(&first, "pids", "current"), Some(1), "{first}");
+    std::thread::sleep(Duration::from_secs(1));
+    let second = task.metrics();
+    let (before, after) = (
+        number(&first, "cpu", "usage_usec"),
+        number(&second, "cpu", "usage_usec"),
+    );
+    assert!(after > before && before > Some(0), "{first} {second}");
+}
+
+#[test]
+fn statistics_of_what_the_oom_killer_ended_say_so_until_it_is_deleted_ta_65() {
+    let limit = ["--memory-limit", "33554432"];
+    let task = Task::run("greedy", &limit, "exec tail /dev/zero");
+    task.ended();
+    let metrics = task.metrics();
+    assert_eq!(
+        metrics["memory_events"]["oom_kill"].as_u64(),
+        Some(1),
+        "{metrics}"
+    );
+    assert_eq!(
+        metrics["memory"]["usage_limit"].as_u64(),
+        Some(33_554_432),
+        "{metrics}"
+    );
+    ctr(["task", "rm", "greedy"]);
+    assert!(
+        ctr(["task", "metrics", "greedy"])
+            .failure()
+            .contains("not found")
+    );
+}
+
+/// A named container of the command line that says `ready` and then runs a line.
+fn named(name: &str, options: &[&str], image: &str, line: &str) -> Running {
+    let run = ["run", "--rm", "--name", name];
+    let command = [image, "--", "sh", "-c", line];
+    let run = Command::bulkhead(run.iter().chain(options).chain(&command)).start();
+    run.wait_for_output("ready");
+    run
+}
+
+fn bulkhead(arguments: &[&str]) -> Outcome {
+    Command::bulkhead(arguments).run()
+}
+
+fn end(name: &str, run: Running) {
+    bulkhead(&["kill", name, "KILL"]).success();
+    assert_eq!(run.wait().code, 137);
+}
+
+#[test]
+fn what_a_container_wrote_through_memory_is_with_the_host_once_it_is_paused_ta_53() {
+    let (dir, share) = volume();
+    let file = dir.path().join("file");
+    fs::write(&file, vec![0_u8; 8192]).expect("the volume is writable");
+    let script = r#"
+import mmap, time
+file = open("/v/file", "r+b")
+memory = mmap.mmap(file.fileno(), 8192)
+memory[4096:4101] = b"dirty"
+print("ready", flush=True)
+time.sleep(1000)
+"#;
+    let line = format!("exec python3 -c '{script}'");
+    let run = named("dirty", &["-v", &share], DEBIAN, &line);
+    bulkhead(&["pause", "dirty"]).success();
+    let seen = fs::read(&file).expect("it is there");
+    // Now, not when the guest gets round to it.
+    assert_eq!(seen.get(4096..4101), Some(&b"dirty"[..]));
+    let refused = bulkhead(&["exec", "dirty", "true"]).failure();
+    assert!(refused.contains("paused"), "{refused}");
+    bulkhead(&["resume", "dirty"]).success();
+    bulkhead(&["exec", "dirty", "true"]).success();
+    end("dirty", run);
+}
+
+#[test]
+fn limits_change_in_the_guest_and_others_stay_ta_66() {
+    let line = "echo ready; exec sleep 1000";
+    let run = named("grown", &["--memory", "256m"], BUSYBOX, line);
+    let limits = || {
+        let files =
+            ["memory.max", "pids.max", "cpu.max"].map(|file| format!("/sys/fs/cgroup/{file}"));
+        let cat: Vec<&str> = ["exec", "grown", "cat"]
+            .into_iter()
+            .chain(files.iter().map(String::as_str))
+            .collect();
+        bulkhead(&cat).success()
+    };
+    assert_eq!(limits(), "268435456\nmax\nmax 100000\n");
+    bulkhead(&["update", "--memory", "64m", "--pids", "50", "grown"]).success();
+    assert_eq!(limits(), "67108864\n50\nmax 100000\n");
+    bulkhead(&["update", "--cpus", "0.5", "grown"]).success();
+    assert_eq!(limits(), "67108864\n50\n50000 100000\n");
+    // Back to what it had, which its machine has for sure.
+    bulkhead(&["update", "--memory", "256m", "grown"]).success();
+    assert_eq!(limits(), "268435456\n50\n50000 100000\n");
+    let refused = bulkhead(&["update", "--memory", "512g", "grown"]).failure();
+    assert!(
+        refused.contains("memory.limit") && refused.contains("at most"),
+        "{refused}"
+    );
+    let refused = bulkhead(&["update", "--cpus", "64", "grown"]).failure();
+    assert!(
+        refused.contains("cpu.quota") && refused.contains("at most"),
+        "{refused}"
+    );
+    assert_eq!(limits(), "268435456\n50\n50000 100000\n");
+    let stats = bulkhead(&["stats", "--format", "json", "grown"]).success();
+    let stats: Value = serde_json::from_str(&stats).expect("statistics are JSON");
+    assert_eq!(
+        stats[0]["memory_limit"].as_u64(),
+        Some(268_435_456),
+        "{stats}"
+    );
+    assert_eq!(stats[0]["pids_limit"].as_u64(), Some(50), "{stats}");
+    let table = bulkhead(&["stats"]).success();
+    assert!(
+        table
+            .lines()
+            .any(|line| line.contains("grown") && line.contains("256.0 MiB")),
+        "{table}"
+    );
+    end("grown", run);
+}
