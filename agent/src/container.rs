@@ -8,6 +8,7 @@
 
 mod arguments;
 mod resources;
+mod hooks;
 pub mod state;
 
 use std::{
@@ -30,11 +31,12 @@ use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 
 use self::{
     arguments::{check_id, check_signal, size, terminal_size},
+    hooks::Hooks,
     state::{Op, State},
 };
 use crate::{
     cgroup::Cgroup,
-    channel::{Fds, Job, Place},
+    channel::{Fds, Job},
     error::{Doing, Error},
     launch::{Launched, Waiting, launch},
     reaper::{Exit, ExitWatch, Reaper, ended},
@@ -99,6 +101,7 @@ struct Container {
     execs: Mutex<HashMap<String, Entry<Arc<Process>>>>,
     waiting: Mutex<Option<Waiting>>,
     inherited: Inherited,
+    hooks: Option<Hooks>,
     /// Empty without a user namespace of its own.
     uid_maps: Vec<IdMap>,
     /// Name of the session keyring of its processes.
@@ -184,6 +187,7 @@ impl Containers {
             seccomp: plan.process.seccomp.clone(),
             personality: plan.process.personality,
         };
+        let hooks = Hooks::of(&plan);
         let keyring = new_keyring_name()?;
         let job = Job::Create {
             plan: Box::new(plan),
@@ -199,6 +203,7 @@ impl Containers {
             execs: Mutex::default(),
             waiting: Mutex::new(Some(waiting)),
             inherited,
+            hooks,
             uid_maps,
             keyring,
             freezer: AsyncMutex::default(),
@@ -210,6 +215,7 @@ impl Containers {
     pub async fn start(&self, id: &str) -> Result<(), Error> {
         let container = self.container(id)?;
         let waiting = container.take_waiting()?;
+        self.run_hooks(&container).await?;
         waiting.start().await
     }
 
@@ -248,12 +254,7 @@ impl Containers {
         give_to_user(&fds.stdio, guest_id(&container.uid_maps, plan.uid))?;
         let job = Job::Exec {
             process: Box::new(plan),
-            container: Place {
-                init: container.init.pid,
-                cgroup: self.last_names_of_cgroup(id),
-                own_user: !container.uid_maps.is_empty(),
-                keyring: container.keyring.clone(),
-            },
+            container: self.place(&container),
         };
         let connected = prepared.connect().await?;
         let launched = launch(&self.config.helper, &self.reaper, &job, fds).await?;

@@ -43,6 +43,8 @@ pub(crate) enum Command {
     Stats(Stats),
     /// Say whether this host can run containers in virtual machines, and if not why.
     Check(Check),
+    /// Say what became of each field of a container's specification.
+    Explain(Explain),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -233,6 +235,39 @@ pub(crate) struct Check {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+const EXPLAIN_EXAMPLES: &str = "\
+Examples:
+  bulkhead explain web
+  bulkhead explain --namespace k8s.io 4f1e… --format json
+  bulkhead explain --bundle DIR          what would become of it";
+
+/// Options of `explain`.
+#[derive(Debug, Args)]
+#[command(after_help = EXPLAIN_EXAMPLES)]
+pub(crate) struct Explain {
+    /// The container, whoever started it.
+    #[arg(required_unless_present = "bundle", conflicts_with = "bundle")]
+    pub(crate) id: Option<ContainerId>,
+    /// containerd's namespace, if containers of several have this id.
+    #[arg(long, value_name = "NAME", conflicts_with = "bundle")]
+    pub(crate) namespace: Option<String>,
+    /// A bundle that need not run.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) bundle: Option<PathBuf>,
+    /// How it is printed.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(crate) format: Format,
+}
+
+/// How something is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
 }
 
 /// May the container write to a volume?

@@ -29,6 +29,9 @@ pub(crate) enum Error {
     /// The container.
     #[error(transparent)]
     Container(#[from] bulkhead_client::Error),
+    /// What the shim says of a specification.
+    #[error("{0}")]
+    Shim(String),
     /// The image cannot be used.
     #[error(transparent)]
     Image(#[from] bulkhead_image::Error),
@@ -62,7 +65,9 @@ impl Error {
                 | Client::Call(_)
                 | Client::Gone { started: false, .. } => OWN_FAILURE,
             },
-            Error::Refused { .. } | Error::Image(_) | Error::NotRoot => OWN_FAILURE,
+            Error::Refused { .. } | Error::Shim(_) | Error::Image(_) | Error::NotRoot => {
+                OWN_FAILURE
+            }
         }
     }
 

@@ -12,6 +12,7 @@ mod check;
 mod clearing;
 mod error;
 mod exec;
+mod explain;
 mod progress;
 mod resources;
 mod run;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         Command::Update(args) => resources::update(args),
         Command::Stats(args) => resources::stats(args),
         Command::Check(args) => check::check(args),
+        Command::Explain(args) => explain::explain(args),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => man(dir),
     };

@@ -155,8 +155,9 @@ impl Agent {
         Ok(())
     }
 
-    /// Lets the first process of a container run.
-    pub async fn start(&self, container: &ContainerId) -> Result<()> {
+    /// Lets the first process of a container run; what runs before it may take some
+    /// time of its own.
+    pub async fn start(&self, container: &ContainerId, before: Duration) -> Result<()> {
         let request = ContainerRequest {
             container_id: container.to_string(),
             ..ContainerRequest::default()
@@ -164,7 +165,7 @@ impl Agent {
         let call = self.client.start(ttrpc::context::with_timeout(0), &request);
         answer(
             "Start",
-            self.limits.request,
+            self.limits.request.saturating_add(before),
             "OCI runtime start failed",
             call,
         )

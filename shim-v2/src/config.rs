@@ -75,6 +75,8 @@ pub struct Config {
     pub guest_console: bool,
     /// Words added to the guest kernel's command line.
     pub kernel_cmdline: String,
+    /// Refuse fields of a specification that promise protection and would be ignored.
+    pub strict: bool,
     /// Log debug messages.
     pub debug: bool,
 }
@@ -90,6 +92,7 @@ impl Default for Config {
             rpc_timeout_s: 10,
             guest_console: false,
             kernel_cmdline: String::new(),
+            strict: false,
             debug: false,
         }
     }
@@ -115,6 +118,7 @@ struct Layer {
     rpc_timeout_s: Option<u64>,
     guest_console: Option<bool>,
     kernel_cmdline: Option<String>,
+    strict: Option<bool>,
     debug: Option<bool>,
 }
 
@@ -176,6 +180,7 @@ impl Config {
         set(&mut self.rpc_timeout_s, layer.rpc_timeout_s);
         set(&mut self.guest_console, layer.guest_console);
         set(&mut self.kernel_cmdline, layer.kernel_cmdline);
+        set(&mut self.strict, layer.strict);
         set(&mut self.debug, layer.debug);
         for (key, value, low, high) in [
             ("vcpus", u64::from(self.vcpus), 1, 64),

@@ -30,6 +30,7 @@ use crate::{
     error::{Error, Result, host},
     events::Publisher,
     flags::Flags,
+    hooks::Host,
     log,
     names::{GroupId, Namespace},
     pod::{Parts, Pod},
@@ -62,6 +63,7 @@ pub fn run(flags: &Flags) -> Result<()> {
         .and_then(|address| address.as_pathname().map(Path::to_owned));
     let bundle = std::env::current_dir().map_err(host("find the bundle"))?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    let outside = Host::here()?;
     enter_private_namespace()?;
     // A configuration that cannot be used ends the daemon, and `start` says why; but
     // first there must be a log.
@@ -92,20 +94,38 @@ pub fn run(flags: &Flags) -> Result<()> {
         .enable_all()
         .build()
         .map_err(host("start the runtime"))?;
-    let result = runtime.block_on(serve(listener, namespace, config, Arc::new(held), socket));
+    let given = Given {
+        namespace,
+        config,
+        held: Arc::new(held),
+        socket,
+        outside: Arc::new(outside),
+    };
+    let result = runtime.block_on(serve(listener, given));
     // What still blocks in a thread (a mount on a dead server) must not keep the
     // process.
     runtime.shutdown_timeout(CLOSE);
     result
 }
 
-async fn serve(
-    listener: StdListener,
+/// What the daemon found at its start.
+#[derive(Debug)]
+struct Given {
     namespace: Namespace,
     config: Config,
     held: Arc<Held>,
     socket: Option<PathBuf>,
-) -> Result<()> {
+    outside: Arc<Host>,
+}
+
+async fn serve(listener: StdListener, given: Given) -> Result<()> {
+    let Given {
+        namespace,
+        config,
+        held,
+        socket,
+        outside,
+    } = given;
     let share = Share::mount(&held.dir().share())?;
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let events = Publisher::new(&namespace, &address);
@@ -120,6 +140,7 @@ async fn serve(
         share,
         events,
         hypervisor,
+        host: outside,
     });
     let end = Arc::new(Notify::new());
     let service = TaskService::new(Arc::clone(&pod), socket, Arc::clone(&end));

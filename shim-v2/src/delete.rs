@@ -10,6 +10,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -25,11 +26,13 @@ use ttrpc::r#async::transport::Socket;
 use crate::{
     cgroup,
     error::{Error, Result, host},
+    explain::Explanation,
     flags::Flags,
+    hooks::{Hooks, Host, Moment},
     mount,
     names::{ContainerId, Group, GroupId, Namespace},
     start,
-    statedir::{Processes, StateDir, ended, kill, signal},
+    statedir::{Processes, StateDir, ended, kept, kill, signal},
 };
 
 /// Time for the shim to end in order once its VM is gone.
@@ -38,6 +41,8 @@ const ORDERLY_MS: u32 = 800;
 const KILLED_MS: u32 = 1000;
 /// Time for the shim of a group to let go of one container.
 const ASK: Duration = Duration::from_millis(2500);
+/// Time for the hooks of the end.
+const LAST: Duration = Duration::from_millis(2500);
 /// Exit status of a task whose shim is gone: 128 and SIGKILL.
 const STATUS: u32 = 137;
 
@@ -189,7 +194,36 @@ fn end(dir: &StateDir) -> Result<()> {
     if let Some(socket) = processes.socket {
         remove_dead_socket(&socket);
     }
+    run_last(dir);
     dir.remove().map_err(failed)
+}
+
+/// Runs the hooks that the shim would have run at the end of its containers.
+fn run_last(dir: &StateDir) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let (Ok(runtime), Ok(host)) = (runtime, Host::here()) else {
+        return;
+    };
+    let host = Arc::new(host);
+    let told = kept::all(dir).into_iter();
+    let told = told.filter_map(|path| Explanation::read(&path).ok());
+    let all = told.filter_map(|told| Hooks::of_the_end(&host, told));
+    let run = async {
+        for hooks in all {
+            if let Err(error) = hooks.run(Moment::Poststop, 0).await {
+                eprintln!("{}", error.text());
+            }
+        }
+    };
+    if runtime
+        .block_on(async { timeout(LAST, run).await })
+        .is_err()
+    {
+        eprintln!("The hooks of the end take too long");
+    }
+    runtime.shutdown_background();
 }
 
 /// Removes a socket unless somebody listens on it: then it is another shim's.

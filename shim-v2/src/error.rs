@@ -146,6 +146,14 @@ pub enum Error {
     /// The caller deleted what was being created.
     #[error("The creation of container {0:?} was cancelled")]
     Cancelled(ContainerId),
+    /// A hook failed.
+    #[error("Hook {hook} failed: {reason}")]
+    Hook {
+        /// Its moment, place and path.
+        hook: String,
+        /// One line, with what it said last.
+        reason: String,
+    },
     /// A system call on the host failed.
     #[error("Cannot {action}")]
     Host {
@@ -178,6 +186,7 @@ impl Error {
             | Error::Paused(_)
             | Error::Config(_)
             | Error::Assets(_)
+            | Error::Hook { .. }
             | Error::Kvm { .. } => Code::FAILED_PRECONDITION,
             Error::Unsupported(_) => Code::UNIMPLEMENTED,
             Error::Path { source, .. } | Error::Host { source, .. } => of_io(source),

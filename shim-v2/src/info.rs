@@ -39,7 +39,9 @@ fn features() -> Value {
     json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.3.0",
-        "hooks": [],
+        "hooks": [
+            "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop",
+        ],
         "mountOptions": [
             "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "noatime",
             "nodev", "nodiratime", "noexec", "norelatime", "nostrictatime", "nosuid", "nosymfollow",
@@ -47,7 +49,7 @@ fn features() -> Value {
             "suid", "symfollow", "sync", "tmpcopyup",
         ],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
             "capabilities": bulkhead_spec::CAPABILITIES.as_slice(),
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
             "seccomp": {
@@ -71,6 +73,7 @@ fn features() -> Value {
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": false},
+            // Callers take it for pods with users of their own, whose namespaces have paths.
             "mountExtensions": {"idmap": {"enabled": false}},
         },
     })
@@ -105,6 +108,13 @@ mod tests {
             .iter()
             .map(|kind| json!({"type": kind}))
             .collect();
+        let hook = json!([{"path": "/h"}]);
+        let hooks: serde_json::Map<_, _> = told["hooks"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|kind| (kind.as_str().unwrap().to_owned(), hook.clone()))
+            .collect();
         let bounding = &told["linux"]["capabilities"];
         let options = told["mountOptions"].as_array().unwrap().clone();
         let (bind, rest): (Vec<_>, Vec<_>) = options
@@ -118,11 +128,22 @@ mod tests {
                 {"destination": "/a", "type": "tmpfs", "options": rest},
                 {"destination": "/b", "source": "/b", "options": bind},
             ],
-            "linux": {"namespaces": namespaces},
+            "linux": {"namespaces": namespaces, "uidMappings": [{"size": 1}], "gidMappings": [{"size": 1}]},
+            "hooks": hooks,
         });
         let spec = bulkhead_spec::json::from_value("", spec).unwrap();
         let checked = bulkhead_spec::container(spec, None).unwrap();
-        let left_out = |note: &&String| !note.contains("slave");
+        let left_out = |note: &&bulkhead_spec::Note| !note.why.contains("private");
         assert_eq!(checked.notes.iter().find(left_out), None);
+        let hooks = checked.plan.hooks;
+        let lists = [
+            hooks.prestart,
+            hooks.create_runtime,
+            hooks.create_container,
+            hooks.start_container,
+            hooks.poststart,
+            hooks.poststop,
+        ];
+        assert!(lists.iter().all(|list| list.len() == 1));
     }
 }

@@ -104,6 +104,16 @@ pub fn set_attributes<Fd: AsFd>(
     set(mount, &attr, scope)
 }
 
+/// Gives a detached mount, or a tree of them, the map of ids of a user namespace.
+pub fn map_ids<Fd: AsFd>(mount: Fd, users: &OwnedFd, scope: Scope) -> io::Result<()> {
+    let attr = MountAttr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        userns_fd: u64::from(users.as_raw_fd().unsigned_abs()),
+        ..MountAttr::default()
+    };
+    set(mount, &attr, scope)
+}
+
 fn set<Fd: AsFd>(mount: Fd, attr: &MountAttr, scope: Scope) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH
         | if scope == Scope::Recursive {

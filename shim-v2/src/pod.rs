@@ -12,6 +12,7 @@
 
 mod create;
 mod exec;
+mod last;
 mod making;
 mod resources;
 mod watch;
@@ -45,12 +46,13 @@ use crate::{
     error::{Error, Result},
     events::{Event, Publisher},
     guest::{self, Boots, Guest},
+    hooks::{Hooks, Host, Moment},
     lock::lock,
     names::{ContainerId, ExecId, Namespace},
     process::{Exit, Process},
     share::{ContainerShare, Share},
     state::{self, Op, Refusal, State},
-    statedir::Held,
+    statedir::{Held, kept::Kept},
     vm::{Size, vmm::End},
 };
 
@@ -83,11 +85,15 @@ pub struct Parts {
     pub events: Publisher,
     /// Boots the guest.
     pub hypervisor: Arc<dyn Boots>,
+    /// What hooks see.
+    pub host: Arc<Host>,
 }
 
 /// A pod.
 #[derive(Debug)]
 pub struct Pod {
+    namespace: Namespace,
+    host: Arc<Host>,
     config: Config,
     dir: Arc<Held>,
     share: Arc<Share>,
@@ -127,6 +133,9 @@ struct Container {
     init: Arc<Process>,
     execs: Mutex<Execs>,
     files: Mutex<Option<ContainerShare>>,
+    /// What is told of its specification.
+    told: Mutex<Option<Kept>>,
+    hooks: Hooks,
     /// Held while it is deleted.
     deleting: AsyncMutex<()>,
     /// A SIGKILL was not answered; the next one ends the VM.
@@ -164,6 +173,8 @@ impl Pod {
     pub fn new(parts: Parts) -> Arc<Self> {
         info!(namespace = %parts.namespace, "pod");
         Arc::new(Pod {
+            namespace: parts.namespace,
+            host: parts.host,
             config: parts.config,
             dir: parts.dir,
             share: Arc::new(parts.share),
@@ -211,10 +222,17 @@ impl Pod {
             .begin(|state| state::init(state, Op::Start))
             .map_err(|refusal| refused(init, Op::Start, refusal))?;
         let guest = self.living()?;
-        if let Err(error) = guest.agent().start(&container.id).await {
+        let run = async {
+            let before = container.hooks.limit_in_guest();
+            guest.agent().start(&container.id, before).await?;
+            container.hooks.run(Moment::Poststart, self.pid()).await
+        };
+        if let Err(error) = run.await {
             if matches!(error, Error::Deadline { .. }) {
-                // It may come to run after all, and its caller was told otherwise.
                 self.doubt.notify_one();
+            }
+            if matches!(error, Error::Deadline { .. } | Error::Hook { .. }) {
+                // It runs, or may come to run, and its caller was told otherwise.
                 let (guest, name) = (Arc::clone(guest), init.name.clone());
                 tokio::spawn(async move { guest.agent().kill(&name, SIGKILL, false).await });
             }
@@ -304,8 +322,7 @@ impl Pod {
         for exec in std::mem::take(&mut lock(&container.execs).all).into_values() {
             exec.close_streams();
         }
-        let files = lock(&container.files).take();
-        let _ = tokio::task::spawn_blocking(move || drop(files)).await;
+        container.remove_from_host().await;
         lock(&self.slots).remove(&container.id);
         let pid = self.pid();
         self.events.publish(Event::Delete(TaskDelete {
@@ -444,6 +461,7 @@ impl Pod {
                     .await;
             }
             container.init.close_streams();
+            container.remove_from_host().await;
         }
         self.events.flush(FLUSH).await;
         if let Some(guest) = self.guest.get() {

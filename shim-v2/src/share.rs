@@ -25,6 +25,7 @@ use tracing::warn;
 
 use crate::{
     error::{Error, Result, host},
+    idmap,
     mount::{self, Scope},
     names::ContainerId,
     rootfs::{self, Source},
@@ -184,6 +185,20 @@ impl ContainerShare {
         };
         let tree =
             mount::clone_tree(&place, scope, attributes).map_err(failed("clone the mount of"))?;
+        if let Some(ids) = &volume.ids {
+            let users = idmap::namespace(&ids.uids, &ids.gids)
+                .map_err(failed("make the map of ids for"))?;
+            let scope = match ids.recursive {
+                true => Scope::Recursive,
+                false => Scope::Top,
+            };
+            mount::map_ids(&tree, &users, scope).map_err(|error| match error.raw_os_error() {
+                Some(libc::EINVAL | libc::EPERM) => {
+                    refuse("its file system on the host allows no map of ids")
+                }
+                _ => failed("map the ids of")(error),
+            })?;
+        }
         match leaf {
             Leaf::Directory => make_dir(&target)?,
             Leaf::File => {

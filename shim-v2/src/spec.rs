@@ -1,23 +1,28 @@
 //! A container's specification: from the caller's `config.json` to the guest's.
 //!
-//! Pure. [`prepare`] refuses what a pod in a VM cannot do, before there is a VM, and
+//! [`prepare`] is pure: it refuses what a pod in a VM cannot do, before there is a VM, and
 //! returns the same document with each path turned into one of the guest's. What a
 //! value means is judged by [`bulkhead_spec`], as the agent will judge it; here is
-//! only what concerns the host. What is left out without harm is said in
-//! [`Prepared::notes`], never dropped silently.
+//! only what concerns the host. What becomes of each field is said in
+//! [`Prepared::fields`]: nothing is dropped silently.
 //!
 //! The guest never sees a host path: sources of bind mounts, the root, the cgroup
 //! path, annotations and paths of namespaces are replaced or removed here.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    path::{Path, PathBuf},
+};
 
 use bulkhead_agent_api::SHARE_DIR;
 pub use bulkhead_spec::Error;
-use bulkhead_spec::{Inherited, json, oci, plan};
-use serde_json::Value;
+use bulkhead_spec::{Inherited, Note, json, oci, plan};
+use serde_json::{Value, json};
 
 use crate::{
     cgroup::Place,
+    error, mount,
     names::ContainerId,
     seccomp::{self, Filter},
 };
@@ -33,6 +38,8 @@ pub struct Volume {
     pub recursive: bool,
     /// The host's mount refuses writes.
     pub read_only: bool,
+    /// The ids of the files, if they are others than on disk.
+    pub ids: Option<plan::MountIds>,
 }
 
 /// Limits that decide the size of the VM.
@@ -63,8 +70,14 @@ pub struct Prepared {
     pub cgroup: Option<Place>,
     /// First size of the terminal: columns and rows, 0 if unknown.
     pub console: (u32, u32),
-    /// What was changed or left out, one sentence each.
-    pub notes: Vec<String>,
+    /// The network namespace that it names.
+    pub network: Option<PathBuf>,
+    /// Programs to run at points of its life.
+    pub hooks: plan::Hooks,
+    /// What its caller remembers of it.
+    pub annotations: BTreeMap<String, String>,
+    /// What becomes of each of its fields.
+    pub fields: Vec<Note>,
 }
 
 /// Does the process have a pseudo-terminal? The request of the caller decides,
@@ -100,7 +113,7 @@ pub fn prepare(
     tmpfs_size: impl Fn(&Path) -> Option<u64>,
 ) -> Result<Prepared, Error> {
     let mut notes = Vec::new();
-    let mut spec: oci::Spec = json::from_value("", spec)?;
+    let (given, mut spec) = (spec.clone(), json::from_value::<oci::Spec>("", spec)?);
     let root = match &mut spec.root {
         Some(root) => {
             host_path("root.path", &root.path)?;
@@ -113,15 +126,15 @@ pub fn prepare(
         process.terminal = terminal == Terminal::Yes;
     }
     let mut filter = Filter::default();
-    let mut cgroup = None;
+    let (mut cgroup, mut network) = (None, None);
     if let Some(linux) = &mut spec.linux {
         cgroup = Place::new(&linux.cgroups_path)?;
-        leave_host_namespaces(&mut linux.namespaces)?;
+        network = leave_host_namespaces(&mut linux.namespaces)?;
         if let Some(profile) = linux.seccomp.take() {
             filter = seccomp::compile(&profile)?;
         }
     }
-    let sources = take_sources(id, &mut spec.mounts, &mut notes, tmpfs_size)?;
+    let sources = take_sources(id, &mut spec, &mut notes, tmpfs_size)?;
 
     // From here on as the agent will do it.
     let compiled = bulkhead_spec::seccomp(&filter.program, filter.flags)?;
@@ -140,8 +153,61 @@ pub fn prepare(
         oom_score_adj: checked.plan.process.oom_score_adj,
         cgroup,
         console: console(&checked.plan.process),
-        notes,
+        network,
+        hooks: checked.plan.hooks,
+        annotations: spec.annotations,
+        fields: bulkhead_spec::report(&given, &notes),
     })
+}
+
+/// Reads the specification of a bundle.
+pub fn read(bundle: &Path) -> error::Result<Value> {
+    let path = bundle.join("config.json");
+    let failed = |source| error::Error::Path {
+        action: "read",
+        path: path.clone(),
+        source,
+    };
+    let text = File::open(&path).and_then(json::read).map_err(failed)?;
+    json::parse(&text).map_err(|source| error::Error::Json {
+        what: path.display().to_string(),
+        source,
+    })
+}
+
+/// What would become of each field of a specification; one that is refused, too.
+#[must_use]
+pub fn explain(spec: Value) -> Vec<Note> {
+    let id = ContainerId::new("explained");
+    let prepared = id.map_err(|error| Error::new("id", "explained", error.to_string()));
+    let prepared = prepared.and_then(|id| {
+        let terminal = spec["process"]["terminal"] == true;
+        prepare(
+            &id,
+            spec.clone(),
+            terminal.into(),
+            SHARE_DIR,
+            mount::tmpfs_size,
+        )
+    });
+    match prepared {
+        Ok(prepared) => prepared.fields,
+        Err(error) => bulkhead_spec::report(&spec, &[Note::from(&error)]),
+    }
+}
+
+/// Refuses what promises protection and would be ignored.
+pub fn strictly(fields: &[Note]) -> Result<(), Error> {
+    match fields.iter().find(|note| note.security) {
+        None => Ok(()),
+        Some(note) => {
+            let reason = format!(
+                "it would be ignored, which the configuration (strict) forbids: {}",
+                note.why
+            );
+            Err(Error::new(&note.field, "set", reason))
+        }
+    }
 }
 
 /// The process of an exec that was accepted.
@@ -151,13 +217,16 @@ pub struct PreparedProcess {
     pub guest: Value,
     /// First size of the terminal: columns and rows, 0 if unknown.
     pub console: (u32, u32),
-    /// What was left out, one sentence each.
-    pub notes: Vec<String>,
+    /// What becomes of each of its fields.
+    pub fields: Vec<Note>,
 }
 
 /// Checks the process of an exec.
 pub fn prepare_process(process: Value, terminal: Terminal) -> Result<PreparedProcess, Error> {
-    let mut process: oci::Process = json::from_value("process", process)?;
+    let (given, mut process) = (
+        process.clone(),
+        json::from_value::<oci::Process>("process", process)?,
+    );
     process.terminal = terminal == Terminal::Yes;
     // What it has from its container is no matter for a refusal.
     let checked = bulkhead_spec::process(process.clone(), &Inherited::default())?;
@@ -167,7 +236,7 @@ pub fn prepare_process(process: Value, terminal: Terminal) -> Result<PreparedPro
     Ok(PreparedProcess {
         guest,
         console: console(&checked.plan),
-        notes: checked.notes,
+        fields: bulkhead_spec::report(&json!({ "process": given }), &checked.notes),
     })
 }
 
@@ -205,30 +274,34 @@ fn host_path(field: &str, path: &Path) -> Result<(), Error> {
 }
 
 /// The container shares the network namespace of the guest, where the pod's
-/// interfaces are. Any other namespace with a path is one of the host's.
-fn leave_host_namespaces(namespaces: &mut [oci::Namespace]) -> Result<(), Error> {
+/// interfaces are; answers that of the host. Any other namespace with a path is one of the host's.
+fn leave_host_namespaces(namespaces: &mut [oci::Namespace]) -> Result<Option<PathBuf>, Error> {
+    let mut network = None;
     for (n, namespace) in namespaces.iter_mut().enumerate() {
         if namespace.kind == "network" {
-            namespace.path = PathBuf::new();
+            network = Some(std::mem::take(&mut namespace.path));
         } else if !namespace.path.as_os_str().is_empty() {
             let reason = "a namespace of the host cannot be joined from a virtual machine";
             let field = format!("linux.namespaces[{n}].path");
             return Err(Error::new(field, &namespace.path, reason));
         }
     }
-    Ok(())
+    Ok(network.filter(|path| !path.as_os_str().is_empty()))
 }
 
 /// Takes the sources of bind mounts out, each with the place of its mount, and puts
 /// their directories in the share in.
 fn take_sources(
     id: &ContainerId,
-    mounts: &mut [oci::Mount],
-    notes: &mut Vec<String>,
+    spec: &mut oci::Spec,
+    notes: &mut Vec<Note>,
     tmpfs_size: impl Fn(&Path) -> Option<u64>,
-) -> Result<Vec<(usize, PathBuf)>, Error> {
+) -> Result<Vec<Taken>, Error> {
+    let users = spec.linux.as_ref().map_or_else(Default::default, |linux| {
+        (linux.uid_mappings.as_slice(), linux.gid_mappings.as_slice())
+    });
     let mut sources = Vec::new();
-    for (n, mount) in mounts.iter_mut().enumerate() {
+    for (n, mount) in spec.mounts.iter_mut().enumerate() {
         if !mount.is_bind() {
             continue;
         }
@@ -237,7 +310,8 @@ fn take_sources(
             && let Some(size) = tmpfs_size(&mount.source)
         {
             // Memory shared through a file server would not be coherent.
-            notes.push(format!("/dev/shm is a tmpfs of {size} bytes in the guest"));
+            let how = format!("/dev/shm is a tmpfs of {size} bytes in the guest");
+            notes.push(Note::changed(format!("mounts[{n}]"), how));
             let size = format!("size={size}");
             let options = ["nosuid", "noexec", "nodev", "mode=1777", size.as_str()];
             *mount = oci::Mount {
@@ -250,18 +324,31 @@ fn take_sources(
             continue;
         }
         let in_guest = format!("{SHARE_DIR}/{id}/volumes/{}", sources.len()).into();
-        sources.push((n, std::mem::replace(&mut mount.source, in_guest)));
+        sources.push(Taken {
+            mount: n,
+            ids: bulkhead_spec::take_id_map(&format!("mounts[{n}]"), mount, users)?,
+            source: std::mem::replace(&mut mount.source, in_guest),
+        });
     }
     Ok(sources)
 }
 
-fn volumes(sources: Vec<(usize, PathBuf)>, mounts: &[plan::Mount]) -> Vec<Volume> {
+/// A source that was taken out.
+struct Taken {
+    /// The place of its mount in the list.
+    mount: usize,
+    source: PathBuf,
+    ids: Option<plan::MountIds>,
+}
+
+fn volumes(sources: Vec<Taken>, mounts: &[plan::Mount]) -> Vec<Volume> {
     sources
         .into_iter()
-        .filter_map(|(n, source)| {
-            let mount = mounts.get(n)?;
+        .filter_map(|taken| {
+            let mount = mounts.get(taken.mount)?;
             Some(Volume {
-                source,
+                source: taken.source,
+                ids: taken.ids,
                 destination: mount.destination.display().to_string(),
                 recursive: matches!(
                     mount.kind,

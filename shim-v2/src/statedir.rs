@@ -2,12 +2,15 @@
 //!
 //! Mode 0700. Holds `vsock.sock`, the directory `share` (on which the shim mounts
 //! the pod's share in its own mount namespace), `processes.json` and `cgroups.json` for
-//! `delete`, and after an end that was not asked for `reason`. Removal knows these names and
+//! `delete`, the directory `containers` with what is told of each (`explain.rs`), and after an
+//! end that was not asked for `reason`. Removal knows these names, lists `containers` and
 //! never walks.
 //!
 //! Two shims of one id may meet: one at its end, one at its beginning. Whoever makes
 //! or removes something here or at the pod's socket holds the [`Lock`], a file beside
 //! the directory; a shim removes only what records its own process.
+
+pub mod kept;
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -253,6 +256,7 @@ impl StateDir {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700);
         builder.create(&self.path)?;
+        builder.create(kept::dir(self))?;
         builder.create(self.share())
     }
 
@@ -295,6 +299,7 @@ impl StateDir {
         for name in FILES {
             gone(fs::remove_file(self.path.join(name)))?;
         }
+        kept::remove(self)?;
         gone(fs::remove_dir(self.share()))?;
         gone(fs::remove_dir(&self.path))?;
         Ok(())

@@ -9,7 +9,9 @@ use std::{
 };
 
 use crate::{
-    Checked, Error, devices, mounts, oci,
+    Checked, Error, Note, devices,
+    hooks::hooks,
+    mounts, oci,
     plan::{ContainerPlan, IdMap, Namespace, Namespaces, Seccomp, TimeOffset},
     process::{Inherited, process_into},
     resources,
@@ -26,8 +28,6 @@ const PATH_MAX: usize = 4_096;
 const MOUNTS_MAX: usize = 4_096;
 /// Most masked or read-only paths.
 const PATHS_MAX: usize = 16_384;
-/// Most device nodes.
-const DEVICES_MAX: usize = 4_096;
 
 /// Judges a specification; `seccomp` is its filter, compiled by the caller.
 pub fn container(
@@ -36,10 +36,6 @@ pub fn container(
 ) -> Result<Checked<ContainerPlan>, Error> {
     let mut notes = Vec::new();
     version(spec.oci_version)?;
-    hooks(&spec.hooks)?;
-    if spec.vm.is_some() {
-        notes.push("vm is ignored: kernel and image are the administrator's".to_owned());
-    }
     let process = spec.process.ok_or_else(|| Error::missing("process"))?;
     let root = spec.root.ok_or_else(|| Error::missing("root"))?;
     let linux = spec.linux.ok_or_else(|| Error::missing("linux"))?;
@@ -48,10 +44,11 @@ pub fn container(
         return Err(Error::new("linux.seccomp", "set", reason));
     }
     left_to_the_host(&linux, &mut notes)?;
+    let privileged = resources::allows_every_device(&linux.resources.devices);
     propagation(linux.rootfs_propagation)?;
     let namespaces = namespaces(linux.namespaces, linux.time_offsets, &mut notes)?;
-    let uid_maps = id_maps("linux.uidMappings", &linux.uid_mappings, &namespaces)?;
-    let gid_maps = id_maps("linux.gidMappings", &linux.gid_mappings, &namespaces)?;
+    let uid_maps = user_maps("linux.uidMappings", &linux.uid_mappings, &namespaces)?;
+    let gid_maps = user_maps("linux.gidMappings", &linux.gid_mappings, &namespaces)?;
     let inherited = Inherited {
         seccomp,
         personality: linux.personality.map(personality).transpose()?,
@@ -69,7 +66,7 @@ pub fn container(
         mounts: list("mounts", spec.mounts, MOUNTS_MAX, |at, mount| {
             mounts::mount(at, mount, &mut notes)
         })?,
-        devices: list("linux.devices", linux.devices, DEVICES_MAX, devices::node)?,
+        devices: devices::nodes(linux.devices, privileged, &mut notes)?,
         sysctls: sysctls(linux.sysctl.into_iter())?,
         masked_paths: list("linux.maskedPaths", linux.masked_paths, PATHS_MAX, absolute)?,
         readonly_paths: list(
@@ -79,12 +76,13 @@ pub fn container(
             absolute,
         )?,
         resources: resources::resources(linux.resources, &mut notes)?,
+        hooks: hooks(spec.hooks)?,
     };
     Ok(Checked { plan, notes })
 }
 
 /// Judges each of a list that may not be too long.
-fn list<T, U>(
+pub(crate) fn list<T, U>(
     field: &str,
     from: Vec<T>,
     most: usize,
@@ -110,46 +108,16 @@ fn version(version: String) -> Result<(), Error> {
     Ok(())
 }
 
-fn hooks(hooks: &BTreeMap<String, Vec<serde::de::IgnoredAny>>) -> Result<(), Error> {
-    match hooks.iter().find(|(_, list)| !list.is_empty()) {
-        None => Ok(()),
-        Some((name, list)) => {
-            let place = match name.as_str() {
-                "startContainer" => "in the guest",
-                _ => "on the host",
-            };
-            Err(Error::new(
-                format!("hooks.{name}"),
-                format!("{} entries", list.len()),
-                format!("hooks {place} are not supported"),
-            ))
-        }
-    }
-}
-
 /// What the guest has no part in.
-fn left_to_the_host(linux: &oci::Linux, notes: &mut Vec<String>) -> Result<(), Error> {
+fn left_to_the_host(linux: &oci::Linux, notes: &mut Vec<Note>) -> Result<(), Error> {
     if let Some(name) = linux.net_devices.keys().next() {
         let reason = "network devices of the host cannot be moved into a virtual machine";
         return Err(Error::new("linux.netDevices", name, reason));
     }
     if !linux.mount_label.is_empty() {
-        notes.push(no_label("linux.mountLabel"));
-    }
-    for (name, set) in [
-        ("intelRdt", linux.intel_rdt.is_some()),
-        ("memoryPolicy", linux.memory_policy.is_some()),
-    ] {
-        if set {
-            notes.push(format!("linux.{name} is ignored: it belongs to the host"));
-        }
+        notes.push(Note::label("linux.mountLabel"));
     }
     Ok(())
-}
-
-/// The note for a label: policies are the host's, and the guest's kernel has none.
-pub(crate) fn no_label(field: &str) -> String {
-    format!("{field} is ignored: it belongs to the host's kernel")
 }
 
 /// The root's mounts are private: whatever a slave would receive comes from the
@@ -231,7 +199,7 @@ const NAMESPACES: [(&str, Kind); 8] = [
 fn namespaces(
     from: Vec<oci::Namespace>,
     offsets: BTreeMap<String, oci::TimeOffset>,
-    notes: &mut Vec<String>,
+    notes: &mut Vec<Note>,
 ) -> Result<Namespaces, Error> {
     let mut found = Namespaces {
         pid: Namespace::Own,
@@ -276,8 +244,9 @@ fn namespaces(
         .collect();
     if !unnamed.is_empty() {
         let names = unnamed.join(", ");
-        notes.push(format!(
-            "linux.namespaces does not name {names}: a virtual machine shares none with the host"
+        notes.push(Note::changed(
+            "linux.namespaces",
+            format!("does not name {names}: a virtual machine shares none with the host"),
         ));
     }
     time_offsets(&mut found, offsets)?;
@@ -339,19 +308,26 @@ fn time_offsets(
     Ok(())
 }
 
-fn id_maps(
+fn user_maps(
     field: &str,
     from: &[oci::IdMapping],
     namespaces: &Namespaces,
 ) -> Result<Vec<IdMap>, Error> {
-    let entries = format!("{} entries", from.len());
-    let reason = match (namespaces.own_user, from.len()) {
-        (true, 1..=ID_MAPS_MAX) | (false, 0) => None,
-        (true, _) => Some("a user namespace needs 1 to 340"),
-        (false, _) => Some("there is no user namespace"),
-    };
-    if let Some(reason) = reason {
-        return Err(Error::new(field, entries, reason));
+    match (namespaces.own_user, from.len()) {
+        (false, 0) => Ok(Vec::new()),
+        (true, _) => id_maps(field, from),
+        (false, count) => {
+            let reason = "there is no user namespace";
+            Err(Error::new(field, format!("{count} entries"), reason))
+        }
+    }
+}
+
+/// Checks the map of a user namespace.
+pub(crate) fn id_maps(field: &str, from: &[oci::IdMapping]) -> Result<Vec<IdMap>, Error> {
+    if !(1..=ID_MAPS_MAX).contains(&from.len()) {
+        let reason = "a user namespace needs 1 to 340";
+        return Err(Error::new(field, format!("{} entries", from.len()), reason));
     }
     from.iter()
         .enumerate()

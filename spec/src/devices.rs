@@ -4,7 +4,7 @@
 //! of `linux.devices` all come from it.
 
 use crate::{
-    Error, check, oci,
+    Error, Note, check, oci,
     plan::{DeviceKind, DeviceNode, DeviceRule, NodeKind},
 };
 
@@ -92,12 +92,51 @@ pub fn default_rules() -> impl Iterator<Item = DeviceRule> {
     nodes.into_iter().chain(usable).chain([terminals])
 }
 
-/// Judges one of `linux.devices`.
-pub(crate) fn node(at: &str, from: oci::Device) -> Result<DeviceNode, Error> {
+/// Most device nodes.
+const NODES_MAX: usize = 4_096;
+
+/// Judges `linux.devices`. An engine gives a privileged container each device of the
+/// host: there those that the guest does not have are left out, elsewhere refused.
+pub(crate) fn nodes(
+    from: Vec<oci::Device>,
+    privileged: bool,
+    notes: &mut Vec<Note>,
+) -> Result<Vec<DeviceNode>, Error> {
+    let mut left_out: Option<(String, usize)> = None;
+    let nodes = check::list("linux.devices", from, NODES_MAX, |at, device| {
+        let is_absent = matches!(device.kind.as_str(), "c" | "u" | "b") && known(&device).is_none();
+        if privileged && is_absent {
+            let (_, count) = left_out.get_or_insert_with(|| (at.to_owned(), 0));
+            *count += 1;
+            return Ok(None);
+        }
+        node(at, device).map(Some)
+    })?;
+    if let Some((first, count)) = left_out {
+        let how = match count {
+            1 => format!("{first} is left out: it is the host's"),
+            _ => format!(
+                "{first} and {} more are left out: they are the host's",
+                count - 1
+            ),
+        };
+        notes.push(Note::changed("linux.devices", how));
+    }
+    Ok(nodes.into_iter().flatten().collect())
+}
+
+/// The guest's device with the same numbers; a block device of it there is none.
+fn known(device: &oci::Device) -> Option<&'static Device> {
+    DEVICES.iter().find(|known| {
+        device.kind != "b"
+            && i64::from(known.major) == device.major
+            && i64::from(known.minor) == device.minor
+    })
+}
+
+fn node(at: &str, from: oci::Device) -> Result<DeviceNode, Error> {
+    let known = known(&from);
     let path = check::absolute(&format!("{at}.path"), from.path)?;
-    let known = DEVICES
-        .iter()
-        .find(|known| i64::from(known.major) == from.major && i64::from(known.minor) == from.minor);
     let kind = match (from.kind.as_str(), known) {
         // "u" is an unbuffered character device: the same node.
         ("c" | "u", Some(known)) => NodeKind::Char(known.major, known.minor),

@@ -30,6 +30,18 @@ impl Error {
         }
     }
 
+    /// The field, as a path.
+    #[must_use]
+    pub fn field(&self) -> &str {
+        &self.field
+    }
+
+    /// Why it is refused.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
     /// Refuses the absence of `field`.
     pub fn missing(field: impl Into<String>) -> Self {
         Self {

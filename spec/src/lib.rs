@@ -12,8 +12,10 @@
 mod check;
 pub mod devices;
 mod error;
+mod hooks;
 pub mod json;
 mod mounts;
+mod note;
 pub mod oci;
 pub mod plan;
 mod process;
@@ -24,7 +26,8 @@ mod update;
 pub use self::{
     check::container,
     error::Error,
-    mounts::allowed_in_proc,
+    mounts::{allowed_in_proc, take_id_map},
+    note::{Fate, Note, report},
     process::{CAPABILITIES, Inherited, SECCOMP_FLAGS, process, seccomp},
     update::{InForce, Update, update},
 };
@@ -34,8 +37,8 @@ pub use self::{
 pub struct Checked<T> {
     /// What will be done.
     pub plan: T,
-    /// What was left out of it, one sentence each.
-    pub notes: Vec<String>,
+    /// What was left out of it or changed.
+    pub notes: Vec<Note>,
 }
 
 #[cfg(test)]

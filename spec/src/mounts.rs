@@ -7,10 +7,10 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
-    Error,
-    check::{absolute, plain},
+    Error, Note,
+    check::{absolute, id_maps, plain},
     oci,
-    plan::{Attributes, Filesystem, Mount, MountKind},
+    plan::{Attributes, Filesystem, Mount, MountIds, MountKind},
 };
 
 /// `struct mount_attr` bits (`linux/mount.h`).
@@ -139,14 +139,44 @@ impl oci::Mount {
     }
 }
 
+/// Takes the map of ids out of a bind mount; whoever has the files applies it. Where the
+/// mount has none of its own, its options mean that of the container, `users`.
+pub fn take_id_map(
+    at: &str,
+    mount: &mut oci::Mount,
+    users: (&[oci::IdMapping], &[oci::IdMapping]),
+) -> Result<Option<MountIds>, Error> {
+    let asked = |option: &String| matches!(option.as_str(), "idmap" | "ridmap");
+    let option = mount.options.iter().rfind(|option| asked(option)).cloned();
+    mount.options.retain(|option| !asked(option));
+    let own = (
+        std::mem::take(&mut mount.uid_mappings),
+        std::mem::take(&mut mount.gid_mappings),
+    );
+    let (uids, gids) = match (own.0.is_empty() && own.1.is_empty(), &option) {
+        (true, None) => return Ok(None),
+        (true, Some(option)) if users.0.is_empty() || users.1.is_empty() => {
+            let reason = "neither the mount nor the container has a map of ids";
+            return Err(Error::new(format!("{at}.options"), option, reason));
+        }
+        (true, Some(_)) => users,
+        (false, _) => (own.0.as_slice(), own.1.as_slice()),
+    };
+    Ok(Some(MountIds {
+        uids: id_maps(&format!("{at}.uidMappings"), uids)?,
+        gids: id_maps(&format!("{at}.gidMappings"), gids)?,
+        recursive: option.is_some_and(|option| option == "ridmap"),
+    }))
+}
+
 /// Judges one of `mounts`; `at` is its place in the specification.
-pub(crate) fn mount(at: &str, mount: oci::Mount, notes: &mut Vec<String>) -> Result<Mount, Error> {
+pub(crate) fn mount(at: &str, mount: oci::Mount, notes: &mut Vec<Note>) -> Result<Mount, Error> {
     for (name, mappings) in [
         ("uidMappings", &mount.uid_mappings),
         ("gidMappings", &mount.gid_mappings),
     ] {
         if !mappings.is_empty() {
-            let reason = "id-mapped mounts are not supported";
+            let reason = "only files of the host have a map of ids";
             return Err(Error::new(format!("{at}.{name}"), mappings, reason));
         }
     }
@@ -154,9 +184,11 @@ pub(crate) fn mount(at: &str, mount: oci::Mount, notes: &mut Vec<String>) -> Res
     let is_bind = mount.is_bind();
     let mut options = Options::default();
     for (n, option) in mount.options.into_iter().enumerate() {
-        let note = |note: String| notes.push(format!("{at}.options[{n}] {note}"));
-        if let Err(reason) = options.take(&option, note) {
-            return Err(Error::new(format!("{at}.options[{n}]"), option, reason));
+        let at = format!("{at}.options[{n}]");
+        match options.take(&option) {
+            Ok(None) => {}
+            Ok(Some(remark)) => notes.push(remark.of(at)),
+            Err(reason) => return Err(Error::new(at, option, reason)),
         }
     }
     let kind = if options.remount {
@@ -219,6 +251,26 @@ pub fn allowed_in_proc(path: &Path) -> bool {
         .is_ok_and(|rest| ALLOWED.iter().any(|file| rest == *file))
 }
 
+/// What is to be said of an option.
+#[derive(Clone, Copy, Debug)]
+enum Remark {
+    /// A slave is private.
+    Private,
+    /// It is a label.
+    Label,
+}
+
+impl Remark {
+    fn of(self, field: String) -> Note {
+        match self {
+            Remark::Private => {
+                Note::changed(field, "private: later mounts of the host do not pass")
+            }
+            Remark::Label => Note::label(field),
+        }
+    }
+}
+
 /// The options of one mount, sorted by what they are for.
 #[derive(Debug, Default)]
 struct Options {
@@ -244,17 +296,17 @@ fn add(attributes: &mut Attributes, (set, clear): (u64, u64)) {
 }
 
 impl Options {
-    fn take(&mut self, option: &str, note: impl FnOnce(String)) -> Result<(), &'static str> {
+    fn take(&mut self, option: &str) -> Result<Option<Remark>, &'static str> {
         if option.contains('\0') {
             return Err("it must not contain NUL");
         }
         if let Some(bits) = attribute(option) {
             add(&mut self.attributes, bits);
-            return Ok(());
+            return Ok(None);
         }
         if let Some(bits) = option.strip_prefix('r').and_then(attribute) {
             add(&mut self.recursive_attributes, bits);
-            return Ok(());
+            return Ok(None);
         }
         let (name, value) = match option.split_once('=') {
             Some((name, value)) => (name, Some(value)),
@@ -265,26 +317,18 @@ impl Options {
             "rbind" => self.recursive = true,
             "remount" => self.remount = true,
             "tmpcopyup" => self.copy_up = true,
-            "slave" | "rslave" => {
-                note(format!(
-                    "({option}) is private: later mounts of the host do not pass"
-                ));
-            }
+            "slave" | "rslave" => return Ok(Some(Remark::Private)),
             "shared" | "rshared" => {
                 return Err("mounts do not pass between host and virtual machine");
             }
             "unbindable" | "runbindable" => return Err("unbindable mounts are not supported"),
-            "idmap" | "ridmap" => return Err("id-mapped mounts are not supported"),
+            "idmap" | "ridmap" => return Err("only files of the host have a map of ids"),
             "" => return Err("an option must not be empty"),
             _ if WITHOUT_EFFECT.contains(&option) => {}
-            _ if LABELS.contains(&name) => {
-                note(format!(
-                    "({name}) is ignored: it belongs to the host's kernel"
-                ));
-            }
+            _ if LABELS.contains(&name) => return Ok(Some(Remark::Label)),
             _ => self.own.push((name.to_owned(), value.map(str::to_owned))),
         }
-        Ok(())
+        Ok(None)
     }
 
     fn filesystem(&mut self, at: &str, kind: String) -> Result<MountKind, Error> {

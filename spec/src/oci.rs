@@ -4,8 +4,8 @@
 //! nothing else: no value is judged here. Unknown properties are ignored, as the
 //! specification demands, and what is absent or null has the value that a Go
 //! program would see. Written out again, as the shim does for the guest, a
-//! specification holds what the guest acts on: neither annotations nor hooks nor
-//! anything that belongs to the host's kernel.
+//! specification holds what the guest acts on: neither annotations nor hooks of the
+//! host nor anything that belongs to the host's kernel.
 //!
 //! These are our own types, since the agent is PID 1 of every guest and the
 //! general crates for this file bring a regular expression engine with them.
@@ -33,11 +33,47 @@ pub struct Spec {
     /// What only Linux has.
     pub linux: Option<Linux>,
     /// Programs to run at points of the life cycle.
+    pub hooks: Hooks,
+    /// What callers remember of the container.
     #[serde(skip_serializing)]
-    pub hooks: BTreeMap<String, Vec<IgnoredAny>>,
-    /// What runs the container, for a runtime with virtual machines.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// `hooks`. Those of the host do not pass to the guest.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Hooks {
+    /// On the host, while the container is created; the older name.
     #[serde(skip_serializing)]
-    pub vm: Option<IgnoredAny>,
+    pub prestart: Vec<Hook>,
+    /// On the host, while the container is created.
+    #[serde(skip_serializing)]
+    pub create_runtime: Vec<Hook>,
+    /// A program of the host, in the container's namespaces.
+    #[serde(skip_serializing)]
+    pub create_container: Vec<Hook>,
+    /// A program of the container, before its own.
+    pub start_container: Vec<Hook>,
+    /// On the host, when the program runs.
+    #[serde(skip_serializing)]
+    pub poststart: Vec<Hook>,
+    /// On the host, when the container is gone.
+    #[serde(skip_serializing)]
+    pub poststop: Vec<Hook>,
+}
+
+/// One of `hooks`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Hook {
+    /// The program.
+    pub path: PathBuf,
+    /// Its arguments, the first being its name.
+    pub args: Vec<String>,
+    /// `NAME=value`.
+    pub env: Vec<String>,
+    /// Seconds.
+    pub timeout: Option<i64>,
 }
 
 /// `root`.
@@ -224,12 +260,6 @@ pub struct Linux {
     /// A label of the host's kernel.
     #[serde(skip_serializing)]
     pub mount_label: String,
-    /// Of the host's processors.
-    #[serde(skip_serializing)]
-    pub intel_rdt: Option<IgnoredAny>,
-    /// Of the host's memory nodes.
-    #[serde(skip_serializing)]
-    pub memory_policy: Option<IgnoredAny>,
     /// Execution domain.
     pub personality: Option<Personality>,
     /// Offsets of clocks in a time namespace.

@@ -3,7 +3,7 @@
 //! Owns the types that cross from the agent to the container's init (as JSON
 //! in a memfd). Every number here is one that the kernel takes as it stands.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +39,51 @@ pub struct ContainerPlan {
     /// Limits; the container's init never sees them.
     #[serde(skip)]
     pub resources: Resources,
+    /// Programs to run at points of its life; its init never sees them.
+    #[serde(skip)]
+    pub hooks: Hooks,
+}
+
+/// Programs to run at points of a container's life, each list in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hooks {
+    /// On the host, first of its creation.
+    pub prestart: Vec<Hook>,
+    /// On the host, next.
+    pub create_runtime: Vec<Hook>,
+    /// On the host, in the pod's network.
+    pub create_container: Vec<Hook>,
+    /// In the container, before its program.
+    pub start_container: Vec<Hook>,
+    /// On the host, after its program has started.
+    pub poststart: Vec<Hook>,
+    /// On the host, after it is gone.
+    pub poststop: Vec<Hook>,
+}
+
+/// A program to run at a point of a container's life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hook {
+    /// The program, absolute.
+    pub path: PathBuf,
+    /// Its arguments; never empty, without NUL.
+    pub args: Vec<String>,
+    /// All of its environment, `NAME=value`, without NUL.
+    pub env: Vec<String>,
+    /// Seconds after which it is killed, if it says so.
+    pub timeout_s: Option<u32>,
+}
+
+impl Hook {
+    /// Time after which a hook is killed that does not say so itself.
+    pub const LIMIT: Duration = Duration::from_secs(120);
+
+    /// Time after which it is killed.
+    #[must_use]
+    pub fn limit(&self) -> Duration {
+        self.timeout_s
+            .map_or(Hook::LIMIT, |seconds| Duration::from_secs(seconds.into()))
+    }
 }
 
 /// A process to run in a container.
@@ -46,6 +91,8 @@ pub struct ContainerPlan {
 pub struct ProcessPlan {
     /// Program and arguments; never empty, without NUL.
     pub args: Vec<String>,
+    /// Of a hook: the program, and that the environment is all of it.
+    pub hook: Option<PathBuf>,
     /// Environment, `NAME=value`, no name twice; without NUL.
     pub env: Vec<String>,
     /// Working directory, absolute in the container.
@@ -185,6 +232,17 @@ pub struct IdMap {
     pub guest_id: u32,
     /// Number of ids.
     pub size: u32,
+}
+
+/// The ids of the files of a mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountIds {
+    /// Users: on disk `container_id`, seen as `guest_id`.
+    pub uids: Vec<IdMap>,
+    /// Groups.
+    pub gids: Vec<IdMap>,
+    /// For the mounts below it too.
+    pub recursive: bool,
 }
 
 /// One mount.

@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use crate::{
-    Checked, Error,
-    check::{absolute, no_label},
+    Checked, Error, Note,
+    check::absolute,
     oci,
     plan::{Capabilities, ProcessPlan, Rlimit, Scheduler, Seccomp},
 };
@@ -44,19 +44,19 @@ pub fn process(
 pub(crate) fn process_into(
     from: oci::Process,
     inherited: &Inherited,
-    notes: &mut Vec<String>,
+    notes: &mut Vec<Note>,
 ) -> Result<ProcessPlan, Error> {
     for (field, label) in [
         ("process.apparmorProfile", &from.apparmor_profile),
         ("process.selinuxLabel", &from.selinux_label),
     ] {
         if !label.is_empty() {
-            notes.push(no_label(field));
+            notes.push(Note::label(field));
         }
     }
     if from.exec_cpu_affinity.is_some() {
-        let note = "process.execCPUAffinity is ignored: the guest numbers its own processors";
-        notes.push(note.to_owned());
+        let why = "the guest numbers its own processors";
+        notes.push(Note::missing("process.execCPUAffinity", why));
     }
     if !from.command_line.is_empty() {
         let reason = "only Windows has it";
@@ -91,6 +91,7 @@ pub(crate) fn process_into(
         io_priority: from.io_priority.map(io_priority).transpose()?,
         scheduler: from.scheduler.map(scheduler).transpose()?,
         args: from.args,
+        hook: None,
         env: last_of_each_name(from.env),
         seccomp: inherited.seccomp.clone(),
         terminal: from
@@ -136,7 +137,7 @@ fn console_size(size: oci::ConsoleSize) -> Result<(u16, u16), Error> {
     Ok((side("width", size.width)?, side("height", size.height)?))
 }
 
-fn no_nul(field: &str, texts: &[String]) -> Result<(), Error> {
+pub(crate) fn no_nul(field: &str, texts: &[String]) -> Result<(), Error> {
     match texts.iter().position(|text| text.contains('\0')) {
         None => Ok(()),
         Some(n) => {
@@ -333,7 +334,7 @@ pub const CAPABILITIES: [&str; 41] = [
     "CAP_CHECKPOINT_RESTORE",
 ];
 
-fn capabilities(from: &oci::Capabilities, notes: &mut Vec<String>) -> Result<Capabilities, Error> {
+fn capabilities(from: &oci::Capabilities, notes: &mut Vec<Note>) -> Result<Capabilities, Error> {
     let mut set = |name: &str, list: &[String]| capability_set(name, list, notes);
     let mut sets = Capabilities {
         bounding: set("bounding", &from.bounding),
@@ -355,8 +356,9 @@ fn capabilities(from: &oci::Capabilities, notes: &mut Vec<String>) -> Result<Cap
     }
     let ambient = sets.ambient & sets.permitted & sets.inheritable;
     if let Some(missing) = first(sets.ambient & !ambient) {
-        notes.push(format!(
-            "process.capabilities.ambient: {missing} is left out: it is not permitted and inheritable"
+        notes.push(Note::changed(
+            "process.capabilities.ambient",
+            format!("{missing} is left out: it is not permitted and inheritable"),
         ));
     }
     sets.ambient = ambient;
@@ -369,7 +371,7 @@ fn first(set: u64) -> Option<&'static str> {
 }
 
 /// Names of capabilities that came after this list, or of none, grant nothing.
-fn capability_set(name: &str, list: &[String], notes: &mut Vec<String>) -> u64 {
+fn capability_set(name: &str, list: &[String], notes: &mut Vec<Note>) -> u64 {
     const SHOWN_CHARS: usize = 40;
     let mut set = 0;
     let mut unknown: Vec<&str> = Vec::new();
@@ -385,8 +387,9 @@ fn capability_set(name: &str, list: &[String], notes: &mut Vec<String>) -> u64 {
             1 => String::new(),
             count => format!(" (and {} more)", count - 1),
         };
-        notes.push(format!(
-            "process.capabilities.{name}: {shown:?} is left out: no such capability{more}"
+        notes.push(Note::changed(
+            format!("process.capabilities.{name}"),
+            format!("{shown:?} is left out: no such capability{more}"),
         ));
     }
     set

@@ -5,7 +5,7 @@
 //! left out with a note.
 
 use crate::{
-    Error, oci,
+    Error, Note, oci,
     plan::{Absent, DeviceKind, DeviceRule, Resources, Setting},
 };
 
@@ -23,7 +23,7 @@ const RULES_MAX: usize = 1_024;
 const UNIFIED_MAX: usize = 256;
 
 /// Checks `linux.resources`.
-pub(crate) fn resources(from: oci::Resources, notes: &mut Vec<String>) -> Result<Resources, Error> {
+pub(crate) fn resources(from: oci::Resources, notes: &mut Vec<Note>) -> Result<Resources, Error> {
     leave_out(&from, notes);
     let mut settings = Settings::default();
     memory(&mut settings, &from.memory)?;
@@ -38,7 +38,7 @@ pub(crate) fn resources(from: oci::Resources, notes: &mut Vec<String>) -> Result
         return Err(Error::too_many(field, from.unified.len(), UNIFIED_MAX));
     }
     for (file, value) in from.unified {
-        unified(&mut settings, &file, &value)?;
+        unified(&mut settings, &file, &value, notes)?;
     }
     if from.devices.len() > RULES_MAX {
         let field = "linux.resources.devices";
@@ -77,7 +77,7 @@ impl Settings {
     }
 }
 
-fn leave_out(from: &oci::Resources, notes: &mut Vec<String>) {
+fn leave_out(from: &oci::Resources, notes: &mut Vec<Note>) {
     let (io, cpu) = (&from.block_io, &from.cpu);
     let the_host = "it belongs to the host";
     let other_devices = "the guest has other devices";
@@ -128,7 +128,11 @@ fn leave_out(from: &oci::Resources, notes: &mut Vec<String>) {
     ];
     for (name, set, why) in fields {
         if set {
-            notes.push(format!("linux.resources.{name} is ignored: {why}"));
+            let field = format!("linux.resources.{name}");
+            notes.push(match why == own_numbers {
+                true => Note::ignored(field, why),
+                false => Note::missing(field, why),
+            });
         }
     }
 }
@@ -356,32 +360,59 @@ const FILES: [(&str, &[&str]); 8] = [
     ("rdma", &["max"]),
 ];
 
-fn unified(to: &mut Settings, file: &str, value: &str) -> Result<(), Error> {
+fn unified(to: &mut Settings, file: &str, value: &str, notes: &mut Vec<Note>) -> Result<(), Error> {
     let refuse = |reason: &str| {
         let field = format!("linux.resources.unified.{}", file.escape_debug());
         Error::new(field, value, reason)
     };
-    let Some((controller, name)) = file.split_once('.') else {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.');
+    let parts = file
+        .split_once('.')
+        .filter(|(_, name)| !name.is_empty() && !name.starts_with('.') && file.bytes().all(plain));
+    let Some((controller, name)) = parts else {
         return Err(refuse("the name is not one of a cgroup file"));
     };
     if controller == "cgroup" {
         return Err(refuse("the agent alone writes cgroup.* files"));
     }
+    let mut leave_out = |why: &str| {
+        let field = format!("linux.resources.unified.{}", file.escape_debug());
+        notes.push(Note::missing(field, why));
+        Ok(())
+    };
     let Some((_, names)) = FILES.iter().find(|(known, _)| *known == controller) else {
-        return Err(refuse("cgroup v2 has no such controller"));
+        return leave_out("cgroup v2 has no such controller");
     };
     let name = match (controller, name.split_once('.')) {
         ("hugetlb", Some((size, name))) if size.bytes().all(|b| b.is_ascii_alphanumeric()) => name,
         _ => name,
     };
     if !names.contains(&name) {
-        return Err(refuse("the controller has no such file"));
+        return leave_out("the controller has no such file");
     }
     // The kernel takes one line at a time.
     for line in value.lines() {
         to.push(file, line.to_owned(), Absent::Refused);
     }
     Ok(())
+}
+
+/// Whether the rules of the device controller allow everything: that is how engines
+/// write a privileged container. The last rule on all devices decides.
+pub(crate) fn allows_every_device(rules: &[oci::DeviceRule]) -> bool {
+    let any = |number: Option<i64>| matches!(number, None | Some(-1));
+    let on_all = |rule: &&oci::DeviceRule| {
+        let access = rule.access.as_str();
+        matches!(rule.kind.as_str(), "" | "a")
+            && any(rule.major)
+            && any(rule.minor)
+            && (access.is_empty() || "rwm".chars().all(|letter| access.contains(letter)))
+    };
+    rules
+        .iter()
+        .rev()
+        .find(on_all)
+        .is_some_and(|rule| rule.allow)
 }
 
 fn device_rule(n: usize, from: &oci::DeviceRule) -> Result<DeviceRule, Error> {

@@ -185,8 +185,8 @@ fn a_malformed_bundle_is_refused_by_the_field() {
         ("/hostname", json!("line\nline"), "hostname"),
         (
             "/hooks",
-            json!({"prestart": [{"path": "/bin/true"}]}),
-            "hooks",
+            json!({"prestart": [{"path": "bin/true"}]}),
+            "hooks.prestart[0].path",
         ),
         ("/linux/namespaces", outside, "linux.namespaces[0]"),
         ("/linux/devices", device, "linux.devices[0]"),

@@ -97,13 +97,20 @@ pub(super) fn become_program(
     let master = take_stdio(plan, stdio, terminal)?;
     set_attributes(plan)?;
     enter_cwd(root, &plan.cwd)?;
-    let env = environment(&plan.env, || lookup::home(root, plan.uid));
+    let env = match plan.hook {
+        Some(_) => plan.env.clone(),
+        None => environment(&plan.env, || lookup::home(root, plan.uid)),
+    };
     if !plan.no_new_privileges {
         // Loading a filter takes a capability that may be dropped next.
         load_seccomp(plan)?;
     }
     privileges::apply(plan)?;
-    let program = lookup::executable(&plan.args[0], &env)?;
+    let name = match &plan.hook {
+        Some(path) => path.to_string_lossy(),
+        None => plan.args[0].as_str().into(),
+    };
+    let program = lookup::executable(&name, &env)?;
     let args = c_strings(&plan.args)?;
     let env = c_strings(&env)?;
     sys::close_on_exec_from(3).doing("mark descriptors")?;
@@ -121,7 +128,7 @@ pub(super) fn become_program(
         load_seccomp(plan)?;
     }
     let Err(errno) = nix::unistd::execve(&program, &args, &env);
-    Err(lookup::error(&plan.args[0], &io::Error::from(errno)))
+    Err(lookup::error(&name, &io::Error::from(errno)))
 }
 
 /// Puts the streams into place; returns the agent's end of the terminal.

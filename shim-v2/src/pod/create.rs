@@ -5,7 +5,6 @@
 //! guest, however late that answers, then on the host.
 
 use std::{
-    fs::File,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
@@ -15,18 +14,20 @@ use std::{
 };
 
 use bulkhead_agent_api::{PRIVATE_DIR, SHARE_DIR, agent::CreateRequest};
+use bulkhead_spec::{Fate, Note};
 use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::MessageField};
 use tokio::{sync::Mutex as AsyncMutex, task::JoinHandle, time::timeout};
 use tracing::{info, warn};
 
-use super::{Container, Creation, DIE, Pod, Slot, making::Making};
+use super::{Container, Creation, DIE, Pod, Slot, last::run_last, making::Making};
 use crate::{
     agent::ProcessName,
     error::{Error, Result},
     events::{Event, task_io},
+    explain::Explanation,
     guest::Guest,
+    hooks::{Hooks, Moment},
     io::{Stdio, Streams},
-    json,
     lock::lock,
     mount,
     names::ContainerId,
@@ -34,6 +35,7 @@ use crate::{
     rootfs::{self, Source},
     share::ContainerShare,
     spec::{self, Prepared, Terminal},
+    statedir::kept::Kept,
     vm::Size,
 };
 
@@ -152,9 +154,8 @@ impl Pod {
             read_bundle(&id, &bundle, terminal, root_share)
         })
         .await?;
-        for note in &prepared.notes {
-            info!(container = %request.id, "{note}");
-        }
+        self.tell(&request.id, &prepared.fields)?;
+        traces.told = self.keep_told(request, &prepared).await;
         let root = Source::new(&request.rootfs, &request.bundle, &prepared.root)?;
         let (share, id, volumes) = (
             Arc::clone(&self.share),
@@ -180,6 +181,21 @@ impl Pod {
         let size = Size::on_this_host(prepared.limits, &self.config);
         let boot = self.boot(size, prepared.oom_score_adj, prepared.cgroup);
         let (guest, ()) = tokio::try_join!(boot, put_up)?;
+        let hooks = traces.hooks.insert(Hooks {
+            host: Arc::clone(&self.host),
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            annotations: prepared.annotations,
+            network: prepared.network,
+            lists: prepared.hooks,
+        });
+        for moment in [
+            Moment::Prestart,
+            Moment::CreateRuntime,
+            Moment::CreateContainer,
+        ] {
+            hooks.run(moment, self.pid()).await?;
+        }
         let (streams, mut stdio, room) = Streams::open(&request.stdio, guest.dialer()).await?;
         (stdio.columns, stdio.rows) = prepared.console;
         let message = CreateRequest {
@@ -206,18 +222,56 @@ impl Pod {
         let stdio = request.stdio.clone();
         let init = Process::new(name, stdio, prepared.console, None, self.herald());
         init.attach(streams);
+        let Some(hooks) = traces.hooks.take() else {
+            return Err(Error::Cancelled(request.id.clone()));
+        };
         let container = Arc::new(Container {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
             init: Arc::new(init),
             execs: Mutex::default(),
             files: Mutex::new(traces.files.take()),
+            told: Mutex::new(traces.told.take()),
+            hooks,
             deleting: AsyncMutex::new(()),
             kill_unanswered: AtomicBool::new(false),
             ooms: AtomicU64::new(0),
             used: Mutex::default(),
         });
         Ok((guest, container))
+    }
+
+    /// Logs what is not done as a specification says; refuses it if it must be.
+    pub(super) fn tell(&self, id: &ContainerId, fields: &[Note]) -> Result<()> {
+        for note in fields.iter().filter(|note| note.is_remark()) {
+            match note.fate {
+                Fate::Missing => warn!(container = %id, "{note}"),
+                _ => info!(container = %id, "{note}"),
+            }
+        }
+        if self.config.strict {
+            spec::strictly(fields)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what became of the specification for those who ask.
+    async fn keep_told(&self, request: &Create, prepared: &Prepared) -> Option<Kept> {
+        let Create { id, bundle, .. } = request;
+        let told = Explanation::of(&self.namespace, id, bundle, prepared).to_json();
+        let (dir, id) = (Arc::clone(&self.dir), id.clone());
+        let keep = move || {
+            Kept::new(&dir, &id, &told?).map_err(|source| Error::Path {
+                action: "write into",
+                path: dir.dir().path().to_owned(),
+                source,
+            })
+        };
+        // No reason to have no container.
+        blocking("keep what is told", keep)
+            .await
+            .inspect_err(|error| warn!(error = error.text(), "nobody can be told of it"))
+            .ok()
     }
 
     /// Tells containerd of a process of this pod.
@@ -238,6 +292,10 @@ struct Traces {
     mounting: Option<JoinHandle<Result<ContainerShare>>>,
     /// On the host, where the guest may still use them.
     files: Option<ContainerShare>,
+    /// What became of the specification.
+    told: Option<Kept>,
+    /// Those of the end run as soon as those of the beginning may have.
+    hooks: Option<Hooks>,
 }
 
 impl Traces {
@@ -260,6 +318,9 @@ impl Traces {
             }
         }
         let _ = tokio::task::spawn_blocking(move || drop(files)).await;
+        if let Some(hooks) = &self.hooks {
+            run_last(hooks).await;
+        }
     }
 }
 
@@ -288,17 +349,7 @@ fn read_bundle(
     root_share: &str,
 ) -> Result<Prepared> {
     check_bundle(bundle)?;
-    let path = bundle.join("config.json");
-    let failed = |source| Error::Path {
-        action: "read",
-        path: path.clone(),
-        source,
-    };
-    let text = File::open(&path).and_then(json::read).map_err(failed)?;
-    let spec = json::parse(&text).map_err(|source| Error::Json {
-        what: path.display().to_string(),
-        source,
-    })?;
+    let spec = spec::read(bundle)?;
     Ok(spec::prepare(
         id,
         spec,
@@ -364,7 +415,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(
             dir.path().join("config.json"),
-            vec![b' '; json::MAX_BYTES + 1],
+            vec![b' '; crate::json::MAX_BYTES + 1],
         )
         .unwrap();
         let id = ContainerId::new("c").unwrap();

@@ -5,11 +5,6 @@
 
 use std::sync::Arc;
 
-use bulkhead_agent_api::agent::{ExecRequest, cause::Kind};
-use containerd_shim_protos::events::task::TaskExecAdded;
-use serde_json::Value;
-use tracing::info;
-
 use super::{Container, DRAIN, Pod, making::Making, refused};
 use crate::{
     agent::ProcessName,
@@ -23,6 +18,9 @@ use crate::{
     spec::{self, Terminal},
     state::{self, Op},
 };
+use bulkhead_agent_api::agent::{ExecRequest, cause::Kind};
+use containerd_shim_protos::events::task::TaskExecAdded;
+use serde_json::Value;
 
 /// Exit status of an exec whose program does not exist.
 const NOT_FOUND: u8 = 127;
@@ -40,9 +38,7 @@ impl Pod {
         state::init(init.state(), Op::Exec).map_err(|refusal| refused(&init, Op::Exec, refusal))?;
         stdio.check()?;
         let prepared = spec::prepare_process(process, Terminal::from(stdio.terminal))?;
-        for note in &prepared.notes {
-            info!(container = %id, %exec, "{note}");
-        }
+        self.tell(id, &prepared.fields)?;
         {
             let mut execs = lock(&container.execs);
             if execs.closed {

@@ -3,6 +3,7 @@
 mod faults;
 pub(crate) mod harness;
 mod resources;
+mod hooks;
 mod script;
 
 use bulkhead_agent_api::agent::cause::Kind;

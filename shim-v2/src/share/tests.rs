@@ -34,6 +34,7 @@ fn volume(source: PathBuf, read_only: bool) -> Volume {
         destination: "/data".into(),
         recursive: true,
         read_only,
+        ids: None,
     }
 }
 
@@ -71,6 +72,66 @@ fn a_container_sees_its_root_and_volumes_and_leaves_nothing() {
         drop(share.add(&id(), &root, &[]).unwrap());
         drop(share);
         assert_eq!(mounts_below(&top), 0);
+    });
+}
+
+#[test]
+fn a_volume_shows_other_ids_than_those_on_disk_fs_30() {
+    use bulkhead_spec::plan::{IdMap, MountIds};
+    in_namespace(|dir| {
+        let work = dir.join("work");
+        fs::create_dir(&work).unwrap();
+        rustix::mount::mount("t", &work, "tmpfs", MountFlags::empty(), None).unwrap();
+        let (top, data) = (dir.join("share"), work.join("data"));
+        for path in [&dir.join("rootfs"), &top, &data] {
+            fs::create_dir(path).unwrap();
+        }
+        std::os::unix::fs::chown(&data, Some(1000), Some(2000)).unwrap();
+        let share = Share::mount(&top).unwrap();
+        let root = Source::new(&[], dir, Path::new("rootfs")).unwrap();
+        let map = |container_id| {
+            vec![IdMap {
+                container_id,
+                guest_id: 7,
+                size: 3,
+            }]
+        };
+        let mapped = |source: PathBuf, recursive| Volume {
+            ids: Some(MountIds {
+                uids: map(1000),
+                gids: map(2000),
+                recursive,
+            }),
+            ..volume(source, false)
+        };
+        let files = share
+            .add(&id(), &root, &[mapped(data.clone(), false)])
+            .unwrap();
+        let place = top.join("c1/volumes/0");
+        let owner = |path: &Path| {
+            let stat = rustix::fs::stat(path).unwrap();
+            (stat.st_uid, stat.st_gid)
+        };
+        assert_eq!((owner(&data), owner(&place)), ((1000, 2000), (7, 7)));
+        std::os::unix::fs::chown(&place, Some(8), Some(9)).unwrap();
+        assert_eq!((owner(&data), owner(&place)), ((1001, 2002), (8, 9)));
+        // Nobody is there for an id that has no place in the map.
+        let error = std::os::unix::fs::chown(&place, Some(99), None).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EOVERFLOW));
+        drop(files);
+        // A file system that allows none says so in a sentence.
+        let other = work.join("other");
+        fs::create_dir(&other).unwrap();
+        rustix::mount::mount("r", &other, "ramfs", MountFlags::empty(), None).unwrap();
+        let error = share
+            .add(&id(), &root, &[mapped(other, false)])
+            .unwrap_err();
+        assert!(
+            error.text().contains("allows no map of ids"),
+            "{}",
+            error.text()
+        );
+        assert_eq!(fs::read_dir(&top).unwrap().count(), 0);
     });
 }
 

@@ -3,6 +3,8 @@ use std::path::Path;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use bulkhead_spec::Fate;
+
 use super::*;
 
 fn id() -> ContainerId {
@@ -62,6 +64,12 @@ fn agent(prepared: &Prepared) -> Result<plan::ContainerPlan, Error> {
     Ok(bulkhead_spec::container(spec, filter)?.plan)
 }
 
+/// What is not done as it says.
+fn remarks(fields: &[Note]) -> Vec<String> {
+    let remarks = fields.iter().filter(|note| note.is_remark());
+    remarks.map(ToString::to_string).collect()
+}
+
 /// The refusal names the field.
 fn refused(pointer: &str, value: Value, field: &str) {
     let shown = value.to_string();
@@ -80,7 +88,7 @@ fn a_plain_specification_passes() {
     let guest = guest(&prepared);
     assert_eq!(guest["root"]["path"], "/run/bulkhead/share/c1/rootfs");
     assert_eq!(guest["process"]["terminal"], false);
-    assert_eq!(prepared.notes, Vec::<String>::new());
+    assert_eq!(remarks(&prepared.fields), Vec::<String>::new());
     assert_eq!(agent(&prepared).unwrap().process.args, ["/bin/sh"]);
 }
 
@@ -101,8 +109,8 @@ fn what_the_agent_would_refuse_is_refused_before_there_is_a_virtual_machine() {
         ("hostname", json!("a b"), "hostname"),
         (
             "hooks",
-            json!({"prestart": [{"path": "/bin/true"}]}),
-            "hooks.prestart",
+            json!({"prestart": [{"path": "bin/true"}]}),
+            "hooks.prestart[0].path",
         ),
         (
             "linux.sysctl",
@@ -126,8 +134,8 @@ fn what_the_agent_would_refuse_is_refused_before_there_is_a_virtual_machine() {
         ),
         (
             "linux.resources",
-            json!({"unified": {"x.y": "1"}}),
-            "linux.resources.unified.x.y",
+            json!({"unified": {"cgroup.kill": "1"}}),
+            "linux.resources.unified.cgroup.kill",
         ),
         (
             "mounts",
@@ -228,7 +236,13 @@ fn an_exec_is_judged_as_a_first_process_is() {
     assert_eq!(prepared.console, (80, 24));
     assert_eq!(prepared.guest["terminal"], true);
     assert!(prepared.guest.get("apparmorProfile").is_none());
-    assert!(prepared.notes[0].contains("process.apparmorProfile"));
+    let remarks = remarks(&prepared.fields);
+    assert_eq!(
+        remarks,
+        ["process.apparmorProfile is ignored: it belongs to the host's kernel"]
+    );
+    let text = strictly(&prepared.fields).unwrap_err().to_string();
+    assert!(text.starts_with("process.apparmorProfile = "), "{text}");
     let bytes = serde_json::to_vec(&prepared.guest).unwrap();
     let again: oci::Process = json::from_slice("process", &bytes).unwrap();
     bulkhead_spec::process(again, &Inherited::default()).unwrap();
@@ -267,6 +281,7 @@ fn bind_mounts_become_volumes_of_the_share_fs_17() {
         destination: destination.into(),
         recursive,
         read_only,
+        ids: None,
     };
     assert_eq!(
         prepared.volumes,
@@ -291,10 +306,90 @@ fn the_guest_sees_no_path_of_the_host_b38() {
     );
     spec["linux"]["cgroupsPath"] = json!("/host-secret/b");
     spec["linux"]["namespaces"] = json!([{"type": "network", "path": "/host-secret/c"}]);
+    let hooks = [
+        ("prestart", "f"),
+        ("createContainer", "g"),
+        ("poststop", "h"),
+    ];
+    for (kind, name) in hooks {
+        spec["hooks"][kind] = json!([{"path": format!("/host-secret/{name}")}]);
+    }
     spec["mounts"] = json!([{"destination": "/d", "type": "bind", "source": "/host-secret/d"}]);
     spec["root"]["path"] = json!("/host-secret/e");
     let guest = String::from_utf8(run(spec).unwrap().guest).unwrap();
     assert!(!guest.contains("host-secret"), "{guest}");
+}
+
+#[test]
+fn what_stays_on_the_host_is_taken_out_and_kept_oc_09() {
+    let mut spec = with("annotations", json!({"a": "b"}));
+    spec["hooks"] = json!({"poststop": [{"path": "/h"}], "startContainer": [{"path": "/g"}]});
+    spec["linux"]["namespaces"] = json!([{"type": "network", "path": "/run/netns/a"}]);
+    let prepared = run(spec).unwrap();
+    assert_eq!(prepared.annotations["a"], "b");
+    assert_eq!(prepared.network.as_deref(), Some(Path::new("/run/netns/a")));
+    assert_eq!(prepared.hooks.poststop[0].path, Path::new("/h"));
+    let guest = guest(&prepared);
+    assert_eq!(
+        guest["hooks"],
+        json!({"startContainer": [{"path": "/g", "args": [], "env": [], "timeout": null}]})
+    );
+    assert_eq!(agent(&prepared).unwrap().hooks.start_container.len(), 1);
+}
+
+#[test]
+fn a_map_of_ids_is_the_hosts_affair_fs_30() {
+    let map = json!([{"containerID": 0, "hostID": 1000, "size": 9}]);
+    let mut spec = with(
+        "mounts",
+        json!([
+            {"destination": "/a", "type": "bind", "source": "/s", "options": ["rbind", "ridmap"]},
+            {"destination": "/b", "type": "bind", "source": "/s", "uidMappings": map, "gidMappings": map},
+            {"destination": "/c", "type": "bind", "source": "/s"},
+        ]),
+    );
+    spec["linux"]["namespaces"] = json!([{"type": "user"}]);
+    spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 7, "size": 9}]);
+    spec["linux"]["gidMappings"] = spec["linux"]["uidMappings"].clone();
+    let prepared = run(spec).unwrap();
+    let ids: Vec<_> = prepared
+        .volumes
+        .iter()
+        .map(|volume| {
+            volume
+                .ids
+                .as_ref()
+                .map(|ids| (ids.uids[0].guest_id, ids.recursive))
+        })
+        .collect();
+    assert_eq!(ids, [Some((7, true)), Some((1000, false)), None]);
+    agent(&prepared).unwrap();
+    refused(
+        "mounts",
+        json!([{"destination": "/a", "type": "bind", "source": "/s", "options": ["idmap"]}]),
+        "mounts[0].options",
+    );
+}
+
+#[test]
+fn a_specification_that_is_not_run_can_be_explained() {
+    let mut spec = with("process.selinuxLabel", json!("u:r:t:s0"));
+    let fate = |spec: &Value, field: &str| {
+        let fields = explain(spec.clone());
+        fields
+            .iter()
+            .find(|note| note.field == field)
+            .map(|note| (note.fate, note.security))
+    };
+    assert_eq!(
+        fate(&spec, "process.selinuxLabel"),
+        Some((Fate::Ignored, true))
+    );
+    assert_eq!(fate(&spec, "process.args"), Some((Fate::Guest, false)));
+    spec["process"]["cwd"] = json!("relative");
+    assert_eq!(fate(&spec, "process.cwd"), Some((Fate::Refused, false)));
+    assert_eq!(fate(&spec, "process.args"), Some((Fate::Guest, false)));
+    assert_eq!(fate(&json!(7), "config.json"), Some((Fate::Refused, false)));
 }
 
 fn arbitrary_json() -> impl Strategy<Value = Value> {

@@ -71,7 +71,7 @@ fn options_of_a_file_system_are_its_own() {
     refused("mounts", mount(&["size=1k"]), "mounts[0].options");
     refused("mounts", mount(&["a\0"]), "mounts[0].options[0]");
     refused("mounts", mount(&[""]), "mounts[0].options[0]");
-    refused("mounts", mount(&["idmap"]), "id-mapped");
+    refused("mounts", mount(&["idmap"]), "map of ids");
     for kind in [
         "ext4", "overlay", "virtiofs", "nfs", "", "debugfs", "devtmpfs",
     ] {
@@ -154,4 +154,41 @@ fn a_tmpfs_may_begin_with_a_copy_of_what_it_covers() {
     ));
     refused("mounts", of("ramfs"), "tmpcopyup");
     refused("mounts", of("bind"), "tmpcopyup");
+}
+
+#[test]
+fn a_map_of_ids_is_the_mounts_own_or_the_containers_fs_30() {
+    let ids = |host_id| oci::IdMapping {
+        container_id: 0,
+        host_id,
+        size: 9,
+    };
+    let take = |options: &[&str], own: &[oci::IdMapping], users: &[oci::IdMapping]| {
+        let mut mount = oci::Mount {
+            options: options.iter().map(ToString::to_string).collect(),
+            uid_mappings: own.to_vec(),
+            gid_mappings: own.to_vec(),
+            ..oci::Mount::default()
+        };
+        let taken = take_id_map("mounts[7]", &mut mount, (users, users));
+        assert!(mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty());
+        assert!(!mount.options.iter().any(|option| option.ends_with("idmap")));
+        taken
+    };
+    let of = |options: &[&str], own: &[oci::IdMapping], users: &[oci::IdMapping]| {
+        let taken = take(options, own, users).unwrap();
+        taken.map(|ids| (ids.uids[0].guest_id, ids.gids[0].guest_id, ids.recursive))
+    };
+    assert_eq!(of(&["ro"], &[], &[ids(1)]), None);
+    assert_eq!(of(&["ro"], &[ids(5)], &[ids(1)]), Some((5, 5, false)));
+    assert_eq!(of(&["idmap"], &[ids(5)], &[]), Some((5, 5, false)));
+    assert_eq!(of(&["ridmap", "ro"], &[], &[ids(1)]), Some((1, 1, true)));
+    let error =
+        |options: &[&str], own: &[oci::IdMapping]| take(options, own, &[]).unwrap_err().to_string();
+    assert!(error(&["ridmap"], &[]).starts_with("mounts[7].options = \"ridmap\": "));
+    let empty = oci::IdMapping { size: 0, ..ids(1) };
+    assert!(error(&[], &[empty]).starts_with("mounts[7].uidMappings[0].size = 0: "));
+    // The guest has none to give: a tmpfs with a map is refused.
+    let tmpfs = json!([{"destination": "/m", "type": "tmpfs", "uidMappings": [{"size": 1}]}]);
+    refused("mounts", tmpfs, "mounts[0].uidMappings");
 }

@@ -127,8 +127,8 @@ fn unknown_capabilities_are_left_out_with_a_note_b8() {
     let flood = json!({"bounding": vec!["x".repeat(70); 100_000]});
     let spec = with("process/capabilities", flood);
     let notes = check(&spec).unwrap().notes;
-    assert!(notes.len() == 1 && notes[0].len() < 200, "{notes:?}");
-    assert!(notes[0].contains("99999 more"), "{notes:?}");
+    assert!(notes.len() == 1 && notes[0].why.len() < 200, "{notes:?}");
+    assert!(notes[0].why.contains("99999 more"), "{notes:?}");
 }
 
 #[test]

@@ -138,13 +138,16 @@ fn limits_become_files_of_cgroup_v2_b11() {
         "memory/../cgroup.kill",
         "memory",
         "memory.",
-        "memory.limit_in_bytes",
-        "nope.max",
         "hugetlb.2MB/..max",
         "cgroup.kill",
     ] {
         let expected = format!("linux.resources.unified.{file} = ");
         bad(json!({"unified": {file: "1"}}), &expected);
+    }
+    for file in ["memory.limit_in_bytes", "nope.max", "hugetlb.2MB.x"] {
+        let told = format!("linux.resources.unified.{file} is ignored");
+        let plan = noted("linux/resources", json!({"unified": {file: "1"}}), &told);
+        assert_eq!(plan.resources.settings, []);
     }
     bad(
         json!({"hugepageLimits": [{"pageSize": "../B", "limit": 0}]}),

@@ -13,7 +13,7 @@ use std::{
 use async_trait::async_trait;
 use bulkhead_agent_api::{GREETING, agent_ttrpc::create_agent};
 use futures::stream;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::{
     io::AsyncWriteExt,
     net::{UnixListener, UnixStream},
@@ -186,6 +186,11 @@ pub(crate) struct Bench {
 
 /// Runs a test with a pod in a mount namespace of its own; needs root.
 pub(crate) fn run(test: impl AsyncFnOnce(&Bench) + Send) {
+    run_with(Config::default(), test);
+}
+
+/// The same with other settings.
+pub(crate) fn run_with(config: Config, test: impl AsyncFnOnce(&Bench) + Send) {
     let place = tempfile::tempdir().unwrap();
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -198,7 +203,7 @@ pub(crate) fn run(test: impl AsyncFnOnce(&Bench) + Send) {
                 .build()
                 .unwrap();
             runtime.block_on(async {
-                let bench = Bench::new(place.path());
+                let bench = Bench::new(place.path(), config);
                 test(&bench).await;
                 bench.pod.stop().await;
                 assert!(!bench.state.exists(), "the state directory is left");
@@ -211,7 +216,7 @@ pub(crate) fn run(test: impl AsyncFnOnce(&Bench) + Send) {
 }
 
 impl Bench {
-    fn new(place: &Path) -> Self {
+    fn new(place: &Path, config: Config) -> Self {
         let namespace = Namespace::new("default").unwrap();
         let state = StateDir::of(&namespace, &crate::names::GroupId::new("pod").unwrap());
         let held = state.take("pod", None).unwrap();
@@ -226,11 +231,12 @@ impl Bench {
         });
         let pod = Pod::new(Parts {
             namespace,
-            config: Config::default(),
+            config,
             dir: Arc::new(held),
             share,
             events,
             hypervisor: Arc::clone(&boots) as Arc<dyn Boots>,
+            host: Arc::new(Host::here().unwrap()),
         });
         Bench {
             pod,
@@ -253,15 +259,21 @@ impl Bench {
 
     /// A request for a container with a bundle of its own.
     pub(crate) fn request(&self, id: &str) -> Create {
+        self.request_with(id, |_| {})
+    }
+
+    /// The same with another specification.
+    pub(crate) fn request_with(&self, id: &str, change: impl FnOnce(&mut Value)) -> Create {
         let bundle = self.place.join(id);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
-        let spec = json!({
+        let mut spec = json!({
             "ociVersion": "1.2.0",
             "process": {"args": ["/bin/true"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
             "root": {"path": "rootfs"},
             "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
             "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}]},
         });
+        change(&mut spec);
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         Create {
             id: ContainerId::new(id).unwrap(),
