@@ -6,7 +6,8 @@
 //! is not taking, so that whoever writes too fast waits.
 //!
 //! Promises: output is complete before [`Pumps::drained`] answers; a reader
-//! that goes away does not end the process (its output is thrown away instead).
+//! that goes away does not end the process (its output is thrown away instead),
+//! unless the request wants just that.
 
 use std::{
     io,
@@ -39,6 +40,7 @@ const BUFFER_BYTES: usize = 64 * 1024;
 pub(crate) struct Prepared {
     stdin: Option<(Claim, Option<OwnedFd>)>,
     outputs: Vec<(Option<Claim>, Option<OwnedFd>)>,
+    breaks: bool,
 }
 
 /// The same when the host's connections are there.
@@ -46,6 +48,7 @@ pub(crate) struct Prepared {
 pub(crate) struct Connected {
     stdin: Option<(BoxStream, Option<OwnedFd>)>,
     outputs: Vec<(Option<BoxStream>, Option<OwnedFd>)>,
+    breaks: bool,
 }
 
 /// Makes what the process gets as its streams 0, 1 and 2, and our side of it.
@@ -69,12 +72,14 @@ pub(crate) fn prepare(
             stdin: stdin.map(|claim| (claim, None)),
             // Somebody must read what a terminal says, if only to drop it.
             outputs: vec![(stdout, None)],
+            breaks: false,
         };
         return Ok(([null()?, null()?, null()?], prepared));
     }
     let mut prepared = Prepared {
         stdin: None,
         outputs: Vec::new(),
+        breaks: stdio.breaks,
     };
     let for_process = [
         match stdin {
@@ -132,7 +137,11 @@ impl Prepared {
             };
             outputs.push((stream, pipe));
         }
-        Ok(Connected { stdin, outputs })
+        Ok(Connected {
+            stdin,
+            outputs,
+            breaks: self.breaks,
+        })
     }
 }
 
@@ -161,11 +170,12 @@ impl Connected {
             let close = Arc::clone(&close_stdin);
             tokio::spawn(pump_in(stream, to_process, close, exit.clone()));
         }
+        let breaks = self.breaks;
         for (stream, pipe) in self.outputs {
             let from_process = Receiver::from_owned_fd_unchecked(not_blocking(our_end(pipe)?)?)?;
             let running = running.clone();
             tokio::spawn(async move {
-                pump_out(stream, from_process).await;
+                pump_out(stream, from_process, breaks).await;
                 drop(running);
             });
         }
@@ -226,13 +236,16 @@ async fn pump_in(
     }
 }
 
-async fn pump_out(mut stream: Option<BoxStream>, mut from_process: Receiver) {
+async fn pump_out(mut stream: Option<BoxStream>, mut from_process: Receiver, breaks: bool) {
     let mut buffer = vec![0; BUFFER_BYTES];
     // A terminal without a process reads as an error: that is its end.
     while let Ok(length @ 1..) = from_process.read(&mut buffer).await {
         if let Some(to_host) = &mut stream
             && to_host.write_all(&buffer[..length]).await.is_err()
         {
+            if breaks {
+                return;
+            }
             stream = None;
         }
     }

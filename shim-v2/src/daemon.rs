@@ -31,6 +31,7 @@ use crate::{
     events::Publisher,
     flags::Flags,
     hooks::Host,
+    io::{self, streaming::Hub},
     log,
     names::{GroupId, Namespace},
     pod::{Parts, Pod},
@@ -95,6 +96,11 @@ pub fn run(flags: &Flags) -> Result<()> {
         .build()
         .map_err(host("start the runtime"))?;
     let given = Given {
+        streams: io::Host {
+            namespace: namespace.clone(),
+            mounts: Some(outside.mounts()),
+            hub: Hub::new(socket.clone()),
+        },
         namespace,
         config,
         held: Arc::new(held),
@@ -116,6 +122,7 @@ struct Given {
     held: Arc<Held>,
     socket: Option<PathBuf>,
     outside: Arc<Host>,
+    streams: io::Host,
 }
 
 async fn serve(listener: StdListener, given: Given) -> Result<()> {
@@ -125,6 +132,7 @@ async fn serve(listener: StdListener, given: Given) -> Result<()> {
         held,
         socket,
         outside,
+        streams,
     } = given;
     let share = Share::mount(&held.dir().share())?;
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
@@ -141,6 +149,7 @@ async fn serve(listener: StdListener, given: Given) -> Result<()> {
         events,
         hypervisor,
         host: outside,
+        streams,
     });
     let end = Arc::new(Notify::new());
     let service = TaskService::new(Arc::clone(&pod), socket, Arc::clone(&end));

@@ -53,7 +53,7 @@ const KILLED_MS: u32 = 1000;
 /// What hooks see of the host, though the shim has left it.
 #[derive(Debug)]
 pub struct Host {
-    mounts: OwnedFd,
+    mounts: Arc<OwnedFd>,
 }
 
 impl Host {
@@ -62,8 +62,14 @@ impl Host {
         let mounts = File::open("/proc/thread-self/ns/mnt");
         let mounts = mounts.map_err(host("open the host's mount namespace"))?;
         Ok(Host {
-            mounts: mounts.into(),
+            mounts: Arc::new(mounts.into()),
         })
+    }
+
+    /// The mount namespace.
+    #[must_use]
+    pub fn mounts(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.mounts)
     }
 }
 

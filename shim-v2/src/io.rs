@@ -1,51 +1,60 @@
-//! Standard streams: the caller's FIFOs or log files on one side, vsock connections
-//! of the guest on the other.
+//! Standard streams: what the caller names on one side, vsock connections of the guest
+//! on the other.
 //!
 //! Bytes are relayed by one task a stream, which holds one buffer: a reader that
 //! stalls stalls its stream, nothing else, and nothing is lost. Each FIFO is held
 //! open in both directions, so that a caller can go away and come back; it is
 //! closed when the guest's end is reached.
 //!
-//! A connection is nobody's in the guest until the request that names it is
-//! answered, and the agent has room for few of those. So room is reserved before
-//! the first byte is sent: however many processes begin at once, none of them finds
-//! its output refused.
+//! [`target`] says what a name means, [`output`] where output goes to: FIFOs, log
+//! files, logging programs ([`logger`]) and containerd's streaming service
+//! ([`streaming`]). [`dialer`] makes the connections to the guest.
+
+mod dialer;
+mod logger;
+mod open;
+mod output;
+pub mod streaming;
+mod target;
 
 use std::{
-    fs::{DirBuilder, File},
-    io::{self, Write},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::{DirBuilderExt, OpenOptionsExt},
-    },
-    path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
-use bulkhead_agent_api::{STREAM_PORT, STREAMS_WAITING, agent};
-use rustix::fs::{FileType, Mode, OFlags};
+use bulkhead_agent_api::agent;
+use rustix::fs::OFlags;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixStream, unix::pipe},
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
-    task::{AbortHandle, JoinSet, spawn_blocking},
+    sync::watch,
+    task::{AbortHandle, JoinSet},
     time::timeout,
 };
 use tracing::{debug, warn};
 
+pub(crate) use self::dialer::read_line;
+pub use self::{
+    dialer::{Dialer, Room},
+    logger::Patience,
+};
+use self::{
+    logger::Logger,
+    open::open_fifo,
+    output::{Opened, Output},
+    streaming::{Hub, Inlet},
+    target::{Target, refused},
+};
 use crate::{
-    error::{Error, Result, host},
+    error::{Error, Result},
     lock::lock,
+    names::Namespace,
 };
 
 /// Bytes that a relay holds.
 const BUFFER: usize = 64 << 10;
-/// Limit for a connection to the guest.
-const CONNECT: Duration = Duration::from_secs(10);
 
 /// The streams as the caller named them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,182 +72,35 @@ pub struct Stdio {
 impl Stdio {
     /// Refuses what cannot be opened, without opening anything.
     pub fn check(&self) -> Result<()> {
-        if let Some(Target::File(_)) = Target::named(&self.stdin)? {
-            return Err(refused(
-                &self.stdin,
-                "a process cannot read from a log file",
-            ));
-        }
-        Target::named(&self.stdout)?;
-        Target::named(&self.stderr)?;
-        Ok(())
+        self.targets().map(drop)
     }
-}
 
-fn refused(name: &str, reason: &str) -> Error {
-    Error::Argument {
-        what: "Standard stream",
-        value: name.chars().take(120).collect(),
-        reason: reason.to_owned(),
-    }
-}
-
-/// What a string names.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Target {
-    Fifo(PathBuf),
-    /// A file of the host that output is appended to.
-    File(PathBuf),
-}
-
-impl Target {
-    /// `None` for "nothing".
-    fn named(name: &str) -> Result<Option<Self>> {
-        if name.is_empty() {
-            return Ok(None);
+    /// What stdin, stdout and stderr name.
+    fn targets(&self) -> Result<[Option<Target>; 3]> {
+        let stdin = Target::named(&self.stdin)?;
+        if let Some(Target::File(_) | Target::Program(_)) = stdin {
+            let reason = "a process can read from a FIFO or a stream only";
+            return Err(refused(&self.stdin, reason));
         }
-        let (path, target): (_, fn(PathBuf) -> Self) = match name.split_once("://") {
-            Some(("fifo", path)) => (path, Target::Fifo),
-            Some(("file", path)) => (path, Target::File),
-            Some(("binary" | "binary-v2", _)) => {
-                return Err(refused(name, "logging programs are not supported"));
-            }
-            Some((scheme, _)) if !scheme.contains('/') => {
-                return Err(refused(name, "the scheme is not supported"));
-            }
-            _ => (name, Target::Fifo),
+        let stdout = Target::named(&self.stdout)?;
+        // Callers name it and do not mean it.
+        let stderr = match self.terminal {
+            true => None,
+            false => Target::named(&self.stderr)?,
         };
-        if !path.starts_with('/') || path.contains('\0') {
-            return Err(refused(name, "it is not an absolute path"));
-        }
-        Ok(Some(target(PathBuf::from(path))))
+        Ok([stdin, stdout, stderr])
     }
 }
 
-/// Opens a FIFO in one direction, without waiting for the other end.
-fn open_fifo(path: &Path, direction: OFlags) -> Result<OwnedFd> {
-    let failed = |error: io::Error| Error::Path {
-        action: "open the FIFO",
-        path: path.to_owned(),
-        source: error,
-    };
-    let flags = direction | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY;
-    let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
-    let mode = rustix::fs::fstat(&fd)
-        .map_err(|error| failed(error.into()))?
-        .st_mode;
-    if FileType::from_raw_mode(mode) != FileType::Fifo {
-        return Err(refused(&path.display().to_string(), "it is not a FIFO"));
-    }
-    Ok(fd)
-}
-
-/// Opens a log file, which is made if it is not there; a blocking function.
-fn open_file(path: &Path) -> Result<File> {
-    let failed = |source| Error::Path {
-        action: "open the log file",
-        path: path.to_owned(),
-        source,
-    };
-    if let Some(parent) = path.parent() {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(parent)
-            .map_err(failed)?;
-    }
-    // Without waiting for the reader of what turns out to be a FIFO.
-    let flags = OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-    let file = File::options()
-        .append(true)
-        .create(true)
-        .mode(0o644)
-        .custom_flags(flags.bits().cast_signed())
-        .open(path)
-        .map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(refused(&path.display().to_string(), "it is not a file"));
-    }
-    Ok(file)
-}
-
-/// Opens connections to the guest over its vsock.
+/// What streams need of the host around the pod.
 #[derive(Debug)]
-pub struct Dialer {
-    /// Directory of the socket.
-    dir: OwnedFd,
-    name: &'static str,
-    next: AtomicU64,
-    /// Connections that may wait in the guest for the request that names them.
-    room: Arc<Semaphore>,
-}
-
-/// Room in the guest for the streams of one process. Held until the request that
-/// names them is answered.
-#[derive(Debug)]
-#[must_use]
-pub struct Room {
-    _permit: Option<OwnedSemaphorePermit>,
-}
-
-impl Dialer {
-    /// Dials by the socket `name` in `dir`.
-    #[must_use]
-    pub fn new(dir: OwnedFd, name: &'static str) -> Self {
-        Dialer {
-            dir,
-            name,
-            next: AtomicU64::new(1),
-            room: Arc::new(Semaphore::new(STREAMS_WAITING)),
-        }
-    }
-
-    /// Waits until the guest has room for so many streams at once.
-    async fn reserve(&self, streams: u32) -> Room {
-        let room = Arc::clone(&self.room).acquire_many_owned(streams).await;
-        // The semaphore is never closed.
-        Room { _permit: room.ok() }
-    }
-
-    /// Connects a new stream; answers its id too.
-    async fn stream(&self) -> Result<(u64, UnixStream)> {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let connected = timeout(CONNECT, self.connect(id)).await;
-        let stream = connected
-            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-            .map_err(Error::Stream)?;
-        Ok((id, stream))
-    }
-
-    async fn connect(&self, id: u64) -> io::Result<UnixStream> {
-        // By the directory's descriptor: its name may be too long for a socket.
-        let path = format!("/proc/self/fd/{}/{}", self.dir.as_raw_fd(), self.name);
-        let mut stream = UnixStream::connect(path).await?;
-        stream
-            .write_all(format!("CONNECT {STREAM_PORT}\n").as_bytes())
-            .await?;
-        let answer = read_line(&mut stream, 32).await?;
-        if !answer.starts_with(b"OK ") {
-            return Err(io::ErrorKind::ConnectionRefused.into());
-        }
-        stream.write_all(&id.to_le_bytes()).await?;
-        Ok(stream)
-    }
-}
-
-/// Reads up to a newline, which is the last byte taken from the stream.
-pub(crate) async fn read_line(stream: &mut UnixStream, limit: usize) -> io::Result<Vec<u8>> {
-    let mut line = Vec::new();
-    while line.len() < limit {
-        match stream.read_u8().await? {
-            b'\n' => return Ok(line),
-            byte => line.push(byte),
-        }
-    }
-    Err(io::Error::new(
-        io::ErrorKind::InvalidData,
-        "the line is too long",
-    ))
+pub struct Host {
+    /// containerd's namespace, which logging programs are told.
+    pub namespace: Namespace,
+    /// The mount namespace in which they live; `None`: the shim's own.
+    pub mounts: Option<Arc<OwnedFd>>,
+    /// Streams that are served rather than opened.
+    pub hub: Arc<Hub>,
 }
 
 /// The open streams of one process. Dropping closes them by force.
@@ -246,67 +108,67 @@ pub(crate) async fn read_line(stream: &mut UnixStream, limit: usize) -> io::Resu
 pub struct Streams {
     /// The write end of stdin's FIFO that keeps it from ending.
     stdin_held: Mutex<Option<OwnedFd>>,
+    /// True once stdin shall end.
+    stdin_closing: watch::Sender<bool>,
     stdin: Option<AbortHandle>,
     outputs: watch::Receiver<usize>,
-    _tasks: JoinSet<()>,
+    tasks: Mutex<JoinSet<()>>,
+    loggers: Mutex<Vec<Logger>>,
 }
 
 impl Streams {
-    /// Opens FIFOs and files, connects each to the guest and begins to relay.
+    /// Opens what the caller named, connects each to the guest and begins to relay.
     /// Answers what the agent must be told, and the room that the streams take up
-    /// until it has answered.
-    pub async fn open(stdio: &Stdio, dialer: &Dialer) -> Result<(Self, agent::Stdio, Room)> {
+    /// until it has answered. `id` is that of the container, or of the exec.
+    pub async fn open(
+        stdio: &Stdio,
+        id: &str,
+        host: &Host,
+        dialer: &Dialer,
+    ) -> Result<(Self, agent::Stdio, Room)> {
+        let [stdin, stdout, stderr] = stdio.targets()?;
+        let (stdin_closing, closing) = watch::channel(false);
+        // A process whose logger has died shall learn of it, as from any pipe.
+        let logs = |target: &Option<Target>| matches!(target, Some(Target::Program(_)));
         let mut told = agent::Stdio {
             terminal: stdio.terminal,
+            breaks: logs(&stdout) || logs(&stderr),
             ..agent::Stdio::default()
         };
-        let mut tasks = JoinSet::new();
-        let (count, outputs) = watch::channel(0_usize);
-        let count = Arc::new(count);
-        let mut held = None;
-        let mut stdin = None;
-        let input = Target::named(&stdio.stdin)?;
-        let stderr = if stdio.terminal {
-            ""
-        } else {
-            stdio.stderr.as_str()
+        // Before there is a connection: it would wait for whatever is slow here.
+        let (input, held) = match stdin {
+            Some(target) => Input::open(target, host, closing).await?,
+            None => (None, None),
         };
-        let named = [stdio.stdin.as_str(), &stdio.stdout, stderr];
-        let streams = named.iter().filter(|name| !name.is_empty()).count();
-        let room = dialer.reserve(u32::try_from(streams).unwrap_or(0)).await;
-        if let Some(Target::Fifo(path) | Target::File(path)) = input {
-            let reader = open_fifo(&path, OFlags::RDONLY)?;
-            held = Some(open_fifo(&path, OFlags::WRONLY)?);
-            let reader = pipe::Receiver::from_owned_fd(reader).map_err(host("watch stdin"))?;
+        let (outputs, loggers) = open_outputs(stdout, stderr, id, host).await?;
+        let opened = usize::from(input.is_some()) + outputs.iter().flatten().count();
+        let room = dialer.reserve(u32::try_from(opened).unwrap_or(0)).await;
+        let mut tasks = JoinSet::new();
+        let mut stdin = None;
+        if let Some(input) = input {
             let (id, stream) = dialer.stream().await?;
             told.stdin = id;
-            stdin = Some(tasks.spawn(relay_in(reader, stream)));
+            stdin = Some(tasks.spawn(relay_in(input, stream)));
         }
-        for (name, told) in [
-            (stdio.stdout.as_str(), &mut told.stdout),
-            (stderr, &mut told.stderr),
-        ] {
-            let Some(target) = Target::named(name)? else {
-                continue;
-            };
-            let output = Output::open(target).await?;
+        let (count, open) = watch::channel(0_usize);
+        let count = Arc::new(count);
+        for (output, told) in outputs
+            .into_iter()
+            .zip([&mut told.stdout, &mut told.stderr])
+        {
+            let Some(output) = output else { continue };
             let (id, stream) = dialer.stream().await?;
             *told = id;
             count.send_modify(|open| *open += 1);
-            let count = Arc::clone(&count);
-            tasks.spawn(async move {
-                match relay_out(stream, output).await {
-                    Ok(()) => debug!(stream = id, "output ended"),
-                    Err(error) => warn!(stream = id, %error, "output is lost from here"),
-                }
-                count.send_modify(|open| *open = open.saturating_sub(1));
-            });
+            tasks.spawn(relay_out(id, stream, output, Arc::clone(&count)));
         }
         let streams = Streams {
             stdin_held: held.into(),
+            stdin_closing,
             stdin,
-            outputs,
-            _tasks: tasks,
+            outputs: open,
+            tasks: tasks.into(),
+            loggers: loggers.into(),
         };
         Ok((streams, told, room))
     }
@@ -314,6 +176,7 @@ impl Streams {
     /// Lets stdin end once its writers are gone and what they wrote is delivered.
     pub fn close_stdin(&self) {
         lock(&self.stdin_held).take();
+        self.stdin_closing.send_replace(true);
     }
 
     /// Waits until all output is delivered and closed, at most `limit`.
@@ -329,86 +192,124 @@ impl Streams {
             stdin.abort();
         }
     }
+
+    /// Closes them by force, and ends the programs that log them.
+    pub async fn close(&self, patience: Patience) {
+        let mut tasks = std::mem::take(&mut *lock(&self.tasks));
+        // Their ends of the programs' pipes go with them.
+        tasks.shutdown().await;
+        let loggers = std::mem::take(&mut *lock(&self.loggers));
+        futures::future::join_all(loggers.into_iter().map(|logger| logger.end(patience))).await;
+    }
 }
 
-async fn relay_in(mut reader: pipe::Receiver, mut stream: UnixStream) {
-    let mut buffer = vec![0; BUFFER];
+/// Opens stdout and stderr. If both name the same, it is opened once.
+async fn open_outputs(
+    stdout: Option<Target>,
+    stderr: Option<Target>,
+    id: &str,
+    host: &Host,
+) -> Result<([Option<Output>; 2], Vec<Logger>)> {
+    let mut loggers = Vec::new();
+    let same = stdout == stderr;
+    let mut open = async |target| {
+        let Opened { ways, logger } = Output::open(target, id, host).await?;
+        loggers.extend(logger);
+        Ok::<_, Error>(ways.map(Some))
+    };
+    let outputs = match (stdout, stderr) {
+        (Some(both), Some(_)) if same => open(both).await?,
+        (stdout, stderr) => {
+            let mut outputs = [None, None];
+            if let Some(target) = stdout {
+                [outputs[0], _] = open(target).await?;
+            }
+            if let Some(target) = stderr {
+                [_, outputs[1]] = open(target).await?;
+            }
+            outputs
+        }
+    };
+    Ok((outputs, loggers))
+}
+
+/// Where input comes from.
+enum Input {
+    Fifo(pipe::Receiver),
+    Stream(Inlet),
+}
+
+impl Input {
+    /// Opens a target; of a FIFO also the end that keeps it from ending.
+    async fn open(
+        target: Target,
+        host: &Host,
+        closing: watch::Receiver<bool>,
+    ) -> Result<(Option<Self>, Option<OwnedFd>)> {
+        match target {
+            Target::Fifo(path) => {
+                let reader = open_fifo(&path, OFlags::RDONLY)?;
+                let held = open_fifo(&path, OFlags::WRONLY)?;
+                let reader = pipe::Receiver::from_owned_fd(reader);
+                let reader = reader.map_err(crate::error::host("watch stdin"))?;
+                Ok((Some(Input::Fifo(reader)), Some(held)))
+            }
+            Target::Stream(address) => {
+                let claim = host.hub.claim(&address).await?;
+                Ok((Some(Input::Stream(Inlet::new(claim, closing))), None))
+            }
+            // Refused before.
+            Target::File(_) | Target::Program(_) => Ok((None, None)),
+        }
+    }
+
+    /// Reads into an empty buffer; leaves it empty at the end.
+    async fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
+        match self {
+            Input::Fifo(reader) => {
+                reader.read_buf(buffer).await?;
+            }
+            Input::Stream(inlet) => *buffer = inlet.read().await.unwrap_or_default(),
+        }
+        Ok(())
+    }
+}
+
+async fn relay_in(mut input: Input, mut stream: UnixStream) {
+    let mut buffer = Vec::with_capacity(BUFFER);
     let result: io::Result<()> = async {
         loop {
-            let count = reader.read(&mut buffer).await?;
-            if count == 0 {
+            buffer.clear();
+            input.read(&mut buffer).await?;
+            if buffer.is_empty() {
                 return stream.shutdown().await;
             }
-            stream
-                .write_all(buffer.get(..count).unwrap_or_default())
-                .await?;
+            stream.write_all(&buffer).await?;
         }
     }
     .await;
-    drop(reader);
+    drop(input);
     debug!(?result, "stdin ended");
     // Closing at once could overtake what the VMM has not read yet.
-    while stream.read(&mut buffer).await.is_ok_and(|count| count > 0) {}
+    let mut rest = [0; 64];
+    while stream.read(&mut rest).await.is_ok_and(|count| count > 0) {}
 }
 
-/// Where output goes to.
-enum Output {
-    Fifo {
-        writer: pipe::Sender,
-        /// Without a read end the write end could not be opened while the caller is
-        /// not there yet, and would break when it goes.
-        _held: OwnedFd,
-    },
-    File(Arc<File>),
-}
-
-impl Output {
-    async fn open(target: Target) -> Result<Self> {
-        match target {
-            Target::Fifo(path) => {
-                let held = open_fifo(&path, OFlags::RDONLY)?;
-                let writer = open_fifo(&path, OFlags::WRONLY)?;
-                Ok(Output::Fifo {
-                    writer: pipe::Sender::from_owned_fd(writer).map_err(host("watch an output"))?,
-                    _held: held,
-                })
-            }
-            Target::File(path) => {
-                let opened = spawn_blocking(move || open_file(&path)).await;
-                let file = opened.map_err(|_| Error::Panicked("opening a log file"))??;
-                Ok(Output::File(Arc::new(file)))
-            }
-        }
+/// Passes output on, and then takes it out of the count of those that are open.
+async fn relay_out(
+    id: u64,
+    stream: UnixStream,
+    mut output: Output,
+    open: Arc<watch::Sender<usize>>,
+) {
+    match output.relay(stream).await {
+        Ok(()) => debug!(stream = id, "output ended"),
+        Err(error) => warn!(stream = id, %output, %error, "output is lost from here"),
     }
-
-    /// Writes `buffer` and gives it back.
-    async fn write(&mut self, buffer: Vec<u8>) -> io::Result<Vec<u8>> {
-        match self {
-            Output::Fifo { writer, .. } => {
-                writer.write_all(&buffer).await?;
-                Ok(buffer)
-            }
-            // A disk may take its time, for which nobody else shall wait.
-            Output::File(file) => {
-                let file = Arc::clone(file);
-                let written = spawn_blocking(move || {
-                    (&*file).write_all(&buffer)?;
-                    Ok(buffer)
-                });
-                written.await.map_err(io::Error::other)?
-            }
-        }
-    }
-}
-
-async fn relay_out(mut stream: UnixStream, mut output: Output) -> io::Result<()> {
-    let mut buffer = Vec::with_capacity(BUFFER);
-    loop {
-        buffer.clear();
-        if stream.read_buf(&mut buffer).await? == 0 {
-            return Ok(());
-        }
-        buffer = output.write(buffer).await?;
+    let rest = output.end().await;
+    open.send_modify(|open| *open = open.saturating_sub(1));
+    if let Some(outlet) = rest {
+        outlet.linger().await;
     }
 }
 

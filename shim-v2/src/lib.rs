@@ -19,6 +19,7 @@
 pub mod agent;
 pub mod assets;
 pub mod cgroup;
+mod child;
 mod clock;
 pub mod config;
 pub mod daemon;

@@ -30,6 +30,7 @@ use std::{
 use containerd_shim_protos::{
     cgroups_v2::metrics::Metrics, events::task::TaskDelete, protobuf::MessageField,
 };
+use futures::future::join_all;
 use tokio::{
     sync::{Mutex as AsyncMutex, Notify, OnceCell},
     time::timeout,
@@ -47,6 +48,7 @@ use crate::{
     events::{Event, Publisher},
     guest::{self, Boots, Guest},
     hooks::{Hooks, Host, Moment},
+    io::{self, Patience, streaming::Hub},
     lock::lock,
     names::{ContainerId, ExecId, Namespace},
     process::{Exit, Process},
@@ -58,6 +60,9 @@ use crate::{
 
 /// Time that output gets to be delivered after its process ended.
 const DRAIN: Duration = Duration::from_secs(2);
+/// The same for the output of a first process when its container is deleted: who is
+/// slow to read gets the rest.
+const LAST_DRAIN: Duration = Duration::from_secs(10);
 /// Time for a killed process to end.
 const DIE: Duration = Duration::from_secs(3);
 /// Time in which a VM that is ending is seen to have ended.
@@ -87,6 +92,8 @@ pub struct Parts {
     pub hypervisor: Arc<dyn Boots>,
     /// What hooks see.
     pub host: Arc<Host>,
+    /// Where streams lead to.
+    pub streams: io::Host,
 }
 
 /// A pod.
@@ -99,6 +106,7 @@ pub struct Pod {
     share: Arc<Share>,
     events: Arc<Publisher>,
     hypervisor: Arc<dyn Boots>,
+    streams: io::Host,
     guest: OnceCell<Arc<dyn Guest>>,
     /// Why the shim itself ended the guest, if it had to.
     failure: OnceLock<End>,
@@ -180,6 +188,7 @@ impl Pod {
             share: Arc::new(parts.share),
             events: Arc::new(parts.events),
             hypervisor: parts.hypervisor,
+            streams: parts.streams,
             guest: OnceCell::new(),
             failure: OnceLock::new(),
             doubt: Notify::new(),
@@ -316,12 +325,14 @@ impl Pod {
             self.kill_created(&container).await;
         }
         let exit = process.exit().await;
-        process.drained(DRAIN).await;
-        process.close_streams();
+        process.drained(LAST_DRAIN).await;
+        process.close_streams(Patience::ORDERLY).await;
         self.forget_in_guest(name).await;
-        for exec in std::mem::take(&mut lock(&container.execs).all).into_values() {
-            exec.close_streams();
-        }
+        let execs = std::mem::take(&mut lock(&container.execs).all);
+        let closing = execs
+            .values()
+            .map(|exec| exec.close_streams(Patience::SHORT));
+        join_all(closing).await;
         container.remove_from_host().await;
         lock(&self.slots).remove(&container.id);
         let pid = self.pid();
@@ -396,6 +407,12 @@ impl Pod {
         Ok(())
     }
 
+    /// Streams that others come for.
+    #[must_use]
+    pub fn hub(&self) -> &Arc<Hub> {
+        &self.streams.hub
+    }
+
     /// Has it a container, ready or in the making?
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -460,7 +477,7 @@ impl Pod {
                 self.conclude(&container, Exit::now(KILLED), Duration::ZERO)
                     .await;
             }
-            container.init.close_streams();
+            container.init.close_streams(Patience::SHORT).await;
             container.remove_from_host().await;
         }
         self.events.flush(FLUSH).await;

@@ -26,7 +26,7 @@ use tracing::info;
 use crate::{
     agent::ProcessName,
     events::{Event, Publisher},
-    io::{Stdio, Streams},
+    io::{Patience, Stdio, Streams},
     lock::lock,
     state::{self, Op, Refusal, State},
 };
@@ -425,9 +425,12 @@ impl Process {
         }
     }
 
-    /// Closes the streams by force.
-    pub fn close_streams(&self) {
-        lock(&self.streams).take();
+    /// Closes the streams by force, and ends the programs that log them.
+    pub async fn close_streams(&self, patience: Patience) {
+        let streams = lock(&self.streams).take();
+        if let Some(streams) = streams {
+            streams.close(patience).await;
+        }
     }
 
     /// First size of the terminal.

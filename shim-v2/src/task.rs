@@ -29,7 +29,7 @@ use ttrpc::r#async::{Service, TtrpcContext};
 use crate::{
     agent::ProcessName,
     error::{Error, Result},
-    io::Stdio,
+    io::{Stdio, streaming},
     json,
     lock::lock,
     names::{ContainerId, ExecId},
@@ -45,9 +45,8 @@ const TASK_V2: &str = "containerd.task.v2.Task";
 /// Services that callers try and that are not there. Registered without a method,
 /// they answer Unimplemented, by which callers fall back; the library answers
 /// another code for a service of which it knows nothing.
-const ABSENT: [&str; 3] = [
+const ABSENT: [&str; 2] = [
     "containerd.runtime.sandbox.v1.Sandbox",
-    "containerd.services.streaming.v1.Streaming",
     "containerd.services.transfer.v1.Transfer",
 ];
 
@@ -70,9 +69,14 @@ impl TaskService {
         TaskService { pod, socket, end }
     }
 
-    /// The service under both of its names.
+    /// The service under both of its names, and that of the pod's streams.
     #[must_use]
     pub fn services(self) -> HashMap<String, Service> {
+        let calls = streaming::Calls(Arc::clone(self.pod.hub()));
+        let streaming = Service {
+            methods: HashMap::new(),
+            streams: HashMap::from([(streaming::METHOD.to_owned(), Arc::new(calls) as _)]),
+        };
         let service: Arc<dyn Task + Send + Sync> = Arc::new(self);
         let mut services = create_task(Arc::clone(&service));
         services.extend(
@@ -84,6 +88,7 @@ impl TaskService {
             methods: HashMap::new(),
             streams: HashMap::new(),
         };
+        services.insert(streaming::SERVICE.to_owned(), streaming);
         services.extend(ABSENT.map(|name| (name.to_owned(), empty())));
         services
     }

@@ -5,7 +5,6 @@
 //! [`Vm::ended`], and nobody needs the guest or a lock to kill it.
 
 mod acceptor;
-mod child;
 pub mod control;
 pub mod vmm;
 

@@ -82,6 +82,22 @@ fn a_reader_that_goes_away_does_not_end_the_process_f60() {
 }
 
 #[test]
+fn a_writer_finds_its_pipe_closed_if_that_is_wanted_io_20() {
+    block_on(async |host: &mut Host| {
+        let (mut stdio, [_stdin, mut stdout, _stderr]) = host.pipes().await;
+        stdio.breaks = true;
+        let id = host.create(busybox_spec(["yes"]), stdio).await.unwrap();
+        host.start_container(&id).await.unwrap();
+        stdout.read_exact(&mut [0; 10]).await.unwrap();
+        drop(stdout);
+        let exit = host.wait(&id, "").await.unwrap().exit_status;
+        // SIGPIPE, or what busybox makes of it for the first process of a container.
+        assert!(exit == 128 + 13 || exit == 1, "{exit}");
+        host.delete(&id, "").await.unwrap();
+    });
+}
+
+#[test]
 fn closing_the_input_ends_it() {
     block_on(async |host: &mut Host| {
         let (stdio, [mut stdin, mut stdout, _stderr]) = host.pipes().await;

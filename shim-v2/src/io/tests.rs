@@ -1,13 +1,18 @@
-use std::os::unix::net::UnixListener as StdListener;
+mod logger;
 
+use std::{os::unix::net::UnixListener as StdListener, path::Path};
+
+use bulkhead_agent_api::STREAMS_WAITING;
+use rustix::fs::Mode;
 use tokio::net::UnixListener;
 
-use super::*;
+use super::{open::open_file, *};
 
 struct Guest {
     dir: tempfile::TempDir,
     listener: UnixListener,
     dialer: Dialer,
+    host: super::Host,
 }
 
 impl Guest {
@@ -19,8 +24,17 @@ impl Guest {
         Guest {
             listener: UnixListener::from_std(listener).unwrap(),
             dialer: Dialer::new(place, "vsock.sock"),
+            host: super::Host {
+                namespace: Namespace::new("space").unwrap(),
+                mounts: None,
+                hub: Hub::new(Some(dir.path().join("shim.sock"))),
+            },
             dir,
         }
+    }
+
+    async fn open(&self, stdio: &Stdio) -> Result<(Streams, agent::Stdio, Room)> {
+        Streams::open(stdio, "id", &self.host, &self.dialer).await
     }
 
     /// Answers a connection as the VMM and the agent do.
@@ -43,38 +57,27 @@ fn reader(path: &str) -> pipe::Receiver {
 }
 
 #[test]
-fn names_of_streams_follow_containerd_io_02() {
-    let fifo = || Some(Target::Fifo("/run/a".into()));
-    assert_eq!(Target::named("").unwrap(), None);
-    assert_eq!(Target::named("/run/a").unwrap(), fifo());
-    assert_eq!(Target::named("fifo:///run/a").unwrap(), fifo());
-    assert_eq!(
-        Target::named("file:///a/log").unwrap(),
-        Some(Target::File("/a/log".into()))
-    );
-    let stdin = Stdio {
-        stdin: "file:///a/log".into(),
+fn input_comes_from_fifos_and_streams_only_io_02() {
+    for bad in ["file:///a/log", "binary:///a/log", "npipe://x"] {
+        let stdio = Stdio {
+            stdin: bad.into(),
+            ..Stdio::default()
+        };
+        let code = stdio.check().unwrap_err().code();
+        assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT, "{bad}");
+    }
+}
+
+#[test]
+fn the_name_of_stderr_means_nothing_with_a_terminal_io_03() {
+    let mut stdio = Stdio {
+        stderr: "npipe://x".into(),
+        terminal: true,
         ..Stdio::default()
     };
-    assert_eq!(
-        stdin.check().unwrap_err().code(),
-        ttrpc::Code::INVALID_ARGUMENT
-    );
-    for bad in [
-        "binary:///bin/x",
-        "file://log",
-        "npipe://x",
-        "ttrpc+unix:///x",
-        "relative",
-        "/a\0",
-        "fifo://x",
-    ] {
-        assert_eq!(
-            Target::named(bad).unwrap_err().code(),
-            ttrpc::Code::INVALID_ARGUMENT,
-            "{bad:?}"
-        );
-    }
+    stdio.check().unwrap();
+    stdio.terminal = false;
+    assert!(stdio.check().is_err());
 }
 
 #[tokio::test]
@@ -97,8 +100,7 @@ async fn output_reaches_a_reader_that_comes_late_and_ends_with_the_guests() {
         stdout: guest.fifo("out"),
         ..Stdio::default()
     };
-    let (streams, (id, mut stream)) =
-        tokio::join!(Streams::open(&stdio, &guest.dialer), guest.accept());
+    let (streams, (id, mut stream)) = tokio::join!(guest.open(&stdio), guest.accept());
     let (streams, told, _room) = streams.unwrap();
     assert_eq!((told.stdin, told.stdout, told.stderr), (0, id, 0));
     stream.write_all(b"hello").await.unwrap();
@@ -127,7 +129,7 @@ async fn a_stalled_reader_stalls_the_guest_and_nothing_is_buffered_io_10() {
     };
     let (streams, (_, stream), (_, mut other)) = {
         let accept = async { (guest.accept().await, guest.accept().await) };
-        let (streams, (one, two)) = tokio::join!(Streams::open(&stdio, &guest.dialer), accept);
+        let (streams, (one, two)) = tokio::join!(guest.open(&stdio), accept);
         (streams.unwrap().0, one, two)
     };
     let flood = vec![b'x'; 4 << 20];
@@ -159,8 +161,7 @@ async fn stdin_ends_only_after_close_io_and_with_all_that_was_written_ta_55() {
         stdin: guest.fifo("in"),
         ..Stdio::default()
     };
-    let (streams, (_, mut stream)) =
-        tokio::join!(Streams::open(&stdio, &guest.dialer), guest.accept());
+    let (streams, (_, mut stream)) = tokio::join!(guest.open(&stdio), guest.accept());
     let (streams, _, _room) = streams.unwrap();
     let mut writer = pipe::OpenOptions::new().open_sender(&stdio.stdin).unwrap();
     writer.write_all(b"one").await.unwrap();
@@ -189,8 +190,7 @@ async fn output_is_appended_to_a_log_file_which_both_streams_may_share() {
     };
     for round in ["one", "two"] {
         let accept = async { (guest.accept().await, guest.accept().await) };
-        let (streams, ((_, mut out), (_, mut err))) =
-            tokio::join!(Streams::open(&stdio, &guest.dialer), accept);
+        let (streams, ((_, mut out), (_, mut err))) = tokio::join!(guest.open(&stdio), accept);
         let (streams, _, _room) = streams.unwrap();
         out.write_all(format!("{round} to stdout\n").as_bytes())
             .await
@@ -235,11 +235,10 @@ async fn room_in_the_guest_is_reserved_before_dialling_and_given_back() {
     };
     let mut held = Vec::new();
     for _ in 0..STREAMS_WAITING {
-        let (opened, connection) =
-            tokio::join!(Streams::open(&stdio, &guest.dialer), guest.accept());
+        let (opened, connection) = tokio::join!(guest.open(&stdio), guest.accept());
         held.push((opened.unwrap(), connection));
     }
-    let mut next = std::pin::pin!(Streams::open(&stdio, &guest.dialer));
+    let mut next = std::pin::pin!(guest.open(&stdio));
     assert!(futures::poll!(&mut next).is_pending());
     // Nothing was dialled.
     assert!(futures::poll!(std::pin::pin!(guest.listener.accept())).is_pending());

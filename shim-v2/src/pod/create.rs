@@ -196,7 +196,9 @@ impl Pod {
         ] {
             hooks.run(moment, self.pid()).await?;
         }
-        let (streams, mut stdio, room) = Streams::open(&request.stdio, guest.dialer()).await?;
+        let id = request.id.as_str();
+        let opened = Streams::open(&request.stdio, id, &self.streams, guest.dialer());
+        let (streams, mut stdio, room) = opened.await?;
         (stdio.columns, stdio.rows) = prepared.console;
         let message = CreateRequest {
             container_id: request.id.to_string(),

@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result},
     events::Event,
     guest::Guest,
-    io::{Stdio, Streams},
+    io::{Patience, Stdio, Streams},
     lock::lock,
     names::{ContainerId, ExecId},
     process::{Exit, Process},
@@ -93,19 +93,21 @@ impl Pod {
                 }
                 // Its container has ended meanwhile.
                 tokio::spawn(making.undo());
-                process.close_streams();
+                process.close_streams(Patience::SHORT).await;
                 Err(Error::InitNotRunning(container.id.clone()))
             }
             Err(error) => {
                 start.fail(failed_status(&error));
-                process.close_streams();
+                process.close_streams(Patience::SHORT).await;
                 Err(error)
             }
         }
     }
 
     async fn make(&self, guest: &Arc<dyn Guest>, process: &Process) -> Result<Making> {
-        let (streams, mut stdio, room) = Streams::open(&process.stdio, guest.dialer()).await?;
+        let id = process.name.exec_id();
+        let opened = Streams::open(&process.stdio, &id, &self.streams, guest.dialer());
+        let (streams, mut stdio, room) = opened.await?;
         (stdio.columns, stdio.rows) = process.size();
         process.attach(streams);
         let name = process.name.clone();
@@ -152,7 +154,7 @@ impl Pod {
             op: Op::Delete,
         })?;
         process.drained(DRAIN).await;
-        process.close_streams();
+        process.close_streams(Patience::ORDERLY).await;
         if process.take_pending().is_none() {
             self.forget_in_guest(&process.name).await;
         }

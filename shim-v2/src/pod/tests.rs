@@ -381,6 +381,33 @@ fn a_background_process_that_holds_the_output_does_not_hold_up_the_end() {
 }
 
 #[test]
+fn a_slow_reader_gets_the_rest_of_what_a_deleted_container_wrote_ta_35() {
+    run(async |bench| {
+        let mut request = bench.request("c");
+        request.stdio.stdout = bench.fifo("out");
+        let fifo = pipe::OpenOptions::new();
+        let mut reader = fifo.open_receiver(&request.stdio.stdout).unwrap();
+        // Nobody has read for so long that there is no room for another word.
+        let filler = fifo.open_sender(&request.stdio.stdout).unwrap();
+        while filler.try_write(&[b'x'; 4096]).is_ok() {}
+        bench.pod.create(request).await.unwrap();
+        drop(filler);
+        bench.start("c").await.unwrap();
+        bench.agent.exits("c", "", 0);
+        bench.wait("c").await;
+        let read = async {
+            tokio::time::sleep(LAST_DRAIN / 2).await;
+            let mut text = String::new();
+            reader.read_to_string(&mut text).await.unwrap();
+            text
+        };
+        let (deleted, text) = tokio::join!(bench.delete("c"), read);
+        deleted.unwrap();
+        assert!(text.ends_with("xoutput of c "), "{} bytes", text.len());
+    });
+}
+
+#[test]
 fn a_hundred_execs_at_once_lose_no_output() {
     run(async |bench| {
         bench.running("c").await;

@@ -32,13 +32,11 @@ use rustix::{
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
-use super::{
-    child::{Child, Failure, Program},
-    control::Control,
-};
+use super::control::Control;
 use crate::{
     agent::escape,
     cgroup::Cgroup,
+    child::{Child, Failure, Program},
     error::{Error, Result, host},
     statedir::{HostProcess, signal},
 };
@@ -350,11 +348,10 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
         config_file.as_raw_fd().to_string(),
     ];
     let program = Program {
-        path: &launch.binary,
         arguments: &arguments,
-        stderr: stderr.as_fd(),
         kept: &kept,
         cgroup: launch.cgroup.as_ref(),
+        ..Program::new(&launch.binary, stderr.as_fd())
     };
     let child = Child::start(&program).map_err(|failure| match failure {
         Failure::Program(source) => Error::Path {
@@ -466,12 +463,9 @@ mod tests {
     fn end_of(script: &str, hold: bool) -> End {
         let (report, report_end) = io::pipe().unwrap();
         let mut child = Child::start(&Program {
-            path: Path::new("/bin/sh"),
             arguments: &["-c".to_owned(), script.to_owned()],
-            // Where it reports.
-            stderr: report_end.as_fd(),
-            kept: &[],
-            cgroup: None,
+            // It reports there.
+            ..Program::new(Path::new("/bin/sh"), report_end.as_fd())
         })
         .unwrap();
         let held = hold.then_some(report_end);

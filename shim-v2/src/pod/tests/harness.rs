@@ -28,7 +28,7 @@ use super::{
 use crate::{
     agent::{Agent, Limits},
     events::testing::Told,
-    io::{Dialer, Stdio, read_line},
+    io::{self, Dialer, Stdio, read_line, streaming::Hub},
     share::enter_private_namespace,
     statedir::{HostProcess, StateDir},
 };
@@ -229,6 +229,11 @@ impl Bench {
             booted: AtomicU32::new(0),
             guest: Mutex::default(),
         });
+        let streams = io::Host {
+            namespace: namespace.clone(),
+            mounts: None,
+            hub: Hub::new(None),
+        };
         let pod = Pod::new(Parts {
             namespace,
             config,
@@ -237,6 +242,7 @@ impl Bench {
             events,
             hypervisor: Arc::clone(&boots) as Arc<dyn Boots>,
             host: Arc::new(Host::here().unwrap()),
+            streams,
         });
         Bench {
             pod,

@@ -1,4 +1,4 @@
-//! A program as a child, born in its cgroup.
+//! A program as a child: with what it is given and no more, born in its cgroup.
 //!
 //! `clone3` puts it there from its first moment: to move it later would wait for
 //! every processor of the host. On hosts with cgroup v1 it moves itself, while it is
@@ -8,7 +8,7 @@ use std::{
     ffi::CString,
     io::{self, PipeReader, Read},
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::{ffi::OsStrExt, process::ExitStatusExt},
     },
     path::Path,
@@ -18,8 +18,9 @@ use std::{
 
 use libc::c_char;
 use rustix::{
-    io::Errno,
+    io::{Errno, fcntl_dupfd_cloexec},
     process::{Pid, Signal, WaitOptions, waitpid},
+    thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
 use crate::{cgroup::Cgroup, inherit, statedir::signal};
@@ -27,25 +28,50 @@ use crate::{cgroup::Cgroup, inherit, statedir::signal};
 /// Flags of clone3(2) that do not fit the type that `libc` gives them.
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
+/// Descriptors of the child's last moments as a copy have this number at least: those
+/// below are what its program gets.
+const ASIDE: RawFd = 16;
 
 /// What a child is started with.
 #[derive(Debug)]
-pub(super) struct Program<'a> {
+pub(crate) struct Program<'a> {
     /// The executable.
-    pub(super) path: &'a Path,
+    pub(crate) path: &'a Path,
     /// Its arguments, beside its name.
-    pub(super) arguments: &'a [String],
+    pub(crate) arguments: &'a [String],
+    /// All of its environment, as `NAME=value`.
+    pub(crate) environment: &'a [String],
     /// Its standard error; input and output lead nowhere.
-    pub(super) stderr: BorrowedFd<'a>,
+    pub(crate) stderr: BorrowedFd<'a>,
     /// What else it inherits, under the same numbers.
-    pub(super) kept: &'a [RawFd],
+    pub(crate) kept: &'a [RawFd],
+    /// What else it inherits under another number, from 3 to 15.
+    pub(crate) placed: &'a [(BorrowedFd<'a>, RawFd)],
     /// Where it lives.
-    pub(super) cgroup: Option<&'a Cgroup>,
+    pub(crate) cgroup: Option<&'a Cgroup>,
+    /// The mount namespace that it is looked up and lives in; `None`: the caller's.
+    pub(crate) mounts: Option<BorrowedFd<'a>>,
+}
+
+impl<'a> Program<'a> {
+    /// A program that is given nothing but its standard error.
+    pub(crate) fn new(path: &'a Path, stderr: BorrowedFd<'a>) -> Self {
+        Program {
+            path,
+            arguments: &[],
+            environment: &[],
+            stderr,
+            kept: &[],
+            placed: &[],
+            cgroup: None,
+            mounts: None,
+        }
+    }
 }
 
 /// Why there is no child.
 #[derive(Debug)]
-pub(super) enum Failure {
+pub(crate) enum Failure {
     /// No process could be made, or not where it was to live.
     Birth(io::Error),
     /// It could not become its program.
@@ -54,41 +80,65 @@ pub(super) enum Failure {
 
 /// A child process. Dropping it ends and reaps it.
 #[derive(Debug)]
-pub(super) struct Child {
+pub(crate) struct Child {
     pid: Pid,
     pidfd: OwnedFd,
     reaped: bool,
 }
 
 impl Child {
-    /// Starts it, without environment, in a session of its own.
-    pub(super) fn start(program: &Program<'_>) -> Result<Child, Failure> {
+    /// Starts it in a session of its own.
+    pub(crate) fn start(program: &Program<'_>) -> Result<Child, Failure> {
         let text = |bytes: &[u8]| CString::new(bytes).map_err(|nul| Failure::Program(nul.into()));
         let path = text(program.path.as_os_str().as_bytes())?;
         let mut arguments = vec![path.clone()];
         for argument in program.arguments {
             arguments.push(text(argument.as_bytes())?);
         }
-        let mut argv: Vec<*const c_char> = arguments.iter().map(|text| text.as_ptr()).collect();
-        argv.push(ptr::null());
+        let mut environment = Vec::new();
+        for variable in program.environment {
+            environment.push(text(variable.as_bytes())?);
+        }
+        let (argv, envp) = (pointers(&arguments), pointers(&environment));
         let null = std::fs::File::options()
             .read(true)
             .write(true)
             .open("/dev/null")
             .map_err(Failure::Birth)?;
-        let (failure, failed) = io::pipe().map_err(Failure::Birth)?;
+        let (failure, end) = io::pipe().map_err(Failure::Birth)?;
+        let aside = |fd: BorrowedFd<'_>| {
+            fcntl_dupfd_cloexec(fd, ASIDE).map_err(|e| Failure::Birth(e.into()))
+        };
+        let failed = aside(end.as_fd())?;
+        drop(end);
+        let mut kept = program.kept.to_vec();
+        let mut placed = Vec::new();
+        for (fd, number) in program.placed {
+            placed.push((aside(*fd)?, *number));
+            kept.push(*number);
+        }
         let unified = program.cgroup.and_then(Cgroup::unified);
         let exec = || -> io::Result<()> {
             rustix::stdio::dup2_stdin(&null)?;
             rustix::stdio::dup2_stdout(&null)?;
             rustix::stdio::dup2_stderr(program.stderr)?;
-            inherit::keep(program.kept)?;
+            if let Some(mounts) = program.mounts {
+                move_into_link_name_space(mounts, Some(LinkNameSpaceType::Mount))?;
+            }
+            // What had these numbers is not needed any more.
+            for (fd, number) in &placed {
+                // SAFETY: whatever had this number in the child's table is replaced; no
+                // value of this process that owns it is used here any more.
+                if unsafe { libc::dup2(fd.as_raw_fd(), *number) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            inherit::keep(&kept)?;
             rustix::process::chdir(c"/")?;
-            let environment: [*const c_char; 1] = [ptr::null()];
             // SAFETY: `path` ends with NUL; both arrays end with a null pointer and
             // consist of pointers to strings that end with NUL, which live in
-            // `arguments`.
-            unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), environment.as_ptr()) };
+            // `arguments` and `environment`.
+            unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
             Err(io::Error::last_os_error())
         };
         // SAFETY: until it has another program the child makes only system calls on
@@ -113,17 +163,22 @@ impl Child {
     }
 
     /// Its number.
-    pub(super) fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         self.pid.as_raw_nonzero().get()
     }
 
     /// A descriptor of the process.
-    pub(super) fn pidfd(&self) -> io::Result<OwnedFd> {
+    pub(crate) fn pidfd(&self) -> io::Result<OwnedFd> {
         self.pidfd.try_clone()
     }
 
+    /// Sends it a signal; that it has ended is no error.
+    pub(crate) fn signal(&self, number: Signal) -> io::Result<()> {
+        signal(&self.pidfd, number)
+    }
+
     /// Waits for its end.
-    pub(super) fn wait(&mut self) -> io::Result<ExitStatus> {
+    pub(crate) fn wait(&mut self) -> io::Result<ExitStatus> {
         loop {
             match waitpid(Some(self.pid), WaitOptions::empty()) {
                 Ok(Some((_, status))) => {
@@ -149,6 +204,12 @@ impl Drop for Child {
             let _ = self.wait();
         }
     }
+}
+
+/// An array as execve(2) takes it, valid as long as `texts`.
+fn pointers(texts: &[CString]) -> Vec<*const c_char> {
+    let pointers = texts.iter().map(|text| text.as_ptr());
+    pointers.chain([ptr::null()]).collect()
 }
 
 /// Why the child did not become its program; waits until it has or has not.
@@ -229,7 +290,7 @@ unsafe fn copy_of_this_thread(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Side
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
+    use std::io::Write;
 
     use super::*;
     use crate::statedir::{HostProcess, ended};
@@ -237,11 +298,8 @@ mod tests {
     fn start(path: &str, arguments: &[&str], stderr: &impl AsFd) -> Result<Child, Failure> {
         let arguments: Vec<String> = arguments.iter().map(|&text| text.into()).collect();
         Child::start(&Program {
-            path: Path::new(path),
             arguments: &arguments,
-            stderr: stderr.as_fd(),
-            kept: &[],
-            cgroup: None,
+            ..Program::new(Path::new(path), stderr.as_fd())
         })
     }
 
@@ -262,6 +320,35 @@ mod tests {
             // The shell's own.
             assert!(line.starts_with("PWD=") || line.starts_with("_="), "{text}");
         }
+    }
+
+    #[test]
+    fn what_is_placed_has_its_number_whatever_had_it_before() {
+        let ((mut said, end), (read, mut write)) = (io::pipe().unwrap(), io::pipe().unwrap());
+        write.write_all(b"word\n").unwrap();
+        let mut child = Child::start(&Program {
+            arguments: &[
+                "-c".to_owned(),
+                "read w <&4; echo $w $A $(ls /proc/self/fd | tr '\\n' ' ') >&3".to_owned(),
+            ],
+            environment: &["A=a value".to_owned()],
+            // Each in the place of the other, and one where the report of a failure was.
+            placed: &[(end.as_fd(), 3), (read.as_fd(), 4), (read.as_fd(), 5)],
+            ..Program::new(Path::new("/bin/sh"), io::stderr().as_fd())
+        })
+        .unwrap();
+        drop(end);
+        assert!(child.wait().unwrap().success());
+        let mut text = String::new();
+        said.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "word a value 0 1 2 3 4 5 6\n");
+        assert!(matches!(
+            Child::start(&Program {
+                placed: &[(read.as_fd(), 3), (read.as_fd(), 4), (read.as_fd(), 5)],
+                ..Program::new(Path::new("/no/such"), io::stderr().as_fd())
+            }),
+            Err(Failure::Program(_))
+        ));
     }
 
     #[test]
@@ -287,15 +374,13 @@ mod tests {
         };
         let (mut said, stderr) = io::pipe().unwrap();
         let mut child = Child::start(&Program {
-            path: Path::new("/bin/sh"),
             // Nothing but the shell's own.
             arguments: &[
                 "-c".to_owned(),
                 "while read l; do echo $l; done < /proc/self/cgroup >&2".to_owned(),
             ],
-            stderr: stderr.as_fd(),
-            kept: &[],
             cgroup: Some(&cgroup),
+            ..Program::new(Path::new("/bin/sh"), stderr.as_fd())
         })
         .unwrap();
         drop(stderr);
@@ -323,11 +408,8 @@ mod tests {
         };
         std::fs::remove_dir(cgroup.path()).unwrap();
         let failure = Child::start(&Program {
-            path: Path::new("/bin/true"),
-            arguments: &[],
-            stderr: io::stderr().as_fd(),
-            kept: &[],
             cgroup: Some(&cgroup),
+            ..Program::new(Path::new("/bin/true"), io::stderr().as_fd())
         });
         assert!(matches!(failure, Err(Failure::Birth(_))), "{failure:?}");
     }
