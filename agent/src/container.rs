@@ -7,8 +7,8 @@
 //! waits.
 
 mod arguments;
-mod resources;
 mod hooks;
+mod resources;
 pub mod state;
 
 use std::{
@@ -22,7 +22,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_api::agent::{StatsResponse, Stdio};
+use bulkhead_agent_api::agent::{RootDisk, StatsResponse, Stdio};
 use rustix::{
     fs::{FileType, Uid},
     termios::{Winsize, tcsetwinsize},
@@ -37,6 +37,7 @@ use self::{
 use crate::{
     cgroup::Cgroup,
     channel::{Fds, Job},
+    disk::Disk,
     error::{Doing, Error},
     launch::{Launched, Waiting, launch},
     reaper::{Exit, ExitWatch, Reaper, ended},
@@ -110,6 +111,8 @@ struct Container {
     freezer: AsyncMutex<()>,
     /// It stands still.
     paused: AtomicBool,
+    /// Its root file system, if that is a disk.
+    disk: Mutex<Option<Disk>>,
 }
 
 #[derive(Debug)]
@@ -140,6 +143,7 @@ impl Containers {
         spec: &[u8],
         stdio: &Stdio,
         seccomp: Option<Seccomp>,
+        disk: Option<RootDisk>,
     ) -> Result<u32, Error> {
         check_id(id)?;
         let making =
@@ -147,6 +151,10 @@ impl Containers {
         let spec = spec::json::from_slice("", spec)?;
         let mut plan = spec::container(spec, seccomp)?.plan;
         plan.process.terminal = terminal_size(stdio)?;
+        let disk = match disk {
+            Some(disk) => Some(Disk::mount(id, disk).await?),
+            None => None,
+        };
         let cgroup = Cgroup::create(&self.config.cgroups, id, &plan.resources)?;
         // Where a container can write to its cgroup, its user must be allowed to.
         let owner = guest_id(&plan.uid_maps, plan.process.uid);
@@ -157,12 +165,16 @@ impl Containers {
             Ok(mut container) => {
                 let pid = container.init.pid;
                 container.cgroup = Mutex::new(Some(Arc::new(cgroup)));
+                container.disk = Mutex::new(disk);
                 making.done(Arc::new(container));
                 Ok(pid)
             }
             Err(error) => {
                 // The caller's news is why it failed, not what followed.
                 let _ = cgroup.remove().await;
+                if let Some(disk) = disk {
+                    let _ = disk.let_go().await;
+                }
                 Err(error)
             }
         }
@@ -208,6 +220,7 @@ impl Containers {
             keyring,
             freezer: AsyncMutex::default(),
             paused: AtomicBool::new(false),
+            disk: Mutex::default(),
         })
     }
 
@@ -342,8 +355,14 @@ impl Containers {
             // An exec in the making still holds it and removes it at its end.
             Err(shared) => shared.kill(),
         };
+        let disk = lock(&container.disk).take();
+        let let_go = match disk {
+            Some(disk) => disk.let_go().await,
+            None => Ok(()),
+        };
         lock(&self.all).remove(id);
-        removed.doing("remove the container's cgroup")
+        removed.doing("remove the container's cgroup")?;
+        let_go
     }
 
     /// The processes of a container, by their ids in the guest.
@@ -396,6 +415,12 @@ impl Containers {
 }
 
 impl Container {
+    /// Where its root file system is, if that is a disk.
+    fn disk_directory(&self) -> Option<PathBuf> {
+        let disk = lock(&self.disk);
+        disk.as_ref()?.directory().map(Path::to_owned)
+    }
+
     fn state(&self) -> State {
         if self.init.exit.borrow().is_some() {
             State::Stopped

@@ -24,6 +24,7 @@ mod cgroup;
 mod channel;
 mod clock;
 pub mod container;
+mod disk;
 pub mod error;
 pub mod init;
 mod launch;

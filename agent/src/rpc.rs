@@ -142,7 +142,13 @@ impl Agent for Service {
         let seccomp = spec::seccomp(&r.seccomp_filter, r.seccomp_flags).map_err(Error::from)?;
         let pid = self
             .containers
-            .create(&r.container_id, &r.spec, &r.stdio, seccomp)
+            .create(
+                &r.container_id,
+                &r.spec,
+                &r.stdio,
+                seccomp,
+                r.root_disk.into_option(),
+            )
             .await
             .inspect_err(|_| self.forget(&r.stdio))?;
         Ok(ProcessResponse {

@@ -261,15 +261,6 @@ pub(crate) struct Explain {
     pub(crate) format: Format,
 }
 
-/// How something is printed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Format {
-    /// For people.
-    Table,
-    /// For programs.
-    Json,
-}
-
 /// May the container write to a volume?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {

@@ -31,7 +31,7 @@ use crate::{
     events::Publisher,
     flags::Flags,
     hooks::Host,
-    io::{self, streaming::Hub},
+    io::{StreamHost, streaming::Hub},
     log,
     names::{GroupId, Namespace},
     pod::{Parts, Pod},
@@ -96,7 +96,7 @@ pub fn run(flags: &Flags) -> Result<()> {
         .build()
         .map_err(host("start the runtime"))?;
     let given = Given {
-        streams: io::Host {
+        streams: StreamHost {
             namespace: namespace.clone(),
             mounts: Some(outside.mounts()),
             hub: Hub::new(socket.clone()),
@@ -122,7 +122,7 @@ struct Given {
     held: Arc<Held>,
     socket: Option<PathBuf>,
     outside: Arc<Host>,
-    streams: io::Host,
+    streams: StreamHost,
 }
 
 async fn serve(listener: StdListener, given: Given) -> Result<()> {

@@ -61,7 +61,7 @@ impl Explanation {
 
     /// That of a bundle, as if it were started now.
     pub fn of_bundle(bundle: &Path) -> Result<Self> {
-        let fields = spec::explain(spec::read(bundle)?);
+        let fields = spec::explain(&spec::read(bundle)?);
         Ok(Explanation {
             namespace: None,
             id: None,

@@ -4,7 +4,7 @@
 //! knows these two traits and nothing of KVM. The product's side is
 //! [`vm`](crate::vm); the tests put the agent's service into their own process.
 
-use std::{fmt::Debug, sync::Arc, time::Duration};
+use std::{fmt::Debug, fs::File, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use tokio::time::timeout;
@@ -45,6 +45,13 @@ pub trait Guest: Debug + Send + Sync {
 
     /// The process of the host that runs it.
     fn process(&self) -> HostProcess;
+
+    /// Gives it a disk, which its kernel does not look at before it is told to. Answers
+    /// the number of the device.
+    async fn attach(&self, disk: File, read_only: bool) -> Result<u8>;
+
+    /// Takes the disk with this number away.
+    async fn detach(&self, device: u8) -> Result<()>;
 
     /// Kills it: always possible, needs no answer.
     fn kill(&self);

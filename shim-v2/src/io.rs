@@ -94,7 +94,7 @@ impl Stdio {
 
 /// What streams need of the host around the pod.
 #[derive(Debug)]
-pub struct Host {
+pub struct StreamHost {
     /// containerd's namespace, which logging programs are told.
     pub namespace: Namespace,
     /// The mount namespace in which they live; `None`: the shim's own.
@@ -123,7 +123,7 @@ impl Streams {
     pub async fn open(
         stdio: &Stdio,
         id: &str,
-        host: &Host,
+        host: &StreamHost,
         dialer: &Dialer,
     ) -> Result<(Self, agent::Stdio, Room)> {
         let [stdin, stdout, stderr] = stdio.targets()?;
@@ -208,7 +208,7 @@ async fn open_outputs(
     stdout: Option<Target>,
     stderr: Option<Target>,
     id: &str,
-    host: &Host,
+    host: &StreamHost,
 ) -> Result<([Option<Output>; 2], Vec<Logger>)> {
     let mut loggers = Vec::new();
     let same = stdout == stderr;
@@ -243,7 +243,7 @@ impl Input {
     /// Opens a target; of a FIFO also the end that keeps it from ending.
     async fn open(
         target: Target,
-        host: &Host,
+        host: &StreamHost,
         closing: watch::Receiver<bool>,
     ) -> Result<(Option<Self>, Option<OwnedFd>)> {
         match target {

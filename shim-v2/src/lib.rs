@@ -24,6 +24,7 @@ mod clock;
 pub mod config;
 pub mod daemon;
 pub mod delete;
+pub mod disk;
 pub mod error;
 pub mod events;
 pub mod explain;

@@ -44,11 +44,12 @@ use crate::{
     cgroup::Place,
     clock,
     config::Config,
+    disk::Attached,
     error::{Error, Result},
     events::{Event, Publisher},
     guest::{self, Boots, Guest},
     hooks::{Hooks, Host, Moment},
-    io::{self, Patience, streaming::Hub},
+    io::{Patience, StreamHost, streaming::Hub},
     lock::lock,
     names::{ContainerId, ExecId, Namespace},
     process::{Exit, Process},
@@ -93,7 +94,7 @@ pub struct Parts {
     /// What hooks see.
     pub host: Arc<Host>,
     /// Where streams lead to.
-    pub streams: io::Host,
+    pub streams: StreamHost,
 }
 
 /// A pod.
@@ -106,7 +107,7 @@ pub struct Pod {
     share: Arc<Share>,
     events: Arc<Publisher>,
     hypervisor: Arc<dyn Boots>,
-    streams: io::Host,
+    streams: StreamHost,
     guest: OnceCell<Arc<dyn Guest>>,
     /// Why the shim itself ended the guest, if it had to.
     failure: OnceLock<End>,
@@ -144,6 +145,8 @@ struct Container {
     /// What is told of its specification.
     told: Mutex<Option<Kept>>,
     hooks: Hooks,
+    /// Its root file system, if that is a disk.
+    disk: Mutex<Option<Attached>>,
     /// Held while it is deleted.
     deleting: AsyncMutex<()>,
     /// A SIGKILL was not answered; the next one ends the VM.
@@ -333,6 +336,10 @@ impl Pod {
             .values()
             .map(|exec| exec.close_streams(Patience::SHORT));
         join_all(closing).await;
+        let disk = lock(&container.disk).take();
+        if let Some(disk) = disk {
+            disk.detach().await;
+        }
         container.remove_from_host().await;
         lock(&self.slots).remove(&container.id);
         let pid = self.pid();

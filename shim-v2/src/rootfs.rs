@@ -2,7 +2,7 @@
 //! the share.
 //!
 //! Only types of an allow-list: what would make the host's kernel read a disk image
-//! of somebody else is refused.
+//! of somebody else is left to the guest.
 
 use std::{
     io,
@@ -14,6 +14,7 @@ use containerd_shim_protos::api::Mount;
 use rustix::mount::MountAttrFlags;
 
 use crate::{
+    disk::Disk,
     error::{Error, Result},
     mount::{self, Scope},
 };
@@ -23,6 +24,8 @@ use crate::{
 pub enum Source {
     /// Mounts of the request, in order; each covers the one before.
     Mounts(Vec<Mount>),
+    /// A disk, which the guest mounts: nothing is done here.
+    Disk(Disk),
     /// A directory that is mounted already: `root.path` of the specification.
     Directory {
         /// The bundle.
@@ -49,6 +52,12 @@ impl Source {
                 path: root.to_owned(),
             });
         }
+        if let [mount] = mounts
+            && Disk::is_meant(mount)
+        {
+            check_target(mount)?;
+            return Disk::new(mount).map(Source::Disk);
+        }
         for mount in mounts {
             check(mount)?;
         }
@@ -64,6 +73,7 @@ impl Source {
                 }
                 Ok(())
             }
+            Source::Disk(_) => Ok(()),
             Source::Directory { bundle, path } => {
                 let failed = |action| {
                     let path = bundle.join(path);
@@ -89,6 +99,17 @@ fn open_root(bundle: &Path, path: &Path) -> io::Result<OwnedFd> {
     mount::open_beneath(&mount::open_dir(bundle)?, path.as_os_str())
 }
 
+fn check_target(mount: &Mount) -> Result<()> {
+    if mount.target.is_empty() || mount.target == "/" {
+        return Ok(());
+    }
+    Err(Error::Argument {
+        what: "rootfs mount target",
+        value: mount.target.chars().take(120).collect(),
+        reason: "only the root can be mounted".to_owned(),
+    })
+}
+
 fn check(mount: &Mount) -> Result<()> {
     let refuse = |what, value: &str, reason: &str| Error::Argument {
         what,
@@ -101,17 +122,11 @@ fn check(mount: &Mount) -> Result<()> {
             return Err(refuse(
                 "rootfs mount type",
                 kind,
-                "only overlay and bind are supported",
+                "only overlay and bind, or one disk with ext2, ext4 or erofs, are supported",
             ));
         }
     }
-    if !mount.target.is_empty() && mount.target != "/" {
-        return Err(refuse(
-            "rootfs mount target",
-            &mount.target,
-            "only the root can be mounted",
-        ));
-    }
+    check_target(mount)?;
     let prefixes = ["X-containerd.", "uidmap=", "gidmap=", "loop"];
     for text in mount.options.iter().chain([&mount.source]) {
         if text.contains('\0') {
@@ -210,8 +225,8 @@ mod tests {
             let error = Source::new(&[mount], bundle, Path::new("rootfs")).unwrap_err();
             assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT, "{error}");
         };
-        refused(request("ext4", "/dev/sda", &[]));
-        refused(request("erofs", "/x", &["loop"]));
+        refused(request("xfs", "/dev/sda", &[]));
+        refused(request("erofs", "/x", &["device=/y"]));
         refused(request("format/mkdir/overlay", "overlay", &[]));
         refused(request("overlay", "overlay", &["lowerdir={{ mount 0 }}"]));
         refused(request("overlay", "overlay", &["lowerdir=/a\0b"]));

@@ -93,11 +93,13 @@ impl Share {
             mounts: Vec::new(),
             leaves: Vec::new(),
         };
-        let target = files.dir.join("rootfs");
-        make_dir(&target)?;
-        files.leaves.push((target.clone(), Leaf::Directory));
-        files.mounts.push(target.clone());
-        root.mount_on(&target)?;
+        if !matches!(root, Source::Disk(_)) {
+            let target = files.dir.join("rootfs");
+            make_dir(&target)?;
+            files.leaves.push((target.clone(), Leaf::Directory));
+            files.mounts.push(target.clone());
+            root.mount_on(&target)?;
+        }
         let parent = files.dir.join("volumes");
         make_dir(&parent)?;
         files.leaves.insert(0, (parent.clone(), Leaf::Directory));

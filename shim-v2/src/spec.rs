@@ -177,7 +177,7 @@ pub fn read(bundle: &Path) -> error::Result<Value> {
 
 /// What would become of each field of a specification; one that is refused, too.
 #[must_use]
-pub fn explain(spec: Value) -> Vec<Note> {
+pub fn explain(spec: &Value) -> Vec<Note> {
     let id = ContainerId::new("explained");
     let prepared = id.map_err(|error| Error::new("id", "explained", error.to_string()));
     let prepared = prepared.and_then(|id| {
@@ -192,7 +192,7 @@ pub fn explain(spec: Value) -> Vec<Note> {
     });
     match prepared {
         Ok(prepared) => prepared.fields,
-        Err(error) => bulkhead_spec::report(&spec, &[Note::from(&error)]),
+        Err(error) => bulkhead_spec::report(spec, &[Note::from(&error)]),
     }
 }
 

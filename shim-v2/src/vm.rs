@@ -54,6 +54,8 @@ pub struct Size {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// Places for disks.
+    pub places: u8,
 }
 
 impl Size {
@@ -79,6 +81,7 @@ impl Size {
         Size {
             vcpus: u8::try_from(cpus).unwrap_or(1),
             memory_mib: u32::try_from(memory.min(most)).unwrap_or(config.memory_mib),
+            places: 0,
         }
     }
 
@@ -243,6 +246,14 @@ impl Guest for Vm {
         self.vmm.process()
     }
 
+    async fn attach(&self, disk: File, read_only: bool) -> Result<u8> {
+        self.vmm.control().attach(disk, read_only).await
+    }
+
+    async fn detach(&self, device: u8) -> Result<()> {
+        self.vmm.control().detach(device).await
+    }
+
     fn kill(&self) {
         self.vmm.kill();
     }
@@ -284,7 +295,7 @@ fn prepare(
     }
     let shares = shares(&dir.share(), size.vcpus);
     // Last: nothing that may still fail has to take it back.
-    let tasks = threads::most(size.vcpus, shares.len());
+    let tasks = threads::most(size.vcpus, shares.len(), size.places);
     let cgroup = Cgroup::make(place, tasks, dir.path())?;
     let launch = Launch {
         binary,
@@ -297,6 +308,7 @@ fn prepare(
         cmdline,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
+        places: size.places,
         share: dir.share(),
         shares,
         oom_score_adj,
@@ -373,28 +385,32 @@ mod tests {
             size(None, None),
             Size {
                 vcpus: 1,
-                memory_mib: 512
+                memory_mib: 512,
+                places: 0,
             }
         );
         assert_eq!(
             size(Some(2), Some(256 << 20)),
             Size {
                 vcpus: 2,
-                memory_mib: 384
+                memory_mib: 384,
+                places: 0,
             }
         );
         assert_eq!(
             size(Some(100), Some(1 << 50)),
             Size {
                 vcpus: 8,
-                memory_mib: 16_384
+                memory_mib: 16_384,
+                places: 0,
             }
         );
         assert_eq!(
             size(Some(0), Some(1)),
             Size {
                 vcpus: 1,
-                memory_mib: 129
+                memory_mib: 129,
+                places: 0,
             }
         );
     }

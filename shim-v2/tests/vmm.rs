@@ -98,6 +98,7 @@ fn with_vmm<F: Future<Output = ()>>(
             cmdline: String::new(),
             vcpus: 2,
             memory_mib: 64,
+            places: 0,
             share: share.clone(),
             shares: vec![Share {
                 tag: "bulkhead".into(),

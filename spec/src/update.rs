@@ -5,7 +5,7 @@
 //! members. And what would be more than the machine has is no limit at all, so it is
 //! told apart for the caller to refuse.
 
-use crate::{Checked, Error, oci, plan::Setting, resources};
+use crate::{Checked, Error, Note, oci, plan::Setting, resources};
 
 /// Limits that hold now, as the files of the cgroup tell them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,10 +36,10 @@ pub fn update(mut from: oci::Resources, now: InForce) -> Result<Checked<Update>,
     let mut notes = Vec::new();
     if !from.devices.is_empty() {
         from.devices.clear();
-        notes.push(
-            "linux.resources.devices is ignored: a container keeps the rules that it was created with"
-                .to_owned(),
-        );
+        notes.push(Note::ignored(
+            "linux.resources.devices",
+            "a container keeps the rules that it was created with",
+        ));
     }
     let (memory, cpu) = (&mut from.memory, &mut from.cpu);
     let limit = u64::try_from(memory.limit).ok().filter(|limit| *limit > 0);

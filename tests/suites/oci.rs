@@ -163,7 +163,7 @@ fn the_hooks_of_the_end_run_though_the_shim_is_gone_oc_06() {
 }
 
 #[test]
-fn a_user_namespace_has_its_map_and_files_their_owners() {
+fn a_user_namespace_has_its_map_and_files_their_owners_oc_01() {
     let dir = tempfile::tempdir().unwrap();
     let (place, volume) = (dir.path().join("bundle"), dir.path().join("volume"));
     fs::create_dir(&place).unwrap();
@@ -193,7 +193,7 @@ fn a_user_namespace_has_its_map_and_files_their_owners() {
 }
 
 #[test]
-fn a_volume_can_have_a_map_of_ids_fs_30() {
+fn a_volume_can_have_a_map_of_ids_oc_01_fs_30() {
     let dir = tempfile::tempdir().unwrap();
     let volume = dir.path().join("volume");
     fs::create_dir(&volume).unwrap();
@@ -219,7 +219,7 @@ fn a_volume_can_have_a_map_of_ids_fs_30() {
 }
 
 #[test]
-fn clocks_and_priorities_are_what_the_specification_says() {
+fn clocks_and_priorities_are_what_the_specification_says_oc_01() {
     // Fields 41 and 40 of the line: policy and real-time priority.
     let script = "cut -d. -f1 /proc/uptime; sed 's/.*) //' /proc/self/stat | cut -d' ' -f38,39; ionice -p $$; uname -m";
     let out = run(script, |config| {
@@ -240,7 +240,7 @@ fn clocks_and_priorities_are_what_the_specification_says() {
 }
 
 #[test]
-fn a_privileged_container_has_no_device_of_the_host_cl_12_fs_37() {
+fn a_privileged_container_has_no_device_of_the_host_oc_01_cl_12_fs_37() {
     let script =
         "ls -d /dev/sd* /dev/vd* /dev/loop0 /dev/kvm /dev/mem 2>/dev/null; ls -d /dev/null";
     let run = [
@@ -256,7 +256,7 @@ fn a_privileged_container_has_no_device_of_the_host_cl_12_fs_37() {
 }
 
 #[test]
-fn what_became_of_a_specification_can_be_asked_whoever_started_it() {
+fn what_became_of_a_specification_can_be_asked_whoever_started_it_oc_01() {
     let profile = ["--apparmor-profile", "nobody-has-it"];
     let run = ["run", "--runtime", "io.containerd.bulkhead.v2", "--detach"];
     let arguments = [BUSYBOX_NAME, "explained", "sleep", "1000"];
@@ -300,7 +300,7 @@ fn what_became_of_a_specification_can_be_asked_whoever_started_it() {
     // One that does not run, and would not.
     let dir = tempfile::tempdir().unwrap();
     made(dir.path(), "true", |config| {
-        config["process"]["cwd"] = json!("relative")
+        config["process"]["cwd"] = json!("relative");
     });
     let place = dir.path().to_str().unwrap();
     let table = Command::bulkhead(["explain", "--bundle", place])
@@ -327,7 +327,7 @@ impl Drop for Setting {
 }
 
 #[test]
-fn a_strict_administrator_has_no_container_without_the_protection_it_asks_for_b17() {
+fn a_strict_administrator_has_no_container_without_the_protection_it_asks_for_oc_01_b17() {
     fs::create_dir_all("/etc/bulkhead/config.d").unwrap();
     let setting = Setting("/etc/bulkhead/config.d/50-strict.toml");
     fs::write(setting.0, "strict = true\n").unwrap();

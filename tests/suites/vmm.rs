@@ -12,12 +12,13 @@
 mod machine;
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read, Seek, SeekFrom, Write},
     os::{fd::AsRawFd, unix::fs::PermissionsExt},
 };
 
 use bulkhead_vmm::control::{Answer, Request};
-use machine::{Machine, ask, control, ended_with};
+use machine::{Machine, ask, attach, control, ended_with};
 
 #[test]
 fn power_off_ends_with_0_and_the_console_is_complete() {
@@ -148,6 +149,94 @@ fn disks_are_read_and_written_and_a_read_only_one_is_not() {
             .iter()
             .all(|byte| *byte == b'f')
     );
+}
+
+/// What a guest does with disks that come: it reads and writes the first sector of
+/// each, lets go of it, and says so.
+const WITH_EACH_DISK: &str = "
+    driver=/sys/bus/platform/drivers/virtio-mmio
+    use() {
+        until echo virtio-mmio.$1 > $driver/bind; do sleep 0.1; done 2>/dev/null
+        disk=$(ls /sys/bus/platform/devices/virtio-mmio.$1/virtio*/block)
+        head -c 3 /dev/$disk; echo
+        printf new | dd of=/dev/$disk bs=3 seek=1 conv=fsync 2>/dev/null || echo refused
+        [ -n \"$2\" ] || echo virtio-mmio.$1 > $driver/unbind
+        echo done
+    }";
+
+fn disk(content: u8) -> io::Result<fs::File> {
+    let mut file = tempfile::tempfile()?;
+    file.write_all(&[content; 4096])?;
+    Ok(file)
+}
+
+fn content(mut disk: &fs::File) -> io::Result<String> {
+    let mut start = [0; 8];
+    disk.seek(SeekFrom::Start(0))?;
+    disk.read_exact(&mut start)?;
+    Ok(String::from_utf8_lossy(&start).into_owned())
+}
+
+#[test]
+fn disks_come_and_go_while_the_guest_runs() -> io::Result<()> {
+    let (its_end, socket) = control()?;
+    let script = format!("{WITH_EACH_DISK}\necho up; use 3; use 4; use 3; poweroff -f");
+    let mut running = Machine::running(&script)
+        .places(2)
+        .start_by_config(&its_end)?;
+    drop(its_end);
+    running.wait_for("up");
+    let [first, second, third, fourth] = [disk(b'1')?, disk(b'2')?, disk(b'3')?, disk(b'4')?];
+    assert_eq!(attach(&socket, &first, false), Some(Answer::Attached(3)));
+    assert_eq!(attach(&socket, &second, true), Some(Answer::Attached(4)));
+    let full = Answer::Refused("all 2 places for disks are taken".into());
+    assert_eq!(attach(&socket, &third, false), Some(full));
+    running.wait_for("111");
+    running.wait_for("done");
+    running.wait_for("222");
+    running.wait_for("refused");
+    running.wait_for("done");
+    let gone = ask(&socket, Request::Detach { device: 3 });
+    assert_eq!(gone, Some(Answer::Done));
+    let twice = Answer::Refused("no disk was attached as device 3".into());
+    assert_eq!(ask(&socket, Request::Detach { device: 3 }), Some(twice));
+    // The place and its thread serve the next one.
+    assert_eq!(attach(&socket, &fourth, false), Some(Answer::Attached(3)));
+    running.wait_for("444");
+    let (status, report) = running.finish();
+    assert_eq!((status, &report["end"]), (Some(0), &"power_off".into()));
+    assert_eq!(content(&first)?, "111new11");
+    assert_eq!(content(&second)?, "22222222");
+    assert_eq!(content(&fourth)?, "444new44");
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_the_guest_keeps_is_taken_from_it() -> io::Result<()> {
+    let (its_end, socket) = control()?;
+    let script = format!(
+        "{WITH_EACH_DISK}\necho up; use 3 keep
+        dd if=/dev/vda of=/dev/null bs=512 count=1 iflag=direct"
+    );
+    let mut running = Machine::running(&script)
+        .places(1)
+        .start_by_config(&its_end)?;
+    drop(its_end);
+    running.wait_for("up");
+    let disk = disk(b'1')?;
+    assert_eq!(attach(&socket, &disk, false), Some(Answer::Attached(3)));
+    running.wait_for("done");
+    let gone = ask(&socket, Request::Detach { device: 3 });
+    assert_eq!(gone, Some(Answer::Done));
+    // Nobody answers what it asks, but the machine can be asked and ends as always.
+    assert!(matches!(
+        ask(&socket, Request::Status),
+        Some(Answer::Status(_))
+    ));
+    drop(socket);
+    let (status, report) = running.finish();
+    assert_eq!((status, &report["end"]), (Some(17), &"orphaned".into()));
+    Ok(())
 }
 
 #[test]

@@ -158,6 +158,7 @@ impl Cli {
             shares,
             vsock: self.vsock.as_deref().map(vsock).transpose()?,
             disks,
+            places: 0,
             console: self.console.then(|| console(input)).transpose()?,
             rng: self.rng,
             // Only our own kernel would listen.

@@ -15,7 +15,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::memory;
+use crate::{hotplug::MOST_PLACES, memory};
 
 /// An inherited descriptor, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +56,10 @@ pub struct Config {
     pub vsock: Option<Vsock>,
     /// Block devices, in the order of their names in the guest: vda, vdb, …
     pub disks: Vec<Disk>,
+    /// Places for disks that come while the machine runs, up to
+    /// [`MOST_PLACES`](crate::hotplug::MOST_PLACES).
+    #[serde(default)]
+    pub places: u8,
     /// A console (hvc0); without it the guest has none.
     pub console: Option<Console>,
     /// Offer an entropy device.
@@ -186,6 +190,9 @@ pub enum Error {
     /// virtio 1.2, 5.10.4: 0 to 2 are reserved.
     #[error("The guest cannot have the vsock context id {0}: 3 or more are possible")]
     GuestCid(u32),
+    /// Each costs the guest a look.
+    #[error("{0} places for disks are too many: at most {MOST_PLACES} are possible")]
+    Places(u8),
     /// There are as many interrupts as that.
     #[error("{0} devices are too many: at most {MOST_DEVICES} are possible")]
     Devices(usize),
@@ -229,8 +236,12 @@ impl Config {
         {
             return Err(Error::GuestCid(guest_cid));
         }
+        if self.places > MOST_PLACES {
+            return Err(Error::Places(self.places));
+        }
         let devices = self.shares.len()
             + self.disks.len()
+            + usize::from(self.places)
             + usize::from(self.vsock.is_some())
             + usize::from(self.console.is_some())
             + usize::from(self.rng)
@@ -334,6 +345,11 @@ mod tests {
         check(
             |c| c.disks = disks(14).collect(),
             "18 devices are too many: at most 17 are possible",
+        );
+        check(|c| c.places = 8, "");
+        check(
+            |c| c.places = 9,
+            "9 places for disks are too many: at most 8 are possible",
         );
         check(|c| c.control = Some(Fd(5)), "Descriptor 5 is named twice");
     }

@@ -3,25 +3,28 @@
 //!
 //! Requests and answers are JSON, one a message of a SOCK_SEQPACKET socket
 //! (`Config::control`), both with the number that the request came with. They are
-//! served by the main thread, in order; only the answer to a pause may come after
-//! those to later requests. The socket is also the machine's life line: when its
+//! served by the main thread, in order; only the answers to a pause and to what is about
+//! a disk may come after those to later requests. The socket is also the machine's life line: when its
 //! other end is closed, the machine ends. So it is with a process that was killed;
 //! one that replaces itself by another program keeps it.
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
+    mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
 };
 
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
-    net::{RecvFlags, SendFlags, recv, send},
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
+    devices::block::Access,
     exit::{End, Ending, Exits},
+    hotplug::{Hotplug, Order},
     pause::Gate,
 };
 
@@ -50,6 +53,18 @@ pub enum Request {
     Resume,
     /// How the machine is: [`Answer::Status`]. Always possible.
     Status,
+    /// Puts the disk whose descriptor comes with the message (SCM_RIGHTS) at a free
+    /// place: [`Answer::Attached`]. The guest's driver does not look by itself.
+    Attach {
+        /// Refuse writes.
+        read_only: bool,
+    },
+    /// Takes the disk at this device's place away and closes it: [`Answer::Done`]. What
+    /// the guest still asks of it fails.
+    Detach {
+        /// As it was answered.
+        device: u8,
+    },
 }
 
 /// An answer with the number of its request, or 0 if that could not be read.
@@ -69,6 +84,9 @@ pub enum Answer {
     Done,
     /// How the machine is.
     Status(Status),
+    /// The disk is this device, in the order in which the guest was told of its
+    /// devices: `virtio-mmio.N` to Linux.
+    Attached(u8),
     /// It is not done, for this reason: one line.
     Refused(String),
 }
@@ -104,6 +122,8 @@ pub(crate) struct Control<'a, S> {
     pub(crate) socket: Option<OwnedFd>,
     /// Where processors stop.
     pub(crate) gate: &'a Gate,
+    /// Brings disks and takes them away, if there are places for some.
+    pub(crate) hotplug: Option<&'a Hotplug>,
     /// Tells how the machine is, but for whether it is paused.
     pub(crate) status: S,
 }
@@ -114,36 +134,65 @@ impl<S: Fn(bool) -> Status> Control<'_, S> {
         // The pause that waits for the processors.
         let mut pausing = None;
         loop {
-            let mut fds = vec![PollFd::new(ending, PollFlags::IN)];
-            let asked = self.socket.as_ref().map(|socket| {
-                fds.push(PollFd::new(socket, PollFlags::IN));
-                fds.len() - 1
-            });
-            if pausing.is_some() {
-                fds.push(PollFd::new(self.gate, PollFlags::IN));
-            }
-            match poll(&mut fds, None) {
-                Ok(_) | Err(Errno::INTR) => {}
+            let ready = match self.wait(ending, pausing.is_some()) {
+                Ok(ready) => ready,
                 Err(error) => return (End::Device, format!("Cannot wait for the end: {error}")),
-            }
-            let asked = asked
-                .and_then(|at| fds.get(at))
-                .is_some_and(|fd| !fd.revents().is_empty());
+            };
             if let Some(ended) = ending.get() {
                 return ended;
             }
-            if let Some(number) = pausing
-                && self.gate.all_wait()
-            {
-                pausing = None;
-                if let Err(error) = self.answer(number, Answer::Done) {
-                    return orphaned(&error);
-                }
-            }
-            if asked && let Err(error) = self.take(&mut pausing) {
+            if let Err(error) = self.serve_once(ready, &mut pausing) {
                 return orphaned(&error);
             }
         }
+    }
+
+    /// Waits until there is something to do.
+    fn wait(&self, ending: &Ending, pausing: bool) -> Result<Ready, Errno> {
+        let mut fds = vec![PollFd::new(ending, PollFlags::IN)];
+        if pausing {
+            fds.push(PollFd::new(self.gate, PollFlags::IN));
+        }
+        let mut add = |fd| {
+            fds.push(fd);
+            fds.len() - 1
+        };
+        let socket = self.socket.as_ref();
+        let asked = socket.map(|socket| add(PollFd::new(socket, PollFlags::IN)));
+        let hotplug = self.hotplug;
+        let done = hotplug.map(|hotplug| add(PollFd::new(hotplug, PollFlags::IN)));
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+        let is_ready = |at: Option<usize>| {
+            let fd = at.and_then(|at| fds.get(at));
+            fd.is_some_and(|fd| !fd.revents().is_empty())
+        };
+        Ok(Ready {
+            asked: is_ready(asked),
+            done: is_ready(done),
+        })
+    }
+
+    fn serve_once(&self, ready: Ready, pausing: &mut Option<u64>) -> io::Result<()> {
+        if let Some(number) = *pausing
+            && self.gate.all_wait()
+        {
+            *pausing = None;
+            self.answer(number, Answer::Done)?;
+        }
+        if ready.done
+            && let Some(hotplug) = self.hotplug
+        {
+            for (number, answer) in hotplug.finished() {
+                self.answer(number, answer)?;
+            }
+        }
+        if ready.asked {
+            self.take(pausing)?;
+        }
+        Ok(())
     }
 
     /// Takes one request and answers it, if its time has come.
@@ -151,14 +200,9 @@ impl<S: Fn(bool) -> Status> Control<'_, S> {
         let Some(socket) = &self.socket else {
             return Ok(());
         };
-        let mut message = vec![0; LONGEST];
-        let length = match recv(socket, message.as_mut_slice(), RecvFlags::DONTWAIT) {
-            Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok((length, _)) => length,
-            Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
-            Err(error) => return Err(error.into()),
+        let Some((message, file)) = receive(socket)? else {
+            return Ok(());
         };
-        message.truncate(length);
         let Asked { number, request } = match decode(&message) {
             Ok(asked) => asked,
             Err(error) => {
@@ -189,6 +233,29 @@ impl<S: Fn(bool) -> Status> Control<'_, S> {
                 let status = (self.status)(self.gate.all_wait());
                 self.answer(number, Answer::Status(status))
             }
+            Request::Attach { read_only } => match file {
+                Some(file) => {
+                    let access = if read_only {
+                        Access::ReadOnly
+                    } else {
+                        Access::ReadWrite
+                    };
+                    self.order(number, Order::Attach(file.into(), access))
+                }
+                None => self.answer(number, Answer::Refused("no descriptor came along".into())),
+            },
+            Request::Detach { device } => self.order(number, Order::Detach(device)),
+        }
+    }
+
+    fn order(&self, number: u64, order: Order) -> io::Result<()> {
+        let ordered = match self.hotplug {
+            Some(hotplug) => hotplug.order(number, order).map_err(|e| e.to_string()),
+            None => Err("the machine has no places for disks".into()),
+        };
+        match ordered {
+            Ok(()) => Ok(()),
+            Err(reason) => self.answer(number, Answer::Refused(reason)),
         }
     }
 
@@ -205,6 +272,40 @@ impl<S: Fn(bool) -> Status> Control<'_, S> {
         )?;
         Ok(())
     }
+}
+
+/// What there is to do.
+#[derive(Clone, Copy, Debug)]
+struct Ready {
+    asked: bool,
+    done: bool,
+}
+
+/// Takes a message with the descriptor that came along, if one did; `None` if there is
+/// no message now.
+fn receive(socket: &OwnedFd) -> io::Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
+    let mut message = vec![0; LONGEST];
+    // What comes along beyond one is closed by the kernel.
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut message)],
+        &mut ancillary,
+        RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
+    );
+    let length = match received {
+        Ok(received) if received.bytes == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(received) => received.bytes,
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    message.truncate(length);
+    let file = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+        _ => None,
+    });
+    Ok(Some((message, file)))
 }
 
 fn orphaned(error: &io::Error) -> (End, String) {
@@ -227,7 +328,7 @@ fn orphaned(error: &io::Error) -> (End, String) {
 mod tests {
     use std::{thread, thread::JoinHandle};
 
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, socketpair};
 
     use super::*;
     use std::sync::Arc;
@@ -255,6 +356,7 @@ mod tests {
             let control = Control {
                 socket: Some(theirs),
                 gate: &its_gate,
+                hotplug: None,
                 status: |paused| Status {
                     paused,
                     vcpus: 3,
@@ -364,6 +466,17 @@ mod tests {
         }
         served.ask(9, Request::Status);
         assert_eq!(served.answer().0, 9);
+    }
+
+    #[test]
+    fn a_disk_needs_a_descriptor_and_a_place() {
+        let served = serve(1);
+        served.ask(1, Request::Attach { read_only: true });
+        let refused = Answer::Refused("no descriptor came along".into());
+        assert_eq!(served.answer(), (1, refused));
+        served.ask(2, Request::Detach { device: 0 });
+        let refused = Answer::Refused("the machine has no places for disks".into());
+        assert_eq!(served.answer(), (2, refused));
     }
 
     #[test]

@@ -33,7 +33,7 @@ use std::{
     io,
     os::fd::{OwnedFd, RawFd},
     path::{Path, PathBuf},
-    sync::{Arc, mpsc},
+    sync::{Arc, OnceLock, mpsc},
     thread,
 };
 
@@ -117,7 +117,8 @@ pub struct Confined {
 struct Rules {
     /// User and group of the pod.
     user: u32,
-    filters: [Filter; ThreadKind::ALL.len()],
+    /// In the order of [`ThreadKind::ALL`], made by the first thread of the kind.
+    filters: [OnceLock<Filter>; ThreadKind::ALL.len()],
 }
 
 /// Lets a system call that a thread must not make be reported to `report`, which
@@ -148,7 +149,7 @@ pub fn enter(jail: Option<&Jail>) -> Result<Confined, Error> {
     }
     let rules = Rules {
         user: jail.user,
-        filters: ThreadKind::ALL.map(Filter::new),
+        filters: Default::default(),
     };
     leave_mount_namespace().map_err(Error::Namespace)?;
     let proc_self_fd = own_proc_self_fd().map_err(Error::Proc)?;
@@ -269,7 +270,7 @@ impl Seal {
             .zip(&rules.filters)
             .find(|(kind, _)| **kind == self.kind);
         match filter {
-            Some((_, filter)) => filter.install(),
+            Some((kind, filter)) => filter.get_or_init(|| Filter::new(*kind)).install(),
             None => Err(io::ErrorKind::NotFound.into()),
         }
     }

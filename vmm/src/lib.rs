@@ -12,6 +12,7 @@ pub mod cpuid;
 pub mod devices;
 pub mod event_loop;
 pub mod exit;
+pub mod hotplug;
 pub mod jail;
 pub mod memory;
 pub mod mmio;

@@ -39,6 +39,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use self::interrupt::{CHANGE_ACKNOWLEDGED, Clear, Interrupt};
 use crate::devices::{
     Device, Io, Worker,
+    absent::Absent,
     queue::{Ring, State},
 };
 
@@ -260,6 +261,14 @@ impl Transport {
         };
         transport.finish_reset();
         transport
+    }
+
+    /// Puts another device here, which has as many queues. The driver finds it as after
+    /// a reset.
+    fn replace(&mut self, device: Box<dyn Device>) -> Box<dyn Device> {
+        let before = std::mem::replace(&mut self.device, device);
+        self.wiring.page.set(reg::DEVICE_ID, self.device.id());
+        before
     }
 
     /// The driver writes to offset `register`. All but aligned 32-bit writes to
@@ -513,6 +522,70 @@ impl Window {
         let device = usize::try_from(offset >> 12).ok()?;
         let worker = self.devices.get_mut(device)?.write(offset & 0xfff, data)?;
         Some(Stopping { device, worker })
+    }
+
+    /// Puts `device` where an absent one with as many queues is. False if there is
+    /// none, or if its driver is in the middle of a reset.
+    pub fn plug(&mut self, index: usize, device: Box<dyn Device>) -> bool {
+        let transport = self.devices.get_mut(index).filter(|transport| {
+            !transport.resetting
+                && transport.device.id() == 0
+                && transport.queues.len() == device.queue_sizes().len()
+        });
+        let Some(transport) = transport else {
+            return false;
+        };
+        transport.replace(device);
+        transport.finish_reset();
+        true
+    }
+
+    /// Takes a device away, whatever its driver does: from now on an absent one is
+    /// there, and what the driver writes is ignored until [`Unplugged::finish`] has come
+    /// back. `None` in the middle of a reset.
+    pub fn unplug(&mut self, index: usize) -> Option<Unplugged> {
+        let transport = self.devices.get_mut(index)?;
+        if transport.resetting {
+            return None;
+        }
+        let absent = Absent(match transport.queues.len() {
+            1 => &[1],
+            _ => &[],
+        });
+        transport.resetting = true;
+        Some(Unplugged {
+            index,
+            worker: transport.worker.take(),
+            device: transport.replace(Box::new(absent)),
+        })
+    }
+}
+
+/// A device that is being taken away.
+#[must_use = "it is not gone yet"]
+pub struct Unplugged {
+    index: usize,
+    worker: Option<Box<dyn Worker>>,
+    device: Box<dyn Device>,
+}
+
+impl fmt::Debug for Unplugged {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Unplugged")
+            .field("index", &self.index)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Unplugged {
+    /// Stops its worker, which may wait for the host, and drops it.
+    pub fn finish(self, window: &Mutex<Window>) {
+        drop(self.worker.map(Worker::stop));
+        drop(self.device);
+        let mut window = window.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(transport) = window.devices.get_mut(self.index) {
+            transport.finish_reset();
+        }
     }
 }
 

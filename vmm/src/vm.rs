@@ -28,7 +28,8 @@ use crate::{
     cpuid::{self, Processor},
     devices::{
         Device, Interrupt,
-        block::{Access, Block},
+        absent::Absent,
+        block::{self, Access, Block},
         console::{Console, Output},
         fs::Fs,
         notices::Notices,
@@ -37,6 +38,7 @@ use crate::{
     },
     event_loop::EventLoop,
     exit::{End, Ending, Report, Stats},
+    hotplug::Hotplug,
     jail::{self, threads::ThreadKind},
     memory,
     mmio::{self, Registers, Transport, Window, Wiring},
@@ -201,6 +203,13 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
     if let Some(notices) = notices {
         devices.push(Box::new(notices));
     }
+    let places: Vec<u8> = (0..)
+        .skip(devices.len())
+        .take(config.places.into())
+        .collect();
+    for _ in &places {
+        devices.push(Box::new(Absent(block::QUEUES)));
+    }
 
     let slots: Vec<Slot> = slots(devices.len());
     let cmdline = cmdline::with_devices(&config.cmdline, &slots)?;
@@ -227,6 +236,12 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
             .spawn(kind, name, move || events.run(&ending))
             .during("a device's thread")?;
     }
+    let hotplug = if places.is_empty() {
+        None
+    } else {
+        let started = Hotplug::start(&places, &machine, &confined, &ending);
+        Some(started.during("the thread for disks that come later")?)
+    };
     for vcpu in vcpus {
         vcpu.spawn(&confined).during("a processor's thread")?;
     }
@@ -236,6 +251,7 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
     let control = Control {
         socket: fds.control,
         gate: &gate,
+        hotplug: hotplug.as_ref(),
         status: |paused| Status {
             paused,
             vcpus: config.vcpus,
@@ -400,7 +416,9 @@ fn connect(
             page,
             notify: notifications(vm, slot.address, device.queue_sizes().len())?,
         };
-        for range in mmio::COLLECTED {
+        // A place is written to when its disk comes, not while the guest boots.
+        let collected = mmio::COLLECTED.into_iter().filter(|_| device.id() != 0);
+        for range in collected {
             let length = u32::try_from(range.end - range.start).unwrap_or(0);
             vm.register_coalesced_mmio(IoEventAddress::Mmio(slot.address + range.start), length)
                 .during("collect writes to device registers")?;

@@ -124,6 +124,7 @@ impl Machine {
             }],
             vsock: None,
             disks: Vec::new(),
+            places: 0,
             console: None,
             rng: true,
             notices: true,

@@ -62,6 +62,9 @@ pub const SHARE_DIR: &str = "/run/bulkhead/share";
 /// one container alone. The layout is the same.
 pub const PRIVATE_DIR: &str = "/run/bulkhead/private";
 
+/// Where the agent mounts root file systems that are disks: `<container id>/rootfs`.
+pub const DISKS_DIR: &str = "/run/bulkhead/disks";
+
 /// First line on the agent's connection: product, protocol version, newline.
 ///
 /// A shim that reads anything else refuses the guest.

@@ -57,7 +57,8 @@ impl Containers {
             }
         }
         blocking(move || cgroup.set_all(&plan.settings)).await??;
-        Ok(checked.notes)
+        let remarks = checked.notes.iter().filter(|note| note.is_remark());
+        Ok(remarks.map(ToString::to_string).collect())
     }
 
     /// Stops every process of a container where it is, and has the host get what they
@@ -68,7 +69,8 @@ impl Containers {
         container.check(Op::Freeze)?;
         let cgroup = container.cgroup()?;
         let frozen = cgroup.freeze().await?;
-        let shares = self.config.shares.clone();
+        let mut shares = self.config.shares.clone();
+        shares.extend(container.disk_directory());
         match timeout(SYNC_MAX, blocking(move || sync(&shares))).await {
             Ok(synced) => synced?.doing("write the container's files back")?,
             Err(_) => return Err(Error::Unwritten(SYNC_MAX)),

@@ -22,8 +22,8 @@ fn shell(script: &str) -> Value {
 fn hooks_run_in_the_container_in_order_before_its_program_oc_04_oc_05_oc_07() {
     block_on(async |host: &mut Host| {
         let hooks = json!([
-            {"path": "/bin/sh", "args": ["sh", "-c", "cat > /tmp/state; pwd > /tmp/seen; /bin/env | /bin/grep -v -e ^PWD -e ^SHLVL -e ^_= >> /tmp/seen"], "env": ["A=b=c"]},
-            shell("echo second >> /tmp/seen; readlink /proc/1/exe /proc/self/ns/mnt /proc/1/ns/mnt > /tmp/where; id -u >> /tmp/seen"),
+            {"path": "/bin/sh", "args": ["sh", "-c", "cat > /tmp/state; pwd > /tmp/seen; /bin/env | /bin/grep -v -e ^PWD -e ^SHLVL -e ^_= >> /tmp/seen"], "env": ["A=b=c", "PATH=/bin"]},
+            shell("echo second >> /tmp/seen; readlink /proc/self/ns/mnt > /tmp/where; readlink /proc/self/ns/pid >> /tmp/where; id -u >> /tmp/seen"),
         ]);
         let (id, streams) = created(host, "cat /tmp/seen", hooks).await;
         assert!(
@@ -32,7 +32,10 @@ fn hooks_run_in_the_container_in_order_before_its_program_oc_04_oc_05_oc_07() {
         );
         host.start_container(&id).await.unwrap();
         let ran = host.finish(&id, "", streams).await;
-        assert_eq!((ran.status, &*ran.stdout), (0, "/\nA=b=c\nsecond\n0\n"));
+        assert_eq!(
+            (ran.status, &*ran.stdout),
+            (0, "/\nA=b=c\nPATH=/bin\nsecond\n0\n")
+        );
         let state: Value =
             serde_json::from_slice(&fs::read(host.rootfs.join("tmp/state")).unwrap()).unwrap();
         let expected = json!({
@@ -40,9 +43,11 @@ fn hooks_run_in_the_container_in_order_before_its_program_oc_04_oc_05_oc_07() {
         });
         assert_eq!(state, expected);
         let place = fs::read_to_string(host.rootfs.join("tmp/where")).unwrap();
-        let lines: Vec<&str> = place.lines().collect();
-        // The first process is still the helper; its executable is not the container's.
-        assert_eq!(lines[lines.len() - 1], lines[lines.len() - 2], "{place}");
+        for (line, kind) in place.lines().zip(["mnt", "pid"]) {
+            let ours = fs::read_link(format!("/proc/self/ns/{kind}")).unwrap();
+            assert_ne!(line, ours.to_str().unwrap());
+        }
+        assert_eq!(place.lines().count(), 2);
         host.delete(&id, "").await.unwrap();
     });
 }

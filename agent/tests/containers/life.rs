@@ -111,8 +111,8 @@ fn a_creation_that_fails_at_any_step_leaves_nothing_and_says_why() {
             s["process"]["capabilities"]["effective"] = json!(["CAP_SYS_BOOT"]);
         })
         .await;
-        check("memory.nope", &|s| {
-            s["linux"]["resources"]["unified"] = json!({"memory.nope": "1"});
+        check("memory.high", &|s| {
+            s["linux"]["resources"]["unified"] = json!({"memory.high": "nonsense"});
         })
         .await;
         check("/proc/999999/ns/ipc", &|s| {

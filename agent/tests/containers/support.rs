@@ -585,6 +585,7 @@ fn make_rootfs(rootfs: &Path) {
         "sort",
         "tty",
         "ip",
+        "yes",
     ] {
         symlink("busybox", rootfs.join("bin").join(name)).unwrap();
     }

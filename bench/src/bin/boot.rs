@@ -182,6 +182,7 @@ fn boot_ours() -> Result<Boot> {
             size: Size {
                 vcpus: 1,
                 memory_mib: MEMORY_MIB,
+                places: 0,
             },
             oom_score_adj: 0,
             cgroup: None,

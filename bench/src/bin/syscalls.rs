@@ -126,6 +126,7 @@ fn label(kind: ThreadKind) -> &'static str {
         ThreadKind::Processor => "processor",
         ThreadKind::Devices => "devices",
         ThreadKind::Disk => "disk",
+        ThreadKind::Hotplug => "hotplug",
         ThreadKind::Files => "files",
     }
 }

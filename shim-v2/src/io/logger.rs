@@ -28,7 +28,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::Host;
+use super::StreamHost;
 use crate::{
     child::{Child, Failure, Program},
     error::{Error, Result},
@@ -84,7 +84,7 @@ impl Logger {
     pub(super) async fn start(
         command: Command,
         id: &str,
-        host: &Host,
+        host: &StreamHost,
     ) -> Result<(Self, [pipe::Sender; 2])> {
         let path = command.path.clone();
         let failed = |action| {

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    BUFFER, Host,
+    BUFFER, StreamHost,
     logger::Logger,
     open::{open_fifo, open_file},
     streaming::Outlet,
@@ -59,7 +59,7 @@ pub(super) struct Opened {
 
 impl Output {
     /// Opens a target. `id` is that of the container, or of the exec.
-    pub(super) async fn open(target: Target, id: &str, host: &Host) -> Result<Opened> {
+    pub(super) async fn open(target: Target, id: &str, host: &StreamHost) -> Result<Opened> {
         let mut logger = None;
         let ways = match target {
             Target::Fifo(path) => {

@@ -12,7 +12,7 @@ struct Guest {
     dir: tempfile::TempDir,
     listener: UnixListener,
     dialer: Dialer,
-    host: super::Host,
+    host: super::StreamHost,
 }
 
 impl Guest {
@@ -24,7 +24,7 @@ impl Guest {
         Guest {
             listener: UnixListener::from_std(listener).unwrap(),
             dialer: Dialer::new(place, "vsock.sock"),
-            host: super::Host {
+            host: super::StreamHost {
                 namespace: Namespace::new("space").unwrap(),
                 mounts: None,
                 hub: Hub::new(Some(dir.path().join("shim.sock"))),

@@ -5,6 +5,7 @@
 //! guest, however late that answers, then on the host.
 
 use std::{
+    fs::File,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
@@ -13,7 +14,7 @@ use std::{
     },
 };
 
-use bulkhead_agent_api::{PRIVATE_DIR, SHARE_DIR, agent::CreateRequest};
+use bulkhead_agent_api::{DISKS_DIR, PRIVATE_DIR, SHARE_DIR, agent::CreateRequest};
 use bulkhead_spec::{Fate, Note};
 use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::MessageField};
 use tokio::{sync::Mutex as AsyncMutex, task::JoinHandle, time::timeout};
@@ -22,6 +23,7 @@ use tracing::{info, warn};
 use super::{Container, Creation, DIE, Pod, Slot, last::run_last, making::Making};
 use crate::{
     agent::ProcessName,
+    disk::{Attached, Disk},
     error::{Error, Result},
     events::{Event, task_io},
     explain::Explanation,
@@ -147,6 +149,7 @@ impl Pod {
         // The guest takes the root from where it is told that nobody else changes
         // it, if that is so.
         let root_share = match rootfs::is_private(&request.rootfs) {
+            _ if request.rootfs.iter().any(Disk::is_meant) => DISKS_DIR,
             true => PRIVATE_DIR,
             false => SHARE_DIR,
         };
@@ -157,6 +160,7 @@ impl Pod {
         self.tell(&request.id, &prepared.fields)?;
         traces.told = self.keep_told(request, &prepared).await;
         let root = Source::new(&request.rootfs, &request.bundle, &prepared.root)?;
+        let disk = open_disk(&root).await?;
         let (share, id, volumes) = (
             Arc::clone(&self.share),
             request.id.clone(),
@@ -178,9 +182,13 @@ impl Pod {
             *files = Some(result.unwrap_or_else(|error| Err(lost(&error)))?);
             Ok(())
         };
-        let size = Size::on_this_host(prepared.limits, &self.config);
+        let mut size = Size::on_this_host(prepared.limits, &self.config);
+        size.places = u8::from(disk.is_some());
         let boot = self.boot(size, prepared.oom_score_adj, prepared.cgroup);
         let (guest, ()) = tokio::try_join!(boot, put_up)?;
+        if let Some((disk, file)) = disk {
+            traces.disk = Some(disk.attach(file, &guest).await?);
+        }
         let hooks = traces.hooks.insert(Hooks {
             host: Arc::clone(&self.host),
             id: request.id.clone(),
@@ -206,6 +214,7 @@ impl Pod {
             stdio: Some(stdio).into(),
             seccomp_filter: prepared.filter.program,
             seccomp_flags: prepared.filter.flags,
+            root_disk: traces.disk.as_ref().map(Attached::message).into(),
             ..CreateRequest::default()
         };
         let name = ProcessName {
@@ -235,6 +244,7 @@ impl Pod {
             files: Mutex::new(traces.files.take()),
             told: Mutex::new(traces.told.take()),
             hooks,
+            disk: Mutex::new(traces.disk.take()),
             deleting: AsyncMutex::new(()),
             kill_unanswered: AtomicBool::new(false),
             ooms: AtomicU64::new(0),
@@ -298,6 +308,8 @@ struct Traces {
     told: Option<Kept>,
     /// Those of the end run as soon as those of the beginning may have.
     hooks: Option<Hooks>,
+    /// In the VMM.
+    disk: Option<Attached>,
 }
 
 impl Traces {
@@ -309,6 +321,9 @@ impl Traces {
             if timeout(DIE, undone).await.is_err() {
                 warn!("the guest does not take a container back yet");
             }
+        }
+        if let Some(disk) = self.disk {
+            disk.detach().await;
         }
         let mut files = self.files;
         if let Some(mounting) = self.mounting {
@@ -324,6 +339,18 @@ impl Traces {
             run_last(hooks).await;
         }
     }
+}
+
+/// Opens the root file system, if it is a disk.
+async fn open_disk(root: &Source) -> Result<Option<(Disk, File)>> {
+    let Source::Disk(disk) = root else {
+        return Ok(None);
+    };
+    let disk = disk.clone();
+    blocking("open the disk", move || {
+        Ok(Some((disk.clone(), disk.open()?)))
+    })
+    .await
 }
 
 /// Runs what may block away from the requests.

@@ -2,8 +2,8 @@
 
 mod faults;
 pub(crate) mod harness;
-mod resources;
 mod hooks;
+mod resources;
 mod script;
 
 use bulkhead_agent_api::agent::cause::Kind;
@@ -359,7 +359,7 @@ fn the_end_of_the_pod_tells_the_end_of_everything_in_it() {
 }
 
 #[test]
-fn a_background_process_that_holds_the_output_does_not_hold_up_the_end() {
+fn a_background_process_that_holds_the_output_does_not_hold_up_the_end_ta_38() {
     run(async |bench| {
         bench.running("c").await;
         let stdio = Stdio {
@@ -389,6 +389,7 @@ fn a_slow_reader_gets_the_rest_of_what_a_deleted_container_wrote_ta_35() {
         let mut reader = fifo.open_receiver(&request.stdio.stdout).unwrap();
         // Nobody has read for so long that there is no room for another word.
         let filler = fifo.open_sender(&request.stdio.stdout).unwrap();
+        filler.writable().await.unwrap();
         while filler.try_write(&[b'x'; 4096]).is_ok() {}
         bench.pod.create(request).await.unwrap();
         drop(filler);

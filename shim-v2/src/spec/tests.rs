@@ -375,7 +375,7 @@ fn a_map_of_ids_is_the_hosts_affair_fs_30() {
 fn a_specification_that_is_not_run_can_be_explained() {
     let mut spec = with("process.selinuxLabel", json!("u:r:t:s0"));
     let fate = |spec: &Value, field: &str| {
-        let fields = explain(spec.clone());
+        let fields = explain(spec);
         fields
             .iter()
             .find(|note| note.field == field)

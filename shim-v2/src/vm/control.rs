@@ -7,12 +7,19 @@
 //! Answers come from a process that is presumed hostile: they are bounded, decoded
 //! into values, and belong to the request of the same number or are dropped.
 
-use std::{io, os::fd::OwnedFd, os::unix::net::UnixStream as StdStream, time::Duration};
+use std::{
+    fs::File,
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::unix::net::UnixStream as StdStream,
+    time::Duration,
+};
 
 use bulkhead_vmm::control::{Answer, Answered, Asked, LONGEST, Request, Status, decode, encode};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, shutdown,
-    socketpair,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown,
+    SocketFlags, SocketType, recv, sendmsg, shutdown, socketpair,
 };
 use tokio::{io::Interest, net::UnixStream, sync::Mutex, time::timeout};
 
@@ -64,6 +71,20 @@ impl Control {
         done(self.ask(Request::Resume, "resume").await?)
     }
 
+    /// Gives the machine a disk; answers the number of its device.
+    pub async fn attach(&self, disk: File, read_only: bool) -> Result<u8> {
+        let request = Request::Attach { read_only };
+        match self.ask_with(request, "attach", Some(disk)).await? {
+            Answer::Attached(device) => Ok(device),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Takes a disk from it.
+    pub async fn detach(&self, device: u8) -> Result<()> {
+        done(self.ask(Request::Detach { device }, "detach").await?)
+    }
+
     /// How the machine is.
     pub async fn status(&self) -> Result<Status> {
         match self.ask(Request::Status, "status").await? {
@@ -79,7 +100,16 @@ impl Control {
     }
 
     async fn ask(&self, request: Request, call: &'static str) -> Result<Answer> {
-        match timeout(self.limit, self.exchange(request)).await {
+        self.ask_with(request, call, None).await
+    }
+
+    async fn ask_with(
+        &self,
+        request: Request,
+        call: &'static str,
+        file: Option<File>,
+    ) -> Result<Answer> {
+        match timeout(self.limit, self.exchange(request, file)).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(Error::VmGone(format!("the VMM does not answer: {error}"))),
             Err(_) => Err(Error::Deadline {
@@ -91,16 +121,18 @@ impl Control {
 
     /// May be dropped at any moment: an answer that nobody waits for any more is
     /// passed over by the next exchange.
-    async fn exchange(&self, request: Request) -> io::Result<Answer> {
+    async fn exchange(&self, request: Request, file: Option<File>) -> io::Result<Answer> {
         let mut last = self.last.lock().await;
         *last += 1;
         let number = *last;
         let message = encode(&Asked { number, request })?;
         self.socket
             .async_io(Interest::WRITABLE, || {
-                Ok(send(&self.socket, &message, SendFlags::NOSIGNAL)?)
+                send(&self.socket, &message, file.as_ref())
             })
             .await?;
+        // The machine is its only holder, so that it is closed with it.
+        drop(file);
         loop {
             let mut message = vec![0; LONGEST];
             let (length, _) = self
@@ -126,6 +158,19 @@ impl Control {
     }
 }
 
+/// Sends a message, with a descriptor if there is one.
+fn send(socket: &UnixStream, message: &[u8], file: Option<&File>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let files: Vec<BorrowedFd<'_>> = file.iter().map(|file| file.as_fd()).collect();
+    if !files.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&files));
+    }
+    let message = [IoSlice::new(message)];
+    sendmsg(socket, &message, &mut ancillary, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
 fn done(answer: Answer) -> Result<()> {
     match answer {
         Answer::Done => Ok(()),
@@ -136,7 +181,9 @@ fn done(answer: Answer) -> Result<()> {
 fn unexpected(answer: Answer) -> Error {
     let reason = match answer {
         Answer::Refused(reason) => escape(&reason),
-        Answer::Done | Answer::Status(_) => "it answers something else".to_owned(),
+        Answer::Done | Answer::Status(_) | Answer::Attached(_) => {
+            "it answers something else".to_owned()
+        }
     };
     host("control the VMM")(io::Error::other(reason))
 }
@@ -144,6 +191,7 @@ fn unexpected(answer: Answer) -> Error {
 #[cfg(test)]
 mod tests {
     use bulkhead_vmm::exit::Exits;
+    use rustix::net::send;
 
     use super::*;
 

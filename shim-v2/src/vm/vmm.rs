@@ -80,6 +80,8 @@ pub struct Launch {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// Places for disks that come later.
+    pub places: u8,
     /// The directory of the pod's share, which becomes the VMM's root.
     pub share: PathBuf,
     /// How it is offered to the guest.
@@ -321,6 +323,7 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
             ports: vec![AGENT_PORT],
         }),
         disks: Vec::new(),
+        places: launch.places,
         console: launch.console.then_some(Console {
             output: None,
             input: None,

@@ -2,9 +2,10 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufRead, BufReader, PipeReader, Read, Write},
+    io::{self, BufRead, BufReader, IoSlice, PipeReader, Read, Write},
+    mem::MaybeUninit,
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
     path::PathBuf,
@@ -12,7 +13,9 @@ use std::{
 };
 
 use bulkhead_vmm::control::{Answer, Answered, Asked, LONGEST, Request, decode, encode};
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{
+    RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, send, sendmsg,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -28,6 +31,7 @@ pub(crate) struct Machine {
     options: Vec<(String, String)>,
     cmdline: String,
     console: bool,
+    places: u8,
     input: Option<(String, String)>,
 }
 
@@ -81,6 +85,7 @@ impl Machine {
             options: Vec::new(),
             cmdline: CMDLINE.into(),
             console: true,
+            places: 0,
             input: None,
         }
     }
@@ -100,6 +105,12 @@ impl Machine {
     /// What is typed at the console once the guest has written this line.
     pub(crate) fn input_after(mut self, line: &str, text: &str) -> Machine {
         self.input = Some((line.into(), text.into()));
+        self
+    }
+
+    /// Places for disks that come later.
+    pub(crate) fn places(mut self, count: u8) -> Machine {
+        self.places = count;
         self
     }
 
@@ -177,7 +188,7 @@ impl Machine {
             "kvm": 10, "kernel": 11, "initramfs": 12, "cmdline": self.cmdline,
             "vcpus": 1, "memory_mib": 128, "shares": [], "disks": [], "rng": true, "notices": false,
             "vsock": {"guest_cid": 3, "ports": [1024]},
-            "console": {"output": 13}, "control": 14, "report": 15,
+            "console": {"output": 13}, "control": 14, "report": 15, "places": self.places,
         });
         let path = self.dir.path().join("config");
         fs::write(&path, config.to_string())?;
@@ -227,6 +238,10 @@ pub(crate) fn control() -> io::Result<(OwnedFd, OwnedFd)> {
 pub(crate) fn ask(socket: &OwnedFd, request: Request) -> Option<Answer> {
     let message = encode(&Asked { number: 1, request }).expect("a message");
     send(socket, &message, SendFlags::NOSIGNAL).ok()?;
+    answer(socket)
+}
+
+fn answer(socket: &OwnedFd) -> Option<Answer> {
     let mut message = vec![0; LONGEST];
     let (length, _) = recv(socket, message.as_mut_slice(), RecvFlags::empty()).ok()?;
     if length == 0 {
@@ -234,6 +249,19 @@ pub(crate) fn ask(socket: &OwnedFd, request: Request) -> Option<Answer> {
     }
     let answered: Answered = decode(&message[..length]).expect("an answer");
     Some(answered.answer)
+}
+
+/// Hands the machine a disk.
+pub(crate) fn attach(socket: &OwnedFd, disk: &File, read_only: bool) -> Option<Answer> {
+    let request = Request::Attach { read_only };
+    let message = encode(&Asked { number: 2, request }).expect("a message");
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let disks = [disk.as_fd()];
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&disks)));
+    let message = [IoSlice::new(&message)];
+    sendmsg(socket, &message, &mut ancillary, SendFlags::NOSIGNAL).ok()?;
+    answer(socket)
 }
 
 /// Puts descriptors where the configuration names them.

@@ -26,6 +26,8 @@ use crate::event_loop::{EventFlags, EventLoop, Handler, Registration, Watch};
 
 const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
+/// The queues of a disk.
+pub const QUEUES: &[u16] = &[QUEUE_SIZE];
 
 /// Feature bits (5.2.3).
 const SEG_MAX: u64 = 1 << 2;
@@ -115,7 +117,7 @@ impl Device for Block {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        QUEUES
     }
 
     fn config(&self) -> Vec<u8> {

@@ -6,6 +6,7 @@
 //! DRIVER_OK and owns the queues. The transport (`mmio.rs`) creates the queues,
 //! checks them, moves them in at activation and takes the worker down at reset.
 
+pub mod absent;
 pub mod block;
 pub mod console;
 pub mod fs;

@@ -143,7 +143,7 @@ pub(super) const PROCESSOR: &[Rule] = &[
 pub(super) const MAIN: &[Rule] = &[
     any(libc::SYS_poll),
     any(libc::SYS_ppoll),
-    any(libc::SYS_recvfrom),
+    any(libc::SYS_recvmsg),
     any(libc::SYS_sendto),
 ];
 
@@ -183,6 +183,9 @@ pub(super) const DISK: &[Rule] = &[
     any(libc::SYS_pwritev),
     any(libc::SYS_fdatasync),
 ];
+
+/// A disk that comes: how large it is.
+pub(super) const HOTPLUG: &[Rule] = &[any(libc::SYS_lseek)];
 
 /// The file server: whatever acts on a descriptor or on a name relative to one.
 pub(super) const FILES: &[Rule] = &[

@@ -193,6 +193,7 @@ fn start(confined: &Confined, body: impl Fn(ThreadKind) + Send + Clone + 'static
         (ThreadKind::Processor, "vcpu0"),
         (ThreadKind::Devices, "devices"),
         (ThreadKind::Disk, "disk"),
+        (ThreadKind::Hotplug, "hotplug"),
     ] {
         assert_eq!(ThreadKind::of(name), Some(kind));
         let body = body.clone();
@@ -261,6 +262,7 @@ fn posture() {
         (ThreadKind::Processor, 1),
         (ThreadKind::Devices, 1),
         (ThreadKind::Disk, 1),
+        (ThreadKind::Hotplug, 1),
         // It starts others when it has work that may take its time.
         (ThreadKind::Files, 1),
     ] {
@@ -443,7 +445,7 @@ fn attempt_everything(kind: ThreadKind) -> Vec<String> {
         .map(|(what, ..)| format!("{kind:?}: {what}"))
         .collect();
     // Where threads may start, this is answered as unknown instead.
-    let refused = if kind == ThreadKind::Files {
+    let refused = if matches!(kind, ThreadKind::Files | ThreadKind::Hotplug) {
         // SAFETY: an argument of no size is refused in any case.
         let outcome = unsafe { libc::syscall(libc::SYS_clone3, 0, 0) };
         outcome == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS)

@@ -25,12 +25,13 @@ pub const FILE_THREADS: usize = 11;
 /// that other kernels may have.
 const KVM_THREADS: usize = 4;
 
-/// Most tasks of a machine with so many processors and shares, and without disks: what
-/// its cgroup is limited to.
+/// Most tasks of a machine with so many processors, shares and places for disks, and
+/// without disks from the start: what its cgroup is limited to.
 #[must_use]
-pub const fn most(processors: u8, shares: usize) -> u64 {
-    // The main thread, and that of the devices.
+pub const fn most(processors: u8, shares: usize, places: u8) -> u64 {
+    // The main thread, and that of the devices; one for each place and one for all.
     let own = 2 + processors as usize + shares * FILE_THREADS;
+    let own = own + places as usize + (places > 0) as usize;
     (own + KVM_THREADS) as u64
 }
 
@@ -45,6 +46,8 @@ pub enum ThreadKind {
     Devices,
     /// Serves a disk.
     Disk,
+    /// Brings disks while the guest runs, serves such a disk, or takes it away.
+    Hotplug,
     /// Serves files of the share.
     Files,
 }
@@ -61,11 +64,12 @@ pub enum Identity {
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [ThreadKind; 5] = [
+    pub const ALL: [ThreadKind; 6] = [
         ThreadKind::Main,
         ThreadKind::Processor,
         ThreadKind::Devices,
         ThreadKind::Disk,
+        ThreadKind::Hotplug,
         ThreadKind::Files,
     ];
 
@@ -76,6 +80,8 @@ impl ThreadKind {
             "bulkhead-vmm" => Some(ThreadKind::Main),
             "devices" => Some(ThreadKind::Devices),
             "disk" => Some(ThreadKind::Disk),
+            "hotplug" => Some(ThreadKind::Hotplug),
+            _ if name.starts_with("disk-") => Some(ThreadKind::Hotplug),
             _ if name.starts_with("vcpu") => Some(ThreadKind::Processor),
             _ if name.starts_with("fs-") => Some(ThreadKind::Files),
             _ => None,
@@ -126,6 +132,12 @@ impl ThreadKind {
             ThreadKind::Processor => &[syscalls::PROCESSOR],
             ThreadKind::Devices => &[syscalls::EVENTS, syscalls::DEVICES],
             ThreadKind::Disk => &[syscalls::EVENTS, syscalls::DISK],
+            ThreadKind::Hotplug => &[
+                syscalls::EVENTS,
+                syscalls::DISK,
+                syscalls::THREADS,
+                syscalls::HOTPLUG,
+            ],
             ThreadKind::Files => &[syscalls::EVENTS, syscalls::FILES, syscalls::THREADS],
         };
         [syscalls::EVERY]

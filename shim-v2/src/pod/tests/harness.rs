@@ -4,6 +4,7 @@
 
 use std::{
     fmt, fs,
+    fs::File,
     net::Shutdown,
     os::unix::net::{UnixListener as StdListener, UnixStream as StdStream},
     path::{Path, PathBuf},
@@ -28,7 +29,7 @@ use super::{
 use crate::{
     agent::{Agent, Limits},
     events::testing::Told,
-    io::{self, Dialer, Stdio, read_line, streaming::Hub},
+    io::{Dialer, Stdio, StreamHost, read_line, streaming::Hub},
     share::enter_private_namespace,
     statedir::{HostProcess, StateDir},
 };
@@ -136,6 +137,14 @@ impl Guest for TestGuest {
         HostProcess::of(std::process::id().cast_signed()).unwrap()
     }
 
+    async fn attach(&self, _: File, _: bool) -> Result<u8> {
+        Err(Error::Unsupported("A disk"))
+    }
+
+    async fn detach(&self, _: u8) -> Result<()> {
+        Ok(())
+    }
+
     fn kill(&self) {
         self.ends(137, "the VM was killed");
     }
@@ -229,7 +238,7 @@ impl Bench {
             booted: AtomicU32::new(0),
             guest: Mutex::default(),
         });
-        let streams = io::Host {
+        let streams = StreamHost {
             namespace: namespace.clone(),
             mounts: None,
             hub: Hub::new(None),
