@@ -71,12 +71,44 @@ pub const LEAVE_DELETE: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub struct Cgroup {
     dirs: Vec<PathBuf>,
+    entrance: Entrance,
+    /// The list in the state directory.
+    record: PathBuf,
+}
+
+/// The way into a [`Cgroup`]; it leads nowhere once that is removed.
+#[derive(Debug, Default)]
+pub struct Entrance {
     /// The directory of v2, into which a process can be born.
     unified: Option<OwnedFd>,
     /// `cgroup.procs` of v1, into which a process writes itself.
     procs: Vec<File>,
-    /// The list in the state directory.
-    record: PathBuf,
+}
+
+impl Entrance {
+    /// The directory in which a new process can be born.
+    pub(crate) fn unified(&self) -> Option<BorrowedFd<'_>> {
+        self.unified.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Lets the calling process, which is alone, enter what it was not born in. Makes
+    /// system calls only.
+    pub(crate) fn enter(&self) -> io::Result<()> {
+        for mut procs in &self.procs {
+            // Whoever writes it.
+            procs.write_all(b"0")?;
+        }
+        Ok(())
+    }
+
+    /// One more.
+    pub(crate) fn try_clone(&self) -> io::Result<Entrance> {
+        let procs: io::Result<_> = self.procs.iter().map(File::try_clone).collect();
+        Ok(Entrance {
+            unified: self.unified.as_ref().map(OwnedFd::try_clone).transpose()?,
+            procs: procs?,
+        })
+    }
 }
 
 impl Cgroup {
@@ -98,8 +130,7 @@ impl Cgroup {
         }
         let mut cgroup = Cgroup {
             dirs: Vec::new(),
-            unified: None,
-            procs: Vec::new(),
+            entrance: Entrance::default(),
             record: state.join(RECORD),
         };
         let failed = |path: &Path, source| Error::Path {
@@ -120,12 +151,13 @@ impl Cgroup {
             match hierarchy.version {
                 Version::Two => {
                     let opened = mount::open_dir(&dir).map_err(|error| failed(&dir, error))?;
-                    cgroup.unified = Some(opened);
+                    cgroup.entrance.unified = Some(opened);
                 }
                 Version::One => {
                     let path = dir.join("cgroup.procs");
                     let procs = File::options().write(true).open(&path);
                     cgroup
+                        .entrance
                         .procs
                         .push(procs.map_err(|error| failed(&path, error))?);
                 }
@@ -137,19 +169,9 @@ impl Cgroup {
         Ok(cgroup)
     }
 
-    /// The directory in which a new process can be born.
-    pub(crate) fn unified(&self) -> Option<BorrowedFd<'_>> {
-        self.unified.as_ref().map(AsFd::as_fd)
-    }
-
-    /// Lets the calling process, which is alone, enter what it was not born in. Makes
-    /// system calls only.
-    pub(crate) fn enter(&self) -> io::Result<()> {
-        for mut procs in &self.procs {
-            // Whoever writes it.
-            procs.write_all(b"0")?;
-        }
-        Ok(())
+    /// The way in.
+    pub(crate) fn entrance(&self) -> &Entrance {
+        &self.entrance
     }
 
     /// Where it is, for messages: in one of the hierarchies.
@@ -180,6 +202,29 @@ pub fn remove_recorded(state: &Path, limit: Duration) -> Result<()> {
         .filter(|dir| dir.starts_with(ROOT))
         .collect();
     remove(&dirs, limit)
+}
+
+/// Moves a process into a cgroup that somebody has made for it, in every hierarchy.
+pub fn join(path: &str, pid: u32) -> Result<()> {
+    let refused = |reason: String| Error::Argument {
+        what: "Runtime option shim_cgroup",
+        value: path.to_owned(),
+        reason,
+    };
+    let place = match Place::new(path) {
+        Ok(Some(place)) => place,
+        Ok(None) => return Ok(()),
+        Err(error) => return Err(refused(error.to_string())),
+    };
+    for hierarchy in Hierarchy::mounted(Path::new(ROOT)) {
+        let procs = hierarchy.dir(&place).join("cgroup.procs");
+        let moved = File::options()
+            .write(true)
+            .open(&procs)
+            .and_then(|mut file| file.write_all(pid.to_string().as_bytes()));
+        moved.map_err(|error| refused(format!("cannot write {}: {error}", procs.display())))?;
+    }
+    Ok(())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

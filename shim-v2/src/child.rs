@@ -5,6 +5,7 @@
 //! nothing but a copy of the thread that made it.
 
 use std::{
+    convert::Infallible,
     ffi::CString,
     io::{self, PipeReader, Read},
     os::{
@@ -23,7 +24,11 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
-use crate::{cgroup::Cgroup, inherit, statedir::signal};
+use crate::{
+    cgroup::Entrance,
+    inherit,
+    statedir::{ended, signal},
+};
 
 /// Flags of clone3(2) that do not fit the type that `libc` gives them.
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
@@ -48,7 +53,7 @@ pub(crate) struct Program<'a> {
     /// What else it inherits under another number, from 3 to 15.
     pub(crate) placed: &'a [(BorrowedFd<'a>, RawFd)],
     /// Where it lives.
-    pub(crate) cgroup: Option<&'a Cgroup>,
+    pub(crate) cgroup: Option<&'a Entrance>,
     /// The mount namespace that it is looked up and lives in; `None`: the caller's.
     pub(crate) mounts: Option<BorrowedFd<'a>>,
 }
@@ -105,20 +110,13 @@ impl Child {
             .write(true)
             .open("/dev/null")
             .map_err(Failure::Birth)?;
-        let (failure, end) = io::pipe().map_err(Failure::Birth)?;
-        let aside = |fd: BorrowedFd<'_>| {
-            fcntl_dupfd_cloexec(fd, ASIDE).map_err(|e| Failure::Birth(e.into()))
-        };
-        let failed = aside(end.as_fd())?;
-        drop(end);
         let mut kept = program.kept.to_vec();
         let mut placed = Vec::new();
         for (fd, number) in program.placed {
             placed.push((aside(*fd)?, *number));
             kept.push(*number);
         }
-        let unified = program.cgroup.and_then(Cgroup::unified);
-        let exec = || -> io::Result<()> {
+        let exec = || -> io::Result<Infallible> {
             rustix::stdio::dup2_stdin(&null)?;
             rustix::stdio::dup2_stdout(&null)?;
             rustix::stdio::dup2_stderr(program.stderr)?;
@@ -141,16 +139,35 @@ impl Child {
             unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
             Err(io::Error::last_os_error())
         };
-        // SAFETY: until it has another program the child makes only system calls on
-        // memory that is there: `exec` neither allocates nor locks nor panics.
-        let side = unsafe { copy_of_this_thread(unified) };
+        // SAFETY: `exec` makes only system calls on memory that is there: it neither
+        // allocates nor locks nor panics.
+        unsafe { Child::born(program.cgroup, exec) }
+    }
+
+    /// Makes a copy of the calling thread in a cgroup, which turns into something else
+    /// by `become_it`. Waits until it has, or why it has not.
+    ///
+    /// # Safety
+    /// In the child whatever other threads were about to do stays half done: locks that
+    /// they hold (of the allocator, of the standard streams) are never released. So
+    /// `become_it` must make system calls only, on memory that is there.
+    pub(crate) unsafe fn born(
+        cgroup: Option<&Entrance>,
+        become_it: impl FnOnce() -> io::Result<Infallible>,
+    ) -> Result<Child, Failure> {
+        let (failure, end) = io::pipe().map_err(Failure::Birth)?;
+        let failed = aside(end.as_fd())?;
+        drop(end);
+        // SAFETY: as the caller promises; what the child does here beside are system
+        // calls, too.
+        let side = unsafe { copy_of_this_thread(cgroup.and_then(Entrance::unified)) };
         let child = match side.map_err(Failure::Birth)? {
             Side::Parent(child) => child,
             Side::Child => {
                 let number = |error: &io::Error| error.raw_os_error().unwrap_or(libc::EIO);
-                let number = match program.cgroup.map_or(Ok(()), Cgroup::enter) {
+                let number = match cgroup.map_or(Ok(()), Entrance::enter) {
                     Err(error) => -number(&error),
-                    Ok(()) => exec().err().as_ref().map_or(libc::EIO, number),
+                    Ok(()) => become_it().err().as_ref().map_or(libc::EIO, number),
                 };
                 // What nobody reads is seen by the status.
                 let _ = rustix::io::write(&failed, &number.to_ne_bytes());
@@ -175,6 +192,15 @@ impl Child {
     /// Sends it a signal; that it has ended is no error.
     pub(crate) fn signal(&self, number: Signal) -> io::Result<()> {
         signal(&self.pidfd, number)
+    }
+
+    /// Ends it, and reaps it if it is gone so soon. The kernel cannot end what is frozen
+    /// by cgroup v1; that one is left to whoever comes after this process.
+    pub(crate) fn end(mut self, limit_ms: u32) {
+        let _ = signal(&self.pidfd, Signal::KILL);
+        if !ended(&self.pidfd, limit_ms) {
+            self.reaped = true;
+        }
     }
 
     /// Waits for its end.
@@ -204,6 +230,11 @@ impl Drop for Child {
             let _ = self.wait();
         }
     }
+}
+
+/// One more of a descriptor, away from the numbers of a program.
+fn aside(fd: BorrowedFd<'_>) -> Result<OwnedFd, Failure> {
+    fcntl_dupfd_cloexec(fd, ASIDE).map_err(|error| Failure::Birth(error.into()))
 }
 
 /// An array as execve(2) takes it, valid as long as `texts`.
@@ -293,7 +324,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::statedir::{HostProcess, ended};
+    use crate::{cgroup::Cgroup, statedir::HostProcess};
 
     fn start(path: &str, arguments: &[&str], stderr: &impl AsFd) -> Result<Child, Failure> {
         let arguments: Vec<String> = arguments.iter().map(|&text| text.into()).collect();
@@ -379,7 +410,7 @@ mod tests {
                 "-c".to_owned(),
                 "while read l; do echo $l; done < /proc/self/cgroup >&2".to_owned(),
             ],
-            cgroup: Some(&cgroup),
+            cgroup: Some(cgroup.entrance()),
             ..Program::new(Path::new("/bin/sh"), stderr.as_fd())
         })
         .unwrap();
@@ -408,7 +439,7 @@ mod tests {
         };
         std::fs::remove_dir(cgroup.path()).unwrap();
         let failure = Child::start(&Program {
-            cgroup: Some(&cgroup),
+            cgroup: Some(cgroup.entrance()),
             ..Program::new(Path::new("/bin/true"), io::stderr().as_fd())
         });
         assert!(matches!(failure, Err(Failure::Birth(_))), "{failure:?}");

@@ -1,7 +1,8 @@
 //! `/etc/bulkhead/config.toml` and `/etc/bulkhead/config.d/*.toml`.
 //!
 //! Every key has a default and no file is needed. A file in `config.d` overrides
-//! what comes before it, in the order of the names. A key that is not known is an
+//! what comes before it, in the order of the names. A caller may name another file, or
+//! bring its text, for one pod. A key that is not known is an
 //! error: a typing mistake must not pass for a setting.
 
 use std::{
@@ -13,8 +14,13 @@ use std::{
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::options::Source;
+
 /// Directory of the configuration.
 pub const DIR: &str = "/etc/bulkhead";
+
+/// In messages, what stands for the file where there is none.
+const OPTIONS: &str = "runtime options";
 
 /// Where packages put the assets.
 const ASSETS_DIR: &str = "/usr/share/bulkhead";
@@ -126,6 +132,24 @@ impl Config {
     /// Reads the configuration of the host.
     pub fn load() -> Result<Self, Error> {
         Self::load_from(Path::new(DIR))
+    }
+
+    /// Reads the configuration that a caller names for one pod, instead of the host's
+    /// if there is one.
+    pub fn load_for(source: Option<&Source>) -> Result<Self, Error> {
+        let mut config = Config::default();
+        match source {
+            None => return Self::load(),
+            Some(Source::File(path)) => {
+                let text = fs::read_to_string(path).map_err(|source| Error::Read {
+                    path: path.clone(),
+                    source,
+                })?;
+                config.apply(path, &text)?;
+            }
+            Some(Source::Text(text)) => config.apply(Path::new(OPTIONS), text)?,
+        }
+        Ok(config)
     }
 
     /// Reads the configuration below `dir`.

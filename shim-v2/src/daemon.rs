@@ -6,7 +6,7 @@
 
 use std::{
     fs::File,
-    io::{self, Write},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, FromRawFd, OwnedFd, RawFd},
         unix::{fs::OpenOptionsExt, net::UnixListener as StdListener},
@@ -16,7 +16,11 @@ use std::{
     time::Duration,
 };
 
-use containerd_shim_protos::ttrpc::r#async::{Server, transport::Listener};
+use containerd_shim_protos::{
+    bootstrap_api::BootstrapParams,
+    protobuf::Message,
+    ttrpc::r#async::{Server, transport::Listener},
+};
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -26,7 +30,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    config::Config,
+    cgroup,
     error::{Error, Result, host},
     events::Publisher,
     flags::Flags,
@@ -34,7 +38,9 @@ use crate::{
     io::{StreamHost, streaming::Hub},
     log,
     names::{GroupId, Namespace},
+    options::{self, Options},
     pod::{Parts, Pod},
+    settings::Settings,
     share::{Share, enter_private_namespace},
     statedir::{Held, StateDir},
     task::TaskService,
@@ -66,20 +72,23 @@ pub fn run(flags: &Flags) -> Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     let outside = Host::here()?;
     enter_private_namespace()?;
-    // A configuration that cannot be used ends the daemon, and `start` says why; but
-    // first there must be a log.
-    let config = Config::load();
-    log::init(
-        &bundle,
-        flags.debug || config.as_ref().is_ok_and(|config| config.debug),
-    );
+    let options = handed_options()?;
+    // Settings that cannot be used end the daemon, and `start` says why; but first there
+    // must be a log.
+    let settings = Settings::of_start(&options);
+    let debug = flags.debug || settings.as_ref().is_ok_and(|of| of.get().debug);
+    log::init(&bundle, debug);
+    options.log();
     if !flags.ignored.is_empty() {
         info!(
             flags = flags.ignored.join(" "),
             "flags are not known and were ignored"
         );
     }
-    let config = config?;
+    let settings = Arc::new(settings?);
+    if !options.shim_cgroup.is_empty() {
+        cgroup::join(&options.shim_cgroup, std::process::id())?;
+    }
     let dir = StateDir::of(&namespace, &group);
     let owner = std::env::var(OWNER).unwrap_or_default();
     let held = dir
@@ -102,7 +111,7 @@ pub fn run(flags: &Flags) -> Result<()> {
             hub: Hub::new(socket.clone()),
         },
         namespace,
-        config,
+        settings,
         held: Arc::new(held),
         socket,
         outside: Arc::new(outside),
@@ -118,7 +127,7 @@ pub fn run(flags: &Flags) -> Result<()> {
 #[derive(Debug)]
 struct Given {
     namespace: Namespace,
-    config: Config,
+    settings: Arc<Settings>,
     held: Arc<Held>,
     socket: Option<PathBuf>,
     outside: Arc<Host>,
@@ -128,7 +137,7 @@ struct Given {
 async fn serve(listener: StdListener, given: Given) -> Result<()> {
     let Given {
         namespace,
-        config,
+        settings,
         held,
         socket,
         outside,
@@ -138,12 +147,12 @@ async fn serve(listener: StdListener, given: Given) -> Result<()> {
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let events = Publisher::new(&namespace, &address);
     let hypervisor = Arc::new(Kvm {
-        config: config.clone(),
+        settings: Arc::clone(&settings),
         dir: held.dir().clone(),
     });
     let pod = Pod::new(Parts {
         namespace,
-        config,
+        settings,
         dir: held,
         share,
         events,
@@ -194,10 +203,10 @@ async fn serve(listener: StdListener, given: Given) -> Result<()> {
 }
 
 /// Waits until the pod has been without a VM and containers for long.
-async fn unused(pod: &Pod) {
+pub(crate) async fn unused(pod: &Pod) {
     loop {
         sleep(UNUSED).await;
-        if pod.is_empty() && pod.pid() == 0 {
+        if pod.is_empty() && pod.is_new() {
             return;
         }
     }
@@ -243,6 +252,27 @@ fn inherited_listener() -> Result<StdListener> {
     Ok(StdListener::from(fd))
 }
 
+/// The options that `start` hands over on our standard input, and lets go of it.
+fn handed_options() -> Result<Options> {
+    let failed = "take the options from start";
+    let mut bytes = Vec::new();
+    io::stdin().read_to_end(&mut bytes).map_err(host(failed))?;
+    rustix::stdio::dup2_stdin(null()?).map_err(host(failed))?;
+    let params = BootstrapParams::parse_from_bytes(&bytes);
+    let params = params.map_err(|error| host(failed)(io::Error::other(error)))?;
+    Ok(Options::read(&options::unpack(params)))
+}
+
+fn null() -> Result<File> {
+    let flags = rustix::fs::OFlags::CLOEXEC.bits().cast_signed();
+    File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open("/dev/null")
+        .map_err(host("open /dev/null"))
+}
+
 /// Tells `start`, which waits on our standard output, and lets go of it.
 fn say_ready() -> Result<()> {
     let mut stdout = io::stdout();
@@ -250,11 +280,5 @@ fn say_ready() -> Result<()> {
         .write_all(READY.as_bytes())
         .and_then(|()| stdout.flush())
         .map_err(host("tell start"))?;
-    let flags = rustix::fs::OFlags::CLOEXEC.bits().cast_signed();
-    let null = File::options()
-        .write(true)
-        .custom_flags(flags)
-        .open("/dev/null")
-        .map_err(host("open /dev/null"))?;
-    rustix::stdio::dup2_stdout(&null).map_err(host("let go of start"))
+    rustix::stdio::dup2_stdout(null()?).map_err(host("let go of start"))
 }

@@ -27,10 +27,11 @@ use crate::{
     cgroup,
     error::{Error, Result, host},
     explain::Explanation,
+    fate::{self, Ending, Fate},
     flags::Flags,
     hooks::{Hooks, Host, Moment},
     mount,
-    names::{ContainerId, Group, GroupId, Namespace},
+    names::{ContainerId, Group, GroupId, Namespace, Role},
     start,
     statedir::{Processes, StateDir, ended, kept, kill, signal},
 };
@@ -43,7 +44,8 @@ const KILLED_MS: u32 = 1000;
 const ASK: Duration = Duration::from_millis(2500);
 /// Time for the hooks of the end.
 const LAST: Duration = Duration::from_millis(2500);
-/// Exit status of a task whose shim is gone: 128 and SIGKILL.
+/// Exit status of a task of which no end was recorded: it died with its VM, as of
+/// SIGKILL.
 const STATUS: u32 = 137;
 
 /// Cleans up and returns what must be printed.
@@ -52,14 +54,15 @@ pub fn run(flags: &Flags) -> Result<Vec<u8>> {
     let id = ContainerId::new(&flags.id)?;
     let bundle = bundle(flags);
     let own = StateDir::of(&namespace, &GroupId::new(id.as_str())?);
-    let mut pid = own.processes().vmm.map_or(0, |vmm| vmm.pid.unsigned_abs());
+    // Before the directory goes.
+    let mut fate = fate::of(own.path(), &id);
     end(&own)?;
-    for group in groups(&namespace, &id, bundle.as_deref()) {
+    for (group, role) in groups(&namespace, &id, bundle.as_deref()) {
         let processes = group.processes();
         if is_alive(&processes) {
-            ask(&processes, &id);
+            fate = ask(&processes, &id, role).or(fate);
         } else {
-            pid = processes.vmm.map_or(pid, |vmm| vmm.pid.unsigned_abs());
+            fate = fate::of(group.path(), &id).or(fate);
             end(&group)?;
         }
     }
@@ -67,15 +70,20 @@ pub fn run(flags: &Flags) -> Result<Vec<u8>> {
         // By whoever mounted it there; containerd gives up on a busy one.
         let _ = mount::detach(&bundle.join("rootfs"));
     }
-    let response = DeleteResponse {
-        pid,
-        exit_status: STATUS,
-        exited_at: MessageField::some(Timestamp::now()),
-        ..DeleteResponse::default()
-    };
-    response
+    answer(fate)
         .write_to_bytes()
         .map_err(|error| host("encode the answer")(io::Error::other(error)))
+}
+
+/// What must be printed: how the container ended, if that is known.
+fn answer(fate: Option<Fate>) -> DeleteResponse {
+    let end = fate.and_then(|fate| fate.end);
+    DeleteResponse {
+        pid: fate.map_or(0, |fate| fate.pid),
+        exit_status: end.map_or(STATUS, |end| end.status.into()),
+        exited_at: MessageField::some(end.map_or_else(Timestamp::now, |end| end.at())),
+        ..DeleteResponse::default()
+    }
 }
 
 fn bundle(flags: &Flags) -> Option<PathBuf> {
@@ -86,22 +94,23 @@ fn bundle(flags: &Flags) -> Option<PathBuf> {
     }
 }
 
-/// Pods of another name in which the container may be: that of its labels, and
-/// those that were made for it.
-fn groups(namespace: &Namespace, id: &ContainerId, bundle: Option<&Path>) -> Vec<StateDir> {
+/// Pods of another name in which the container may be, and what it is to them: that of
+/// its labels, and those that were made for it.
+fn groups(namespace: &Namespace, id: &ContainerId, bundle: Option<&Path>) -> Vec<(StateDir, Role)> {
     let spec = bundle.and_then(|bundle| start::spec(bundle).ok().flatten());
-    let named = Group::of(id, spec.as_ref()).ok().map(|group| group.id);
-    let named = named.map(|group| StateDir::of(namespace, &group));
-    let own = Some(std::ffi::OsStr::new(id.as_str()));
+    let named = Group::of(id, spec.as_ref()).ok();
+    let role = |dir: &StateDir| {
+        let name = dir.path().file_name().and_then(|name| name.to_str());
+        match &named {
+            _ if name == Some(id.as_str()) => None,
+            Some(group) if name == Some(group.id.as_str()) => Some(group.role),
+            _ if dir.processes().owner.as_deref() == Some(id.as_str()) => Some(Role::Owner),
+            _ => None,
+        }
+    };
     StateDir::all(namespace)
         .into_iter()
-        .filter(|dir| dir.path().file_name() != own)
-        .filter(|dir| {
-            let is_named = named
-                .as_ref()
-                .is_some_and(|named| named.path() == dir.path());
-            is_named || dir.processes().owner.as_deref() == Some(id.as_str())
-        })
+        .filter_map(|dir| role(&dir).map(|role| (dir, role)))
         .collect()
 }
 
@@ -110,21 +119,20 @@ fn is_alive(processes: &Processes) -> bool {
     shim.is_some_and(|shim| !ended(&shim, 0))
 }
 
-/// Asks a living shim to let go of one container, and to end if it was the last.
-fn ask(processes: &Processes, id: &ContainerId) {
-    let Some(socket) = &processes.socket else {
-        return;
-    };
+/// Asks a living shim to let go of one container, and to end if the pod was made for it
+/// and nothing else is there. Answers how the container ended, if the shim says so.
+fn ask(processes: &Processes, id: &ContainerId, role: Role) -> Option<Fate> {
+    let socket = processes.socket.as_ref()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build();
-    if let Ok(runtime) = runtime {
-        // Whether it has done so or not, nothing more is to be done.
-        let _ = runtime.block_on(async { timeout(ASK, let_go(socket, id)).await });
-    }
+        .build()
+        .ok()?;
+    // Whether it has done so or not, nothing more is to be done.
+    let asked = runtime.block_on(async { timeout(ASK, let_go(socket, id, role)).await });
+    asked.ok()?.ok()?
 }
 
-async fn let_go(socket: &Path, id: &ContainerId) -> io::Result<()> {
+async fn let_go(socket: &Path, id: &ContainerId, role: Role) -> io::Result<Option<Fate>> {
     let stream = UnixStream::connect(socket).await?;
     let task = TaskClient::new(Client::new(Socket::new(stream)));
     let context = || ttrpc::context::with_timeout(0);
@@ -133,7 +141,8 @@ async fn let_go(socket: &Path, id: &ContainerId) -> io::Result<()> {
         id: id.clone(),
         ..DeleteRequest::default()
     };
-    if task.delete(context(), &delete).await.is_err() {
+    let mut deleted = task.delete(context(), &delete).await;
+    if deleted.is_err() {
         let kill = KillRequest {
             id: id.clone(),
             signal: libc::SIGKILL.unsigned_abs(),
@@ -147,15 +156,24 @@ async fn let_go(socket: &Path, id: &ContainerId) -> io::Result<()> {
         // Each of them fails if there is no such container any more.
         if task.kill(context(), &kill).await.is_ok() {
             let _ = task.wait(context(), &wait).await;
-            let _ = task.delete(context(), &delete).await;
+            deleted = task.delete(context(), &delete).await;
         }
     }
     let shutdown = ShutdownRequest {
         id,
         ..ShutdownRequest::default()
     };
-    let _ = task.shutdown(context(), &shutdown).await;
-    Ok(())
+    if role == Role::Owner {
+        let _ = task.shutdown(context(), &shutdown).await;
+    }
+    Ok(deleted.ok().map(|answer| Fate {
+        pid: answer.pid,
+        end: Some(Ending {
+            status: u8::try_from(answer.exit_status).unwrap_or(u8::MAX),
+            seconds: answer.exited_at.seconds,
+            nanos: answer.exited_at.nanos,
+        }),
+    }))
 }
 
 /// Ends the processes of a pod and removes its directory and socket.
@@ -228,7 +246,7 @@ fn run_last(dir: &StateDir) {
 
 /// Removes a socket unless somebody listens on it: then it is another shim's.
 fn remove_dead_socket(path: &Path) {
-    if std::os::unix::net::UnixStream::connect(path).is_err() {
+    if !start::is_alive(path) {
         let _ = fs::remove_file(path);
     }
 }

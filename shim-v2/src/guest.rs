@@ -4,7 +4,7 @@
 //! knows these two traits and nothing of KVM. The product's side is
 //! [`vm`](crate::vm); the tests put the agent's service into their own process.
 
-use std::{fmt::Debug, fs::File, sync::Arc, time::Duration};
+use std::{fmt::Debug, fs::File, os::fd::BorrowedFd, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use tokio::time::timeout;
@@ -15,7 +15,7 @@ use crate::{
     error::Result,
     io::Dialer,
     statedir::HostProcess,
-    vm::{Size, vmm::End},
+    vm::{Size, holder::Holder, vmm::End},
 };
 
 /// Time for the guest's end to be seen after its agent said farewell.
@@ -52,6 +52,11 @@ pub trait Guest: Debug + Send + Sync {
 
     /// Takes the disk with this number away.
     async fn detach(&self, device: u8) -> Result<()>;
+
+    /// Makes a process of the host that stands for one of the guest's, under this label:
+    /// in the pod's own network namespace, or in another one. For the thread only that
+    /// the shim lives by.
+    fn hold(&self, label: &str, network: Option<BorrowedFd<'_>>) -> Result<Holder>;
 
     /// Kills it: always possible, needs no answer.
     fn kill(&self);

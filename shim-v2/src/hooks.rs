@@ -120,8 +120,6 @@ pub struct Hooks {
     pub bundle: PathBuf,
     /// What its caller remembers of it.
     pub annotations: BTreeMap<String, String>,
-    /// The network namespace that its specification names.
-    pub network: Option<PathBuf>,
     /// The programs.
     pub lists: plan::Hooks,
 }
@@ -148,11 +146,9 @@ impl Hooks {
             return Ok(());
         }
         let state = self.state(moment, pid)?;
-        let network = match (moment, &self.network) {
-            (Moment::CreateContainer, Some(path)) => Some(path.clone()),
-            (Moment::CreateContainer, None) => Some(format!("/proc/{pid}/ns/net").into()),
-            _ => None,
-        };
+        // Of the host it is in the namespace that the specification names, or the pod's.
+        let network = (moment == Moment::CreateContainer)
+            .then(|| PathBuf::from(format!("/proc/{pid}/ns/net")));
         for (number, hook) in list.iter().enumerate() {
             let name = format!("{}[{number}] {}", moment.name(), hook.path.display());
             info!(container = %self.id, hook = name, "hook");
@@ -181,7 +177,6 @@ impl Hooks {
             id: ContainerId::new(&told.id?).ok()?,
             bundle: told.bundle,
             annotations: told.annotations,
-            network: None,
             lists: plan::Hooks {
                 poststop: told.poststop,
                 ..plan::Hooks::default()

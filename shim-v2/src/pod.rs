@@ -12,6 +12,7 @@
 
 mod create;
 mod exec;
+mod hold;
 mod last;
 mod making;
 mod resources;
@@ -19,6 +20,7 @@ mod watch;
 
 use std::{
     collections::BTreeMap,
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::{
         Arc, Mutex, OnceLock,
@@ -38,21 +40,21 @@ use tokio::{
 use tracing::{info, warn};
 use ttrpc::Code;
 
-pub use self::create::Create;
+pub use self::{create::Create, hold::HostPid};
 use crate::{
     agent::ProcessName,
     cgroup::Place,
     clock,
-    config::Config,
     disk::Attached,
     error::{Error, Result},
     events::{Event, Publisher},
-    guest::{self, Boots, Guest},
+    guest::{Boots, Guest},
     hooks::{Hooks, Host, Moment},
     io::{Patience, StreamHost, streaming::Hub},
     lock::lock,
     names::{ContainerId, ExecId, Namespace},
     process::{Exit, Process},
+    settings::Settings,
     share::{ContainerShare, Share},
     state::{self, Op, Refusal, State},
     statedir::{Held, kept::Kept},
@@ -81,8 +83,8 @@ const KILLED: u8 = 137;
 pub struct Parts {
     /// containerd's namespace.
     pub namespace: Namespace,
-    /// The administrator's settings.
-    pub config: Config,
+    /// The pod's settings.
+    pub settings: Arc<Settings>,
     /// The pod's state directory.
     pub dir: Arc<Held>,
     /// The pod's share.
@@ -102,7 +104,7 @@ pub struct Parts {
 pub struct Pod {
     namespace: Namespace,
     host: Arc<Host>,
-    config: Config,
+    settings: Arc<Settings>,
     dir: Arc<Held>,
     share: Arc<Share>,
     events: Arc<Publisher>,
@@ -140,6 +142,8 @@ struct Container {
     id: ContainerId,
     bundle: PathBuf,
     init: Arc<Process>,
+    /// The network namespace that its specification names.
+    network: Option<OwnedFd>,
     execs: Mutex<Execs>,
     files: Mutex<Option<ContainerShare>>,
     /// What is told of its specification.
@@ -170,8 +174,6 @@ struct Execs {
 pub struct Description {
     /// The bundle of the container.
     pub bundle: PathBuf,
-    /// A process of the host that stands for it.
-    pub pid: u32,
     /// The process.
     pub process: Arc<Process>,
     /// The state of the container's first process.
@@ -186,7 +188,7 @@ impl Pod {
         Arc::new(Pod {
             namespace: parts.namespace,
             host: parts.host,
-            config: parts.config,
+            settings: parts.settings,
             dir: parts.dir,
             share: Arc::new(parts.share),
             events: Arc::new(parts.events),
@@ -210,7 +212,7 @@ impl Pod {
             None => self.start_init(&container).await,
         };
         match started {
-            Ok(()) => Ok(self.pid()),
+            Ok(()) => Ok(process.pid()),
             Err(error) => Err(self.explained(error).await),
         }
     }
@@ -237,7 +239,7 @@ impl Pod {
         let run = async {
             let before = container.hooks.limit_in_guest();
             guest.agent().start(&container.id, before).await?;
-            container.hooks.run(Moment::Poststart, self.pid()).await
+            container.hooks.run(Moment::Poststart, init.pid()).await
         };
         if let Err(error) = run.await {
             if matches!(error, Error::Deadline { .. }) {
@@ -340,9 +342,12 @@ impl Pod {
         if let Some(disk) = disk {
             disk.detach().await;
         }
-        container.remove_from_host().await;
+        tokio::join!(
+            container.remove_from_host(),
+            self.keep_fate(&container.id, None)
+        );
         lock(&self.slots).remove(&container.id);
-        let pid = self.pid();
+        let pid = process.pid();
         self.events.publish(Event::Delete(TaskDelete {
             container_id: container.id.to_string(),
             pid,
@@ -373,7 +378,6 @@ impl Pod {
         let (container, process) = self.find(name)?;
         Ok(Description {
             bundle: container.bundle.clone(),
-            pid: self.pid(),
             process,
             container: container.init.state(),
         })
@@ -426,19 +430,17 @@ impl Pod {
         lock(&self.slots).is_empty()
     }
 
-    /// A process of the host that stands for all of the pod: the VMM. 0 without a
-    /// VM.
+    /// Was there never a VM?
     #[must_use]
-    pub fn pid(&self) -> u32 {
-        self.guest
-            .get()
-            .map_or(0, |guest| guest.process().pid.unsigned_abs())
+    pub fn is_new(&self) -> bool {
+        self.guest.get().is_none()
     }
 
     /// Writes into the log what there is and in which state.
     pub fn log_state(&self) {
+        let vmm = self.guest.get().map(|guest| guest.process().pid);
         let end = self.guest.get().map(|guest| guest.has_ended());
-        info!(pid = self.pid(), ?end, "state of the pod");
+        info!(?vmm, ?end, "state of the pod");
         for (id, slot) in &*lock(&self.slots) {
             let Slot::Ready(container) = slot else {
                 info!(container = %id, "is being created");
@@ -448,61 +450,6 @@ impl Pod {
             for (exec, process) in &lock(&container.execs).all {
                 info!(container = %id, %exec, state = ?process.phase(), "state");
             }
-        }
-    }
-
-    /// Ends the pod: VM, containers, events, state directory. Whoever calls it
-    /// again waits for the same end.
-    pub async fn stop(&self) {
-        self.stopping.store(true, Ordering::SeqCst);
-        self.stopped.get_or_init(|| self.end()).await;
-    }
-
-    async fn end(&self) {
-        let creating: Vec<ContainerId> = lock(&self.slots)
-            .iter()
-            .filter(|(_, slot)| matches!(slot, Slot::Creating(_)))
-            .map(|(id, _)| id.clone())
-            .collect();
-        for id in creating {
-            self.cancel_create(&id).await;
-        }
-        if let Some(guest) = self.guest.get() {
-            if self.is_empty() {
-                // Every container was deleted, so the guest holds nothing of value.
-                guest.kill();
-            } else {
-                guest::stop(&**guest).await;
-            }
-            if timeout(DIE, guest.ended()).await.is_err() {
-                warn!("the VMM does not end");
-            }
-        }
-        for container in self.containers() {
-            // The end of the VM ends every process that was started in it.
-            if timeout(DIE, container.init.exit()).await.is_err() {
-                self.conclude(&container, Exit::now(KILLED), Duration::ZERO)
-                    .await;
-            }
-            container.init.close_streams(Patience::SHORT).await;
-            container.remove_from_host().await;
-        }
-        self.events.flush(FLUSH).await;
-        if let Some(guest) = self.guest.get() {
-            // Its directory is the last that tells of a pod.
-            let _ = timeout(DIE, guest.gone()).await;
-        }
-        let slots = std::mem::take(&mut *lock(&self.slots));
-        let (share, dir) = (Arc::clone(&self.share), Arc::clone(&self.dir));
-        let removed = tokio::task::spawn_blocking(move || {
-            drop(slots);
-            share.unmount();
-            dir.remove()
-        });
-        match removed.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => warn!(%error, "cannot remove the state directory"),
-            Err(error) => warn!(%error, "cannot remove the state directory"),
         }
     }
 

@@ -10,7 +10,7 @@
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -104,23 +104,21 @@ impl Phase {
 pub struct Herald {
     /// Takes the events.
     pub events: Arc<Publisher>,
-    /// The process of the host that stands for it.
-    pub pid: u32,
 }
 
 impl Herald {
-    fn started(&self, name: &ProcessName) {
+    fn started(&self, name: &ProcessName, pid: u32) {
         let container_id = name.container.to_string();
         self.events.publish(match &name.exec {
             None => Event::Start(TaskStart {
                 container_id,
-                pid: self.pid,
+                pid,
                 ..TaskStart::default()
             }),
             Some(exec) => Event::ExecStarted(TaskExecStarted {
                 container_id,
                 exec_id: exec.to_string(),
-                pid: self.pid,
+                pid,
                 ..TaskExecStarted::default()
             }),
         });
@@ -140,13 +138,13 @@ impl Herald {
         }));
     }
 
-    fn ended(&self, name: &ProcessName, exit: &Exit) {
+    fn ended(&self, name: &ProcessName, pid: u32, exit: &Exit) {
         let container_id = name.container.to_string();
         let exec = name.exec.as_ref().map(ToString::to_string);
         self.events.publish(Event::Exit(TaskExit {
             id: exec.unwrap_or_else(|| container_id.clone()),
             container_id,
-            pid: self.pid,
+            pid,
             exit_status: u32::from(exit.status),
             exited_at: MessageField::some(exit.at.clone()),
             ..TaskExit::default()
@@ -162,6 +160,7 @@ pub struct Process {
     /// Its streams as the caller named them.
     pub stdio: Stdio,
     herald: Herald,
+    pid: AtomicU32,
     phase: watch::Sender<Phase>,
     streams: Mutex<Option<Arc<Streams>>>,
     stdin_closed: AtomicBool,
@@ -189,7 +188,7 @@ impl Start<'_> {
             let Phase::Starting { ended } = phase else {
                 return false;
             };
-            process.herald.started(&process.name);
+            process.herald.started(&process.name, process.pid());
             *phase = match ended.take() {
                 None => Phase::Live,
                 Some(exit) => process.told(exit),
@@ -271,12 +270,25 @@ impl Process {
             name,
             stdio,
             herald,
+            pid: AtomicU32::new(0),
             phase: watch::Sender::new(Phase::Registered),
             streams: Mutex::new(None),
             stdin_closed: AtomicBool::new(false),
             size: Mutex::new(size),
             pending: Mutex::new(pending),
         }
+    }
+
+    /// The number of the process of the host that stands for it; of the last one, if it
+    /// has ended, and 0 before there was one.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid.load(Ordering::SeqCst)
+    }
+
+    /// From now on a process of the host stands for it.
+    pub fn stands(&self, pid: u32) {
+        self.pid.store(pid, Ordering::SeqCst);
     }
 
     /// Where it is in its life.
@@ -361,7 +373,7 @@ impl Process {
 
     fn told(&self, exit: Exit) -> Phase {
         info!(process = %self.name, status = exit.status, "exit");
-        self.herald.ended(&self.name, &exit);
+        self.herald.ended(&self.name, self.pid(), &exit);
         Phase::Ended(exit)
     }
 
@@ -452,140 +464,4 @@ impl Process {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::pin::pin;
-
-    use futures::{FutureExt, future::join_all, poll};
-    use tokio::task::unconstrained;
-
-    use super::*;
-    use crate::{
-        events::testing::Told,
-        names::{ContainerId, ExecId},
-    };
-
-    fn process(exec: Option<&str>) -> (Process, Told) {
-        let name = ProcessName {
-            container: ContainerId::new("c").unwrap(),
-            exec: exec.map(|exec| ExecId::new(exec).unwrap()),
-        };
-        let (events, told) = Publisher::kept();
-        let herald = Herald {
-            events: Arc::new(events),
-            pid: 7,
-        };
-        let process = Process::new(name, Stdio::default(), (0, 0), None, herald);
-        (process, told)
-    }
-
-    fn any(_: State) -> Result<(), Refusal> {
-        Ok(())
-    }
-
-    #[tokio::test]
-    async fn an_end_is_recorded_once_and_told_to_every_waiter() {
-        let (process, events) = process(None);
-        let mut waiters = pin!(unconstrained(join_all((0..1000).map(|_| process.exit()))));
-        // All of them wait before there is anything to be told.
-        assert!(poll!(&mut waiters).is_pending());
-        process.end(Exit::now(7));
-        process.end(Exit::now(8));
-        let told = waiters.now_or_never().expect("nobody waits any more");
-        assert!(told.iter().all(|exit| exit.status == 7));
-        assert_eq!(process.exit().await.status, 7);
-        assert_eq!(events.all(), ["/tasks/exit c 7"]);
-    }
-
-    #[test]
-    fn a_process_that_ended_cannot_run_again() {
-        let (process, _) = process(None);
-        let start = process.begin(any).unwrap();
-        process.end(Exit::now(1));
-        assert!(start.confirm());
-        assert_eq!(process.state(), State::Ended);
-        assert!(
-            process
-                .begin(|state| crate::state::init(state, crate::state::Op::Start))
-                .is_err()
-        );
-    }
-
-    #[test]
-    fn an_end_that_overtakes_the_start_is_told_after_it_lc_73() {
-        let (process, events) = process(None);
-        let start = process.begin(any).unwrap();
-        process.end(Exit::now(3));
-        assert_eq!(process.state(), State::Starting);
-        assert!(events.all().is_empty());
-        assert!(start.confirm());
-        assert_eq!(events.all(), ["/tasks/start c", "/tasks/exit c 3"]);
-    }
-
-    #[test]
-    fn a_failed_start_leaves_an_init_that_can_be_deleted_and_an_exec_that_has_ended_ta_25() {
-        let (init, events) = process(None);
-        drop(init.begin(any).unwrap());
-        assert_eq!(init.state(), State::Registered);
-        // Its process dies of the failure.
-        init.end(Exit::now(1));
-        assert_eq!(events.all(), ["/tasks/exit c 1"]);
-        let (exec, events) = process(Some("e"));
-        exec.begin(any).unwrap().fail(127);
-        assert_eq!(exec.phase().exit().map(|exit| exit.status), Some(127));
-        assert!(events.all().is_empty());
-    }
-
-    #[test]
-    fn an_exec_that_is_given_up_while_it_starts_is_not_told_as_started() {
-        let (exec, events) = process(Some("e"));
-        let start = exec.begin(any).unwrap();
-        exec.end(Exit::now(137));
-        assert_eq!(exec.state(), State::Ended);
-        assert!(!start.confirm());
-        assert!(events.all().is_empty());
-    }
-
-    #[test]
-    fn a_pause_and_its_end_are_told_once_and_in_order_ta_51() {
-        let (process, events) = process(None);
-        assert!(process.pause().is_err());
-        assert!(process.begin(any).unwrap().confirm());
-        // It fails in the guest.
-        drop(process.pause().unwrap());
-        assert_eq!(process.state(), State::Live);
-        let pausing = process.pause().unwrap().unwrap();
-        assert_eq!(process.pause().unwrap_err(), Refusal::WrongState);
-        assert!(pausing.confirm());
-        assert!(process.pause().unwrap().is_none());
-        process.resumed();
-        process.resumed();
-        let pausing = process.pause().unwrap().unwrap();
-        process.end(Exit::now(137));
-        assert!(!pausing.confirm());
-        process.resumed();
-        assert_eq!(
-            events.all(),
-            [
-                "/tasks/start c",
-                "/tasks/paused c",
-                "/tasks/resumed c",
-                "/tasks/exit c 137"
-            ]
-        );
-    }
-
-    #[test]
-    fn only_what_does_not_run_is_retired() {
-        let (exec, _) = process(Some("e"));
-        let start = exec.begin(any).unwrap();
-        assert_eq!(exec.retire(), Err(State::Starting));
-        assert!(start.confirm());
-        assert_eq!(exec.retire(), Err(State::Live));
-        exec.end(Exit::now(5));
-        assert_eq!(exec.retire().unwrap().status, 5);
-        let (exec, events) = process(Some("e"));
-        assert_eq!(exec.retire().unwrap().status, 0);
-        assert_eq!(exec.state(), State::Ended);
-        assert!(events.all().is_empty());
-    }
-}
+mod tests;

@@ -70,7 +70,7 @@ pub struct Prepared {
     pub cgroup: Option<Place>,
     /// First size of the terminal: columns and rows, 0 if unknown.
     pub console: (u32, u32),
-    /// The network namespace that it names.
+    /// The network namespace of the host that it names: the container's pid shall be there.
     pub network: Option<PathBuf>,
     /// Programs to run at points of its life.
     pub hooks: plan::Hooks,
@@ -274,19 +274,24 @@ fn host_path(field: &str, path: &Path) -> Result<(), Error> {
 }
 
 /// The container shares the network namespace of the guest, where the pod's
-/// interfaces are; answers that of the host. Any other namespace with a path is one of the host's.
+/// interfaces are; that of the host is for its pid. Any other namespace with a path is
+/// one of the host's.
 fn leave_host_namespaces(namespaces: &mut [oci::Namespace]) -> Result<Option<PathBuf>, Error> {
     let mut network = None;
     for (n, namespace) in namespaces.iter_mut().enumerate() {
         if namespace.kind == "network" {
-            network = Some(std::mem::take(&mut namespace.path));
+            let path = std::mem::take(&mut namespace.path);
+            if !path.as_os_str().is_empty() {
+                host_path(&format!("linux.namespaces[{n}].path"), &path)?;
+                network = Some(path);
+            }
         } else if !namespace.path.as_os_str().is_empty() {
             let reason = "a namespace of the host cannot be joined from a virtual machine";
             let field = format!("linux.namespaces[{n}].path");
             return Err(Error::new(field, &namespace.path, reason));
         }
     }
-    Ok(network.filter(|path| !path.as_os_str().is_empty()))
+    Ok(network)
 }
 
 /// Takes the sources of bind mounts out, each with the place of its mount, and puts

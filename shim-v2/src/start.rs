@@ -7,12 +7,12 @@
 
 use std::{
     fs::{self, DirBuilder, File},
-    io::{self, Read, Write},
+    io::{self, Read, Seek, Write},
     os::{
         fd::AsRawFd,
         unix::{
             fs::{DirBuilderExt, PermissionsExt},
-            net::{UnixListener, UnixStream},
+            net::UnixListener,
         },
     },
     path::{Path, PathBuf},
@@ -20,8 +20,12 @@ use std::{
 };
 
 use containerd_shim_protos::{
-    bootstrap_api::{BootstrapParams, BootstrapResult},
-    protobuf::Message,
+    bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel},
+    protobuf::{Enum, Message, well_known_types::any::Any},
+};
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with},
 };
 use serde_json::Value;
 use thiserror::Error;
@@ -31,7 +35,9 @@ use crate::{
     flags::Flags,
     inherit, json,
     names::{self, ContainerId, Group, Namespace, Role, SOCKET_DIR, socket_path},
+    options,
     statedir::StateDir,
+    vm::cores::CORE_SCHEDULING,
 };
 
 /// File in the bundle by which others find the shim again.
@@ -80,6 +86,16 @@ fn failed(action: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { action, source }
 }
 
+/// What the caller says on the standard input.
+#[derive(Clone, Debug, PartialEq)]
+struct Input {
+    caller: Caller,
+    /// Options of the runtime, of any kind.
+    options: Vec<Any>,
+    /// It wants to be told more than usual.
+    debug: bool,
+}
+
 /// How the caller wants to be answered.
 #[derive(Clone, Debug, PartialEq)]
 enum Caller {
@@ -87,6 +103,33 @@ enum Caller {
     Plain,
     /// By a protobuf message; it may choose the directory of sockets.
     Bootstrap { socket_dir: Option<String> },
+}
+
+impl Input {
+    /// Runtime options (a protobuf Any) parse as BootstrapParams too; the id tells them
+    /// apart. Whatever else it is, Create brings the options again.
+    fn read(input: &[u8], id: &str) -> Self {
+        match BootstrapParams::parse_from_bytes(input) {
+            Ok(params) if params.instance_id == id => {
+                let dir = Some(params.socket_dir().to_owned());
+                Input {
+                    caller: Caller::Bootstrap {
+                        socket_dir: dir.filter(|dir| dir.starts_with('/')),
+                    },
+                    debug: params.log_level.value() <= LogLevel::LOG_LEVEL_DEBUG.value(),
+                    options: options::unpack(params),
+                }
+            }
+            _ => Input {
+                caller: Caller::Plain,
+                options: match Any::parse_from_bytes(input) {
+                    Ok(options) if !input.is_empty() => vec![options],
+                    _ => Vec::new(),
+                },
+                debug: false,
+            },
+        }
+    }
 }
 
 /// Makes or finds the daemon; returns what must be printed.
@@ -98,7 +141,11 @@ pub fn run(flags: &Flags) -> Result<Vec<u8>, Error> {
         .take(MAX_INPUT)
         .read_to_end(&mut input)
         .map_err(failed("read the standard input"))?;
-    let caller = caller(&input, &flags.id);
+    let Input {
+        caller,
+        options,
+        debug,
+    } = Input::read(&input, &flags.id);
     let group = Group::of(&id, spec(Path::new("."))?.as_ref())?;
     let dir = match &caller {
         Caller::Bootstrap {
@@ -132,27 +179,20 @@ pub fn run(flags: &Flags) -> Result<Vec<u8>, Error> {
                 });
             }
             write_address(&address).map_err(failed("write the file address"))?;
-            spawn(flags, &group, &bound).inspect_err(|_| {
+            let birth = Birth {
+                flags,
+                group: &group,
+                socket: &bound,
+                options,
+                debug: flags.debug || debug,
+            };
+            birth.give().inspect_err(|_| {
                 let _ = fs::remove_file(ADDRESS);
             })?;
             bound.keep();
         }
     }
     Ok(answer(&caller, &address))
-}
-
-fn caller(input: &[u8], id: &str) -> Caller {
-    // Runtime options (a protobuf Any) parse as BootstrapParams too; the id tells
-    // them apart. Whatever else it is, Create brings the options again.
-    match BootstrapParams::parse_from_bytes(input) {
-        Ok(params) if params.instance_id == id => {
-            let dir = Some(params.socket_dir().to_owned());
-            Caller::Bootstrap {
-                socket_dir: dir.filter(|dir| dir.starts_with('/')),
-            }
-        }
-        _ => Caller::Plain,
-    }
 }
 
 fn answer(caller: &Caller, address: &str) -> Vec<u8> {
@@ -222,9 +262,7 @@ fn bind(path: &Path) -> Result<Bound, Error> {
                 return Ok(Bound::New(socket));
             }
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                // A connection to a socket with a full backlog blocks for as long
-                // as its daemon lives: that is alive, too.
-                if UnixStream::connect(path).is_ok() {
+                if is_alive(path) {
                     return Ok(Bound::Alive);
                 }
                 if stale_removed {
@@ -238,47 +276,89 @@ fn bind(path: &Path) -> Result<Bound, Error> {
     }
 }
 
-fn spawn(flags: &Flags, group: &Group, socket: &Socket) -> Result<(), Error> {
-    let program = std::env::current_exe().map_err(failed("find the shim's own file"))?;
-    let listener = socket.listener.as_raw_fd();
-    let mut command = Command::new(program);
-    command
-        .arg(format!("-namespace={}", flags.namespace))
-        .arg(format!("-id={}", group.id))
-        .arg(format!("-address={}", flags.address))
-        .env_clear()
-        .env("PATH", PATH)
-        .env(LISTENER_FD, listener.to_string())
-        .env(OWNER, &flags.id)
-        .env(
-            "TTRPC_ADDRESS",
-            std::env::var("TTRPC_ADDRESS").unwrap_or_default(),
-        )
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
-    if flags.debug {
-        command.arg("-debug");
+/// Does somebody listen on a socket? Never waits: one whose backlog is full has a
+/// daemon, too.
+pub(crate) fn is_alive(path: &Path) -> bool {
+    let connect = || {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)
+    };
+    matches!(connect(), Ok(()) | Err(Errno::AGAIN))
+}
+
+/// What a daemon is made with.
+struct Birth<'a> {
+    flags: &'a Flags,
+    group: &'a Group,
+    socket: &'a Socket,
+    options: Vec<Any>,
+    debug: bool,
+}
+
+impl Birth<'_> {
+    fn command(&self) -> Result<Command, Error> {
+        let program = std::env::current_exe().map_err(failed("find the shim's own file"))?;
+        let listener = self.socket.listener.as_raw_fd();
+        let mut command = Command::new(program);
+        command
+            .arg(format!("-namespace={}", self.flags.namespace))
+            .arg(format!("-id={}", self.group.id))
+            .arg(format!("-address={}", self.flags.address))
+            // It has a log for them.
+            .args(self.flags.ignored.iter().map(|name| format!("-{name}=")))
+            .env_clear()
+            .env("PATH", PATH)
+            .env(LISTENER_FD, listener.to_string())
+            .env(OWNER, &self.flags.id)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        for name in ["TTRPC_ADDRESS", CORE_SCHEDULING] {
+            command.env(name, std::env::var_os(name).unwrap_or_default());
+        }
+        if self.debug {
+            command.arg("-debug");
+        }
+        if !self.options.is_empty() {
+            command.stdin(file_of(&options::pack(self.options.clone()))?);
+        }
+        inherit::only(&mut command, vec![listener]);
+        Ok(command)
     }
-    inherit::only(&mut command, vec![listener]);
-    let mut child = command.spawn().map_err(failed("start the daemon"))?;
-    let mut said = String::new();
-    let read = child
-        .stdout
-        .take()
-        .map(|stdout| stdout.take(4096).read_to_string(&mut said));
-    if matches!(read, Some(Ok(_))) && said == READY {
-        set_oom_score(child.id());
-        return Ok(());
+
+    /// Starts the daemon; it serves once this has returned.
+    fn give(self) -> Result<(), Error> {
+        let mut command = self.command()?;
+        let mut child = command.spawn().map_err(failed("start the daemon"))?;
+        let mut said = String::new();
+        let read = child
+            .stdout
+            .take()
+            .map(|stdout| stdout.take(4096).read_to_string(&mut said));
+        if matches!(read, Some(Ok(_))) && said == READY {
+            set_oom_score(child.id());
+            return Ok(());
+        }
+        let _ = child.kill();
+        let status = child.wait().map_err(failed("wait for the daemon"))?;
+        let text = said.trim();
+        Err(Error::Daemon(if text.is_empty() {
+            format!("The daemon ended with {status}")
+        } else {
+            text.to_owned()
+        }))
     }
-    let _ = child.kill();
-    let status = child.wait().map_err(failed("wait for the daemon"))?;
-    let text = said.trim();
-    Err(Error::Daemon(if text.is_empty() {
-        format!("The daemon ended with {status}")
-    } else {
-        text.to_owned()
-    }))
+}
+
+/// A file with this content, to be read from its beginning.
+fn file_of(content: &[u8]) -> Result<File, Error> {
+    let failed = |error| failed("hand the options over")(error);
+    let memory = rustix::fs::memfd_create("options", rustix::fs::MemfdFlags::CLOEXEC);
+    let mut file = File::from(memory.map_err(|errno| failed(errno.into()))?);
+    file.write_all(content).map_err(failed)?;
+    file.rewind().map_err(failed)?;
+    Ok(file)
 }
 
 /// The daemon is one step easier to kill than containerd. That it may not be set is
@@ -309,35 +389,50 @@ fn write_address(address: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use containerd_shim_protos::protobuf::well_known_types::any::Any;
+    use containerd_shim_protos::protobuf::{EnumOrUnknown, MessageField};
 
     use super::*;
 
     #[test]
-    fn the_input_tells_who_calls_lc_20() {
-        let params = BootstrapParams {
-            instance_id: "c1".into(),
-            socket_dir: Some("/tmp/s".into()),
-            ..BootstrapParams::default()
-        };
-        let bytes = params.write_to_bytes().unwrap();
-        assert_eq!(
-            caller(&bytes, "c1"),
-            Caller::Bootstrap {
-                socket_dir: Some("/tmp/s".into())
-            }
-        );
-        assert_eq!(caller(&bytes, "c2"), Caller::Plain);
+    fn the_input_tells_who_calls_and_what_is_set_lc_20() {
         let options = Any {
             type_url: "runtimeoptions.v1.Options".into(),
+            value: b"\x12\x02/x".to_vec(),
             ..Any::default()
         };
-        assert_eq!(
-            caller(&options.write_to_bytes().unwrap(), "c1"),
-            Caller::Plain
-        );
-        assert_eq!(caller(b"", "c1"), Caller::Plain);
-        assert_eq!(caller(b"\xff\xff garbage", "c1"), Caller::Plain);
+        let params = |level: i32| {
+            let params = BootstrapParams {
+                instance_id: "c1".into(),
+                socket_dir: Some("/tmp/s".into()),
+                log_level: EnumOrUnknown::from_i32(level),
+                extensions: vec![containerd_shim_protos::bootstrap_api::Extension {
+                    value: MessageField::some(options.clone()),
+                    ..Default::default()
+                }],
+                ..BootstrapParams::default()
+            };
+            params.write_to_bytes().unwrap()
+        };
+        for (level, debug) in [(-8, true), (-5, true), (-4, true), (0, false), (8, false)] {
+            let input = Input {
+                caller: Caller::Bootstrap {
+                    socket_dir: Some("/tmp/s".into()),
+                },
+                options: vec![options.clone()],
+                debug,
+            };
+            assert_eq!(Input::read(&params(level), "c1"), input);
+        }
+        let plain = |options: &[Any]| Input {
+            caller: Caller::Plain,
+            options: options.to_vec(),
+            debug: false,
+        };
+        assert_eq!(Input::read(&params(0), "c2").caller, Caller::Plain);
+        let bytes = options.write_to_bytes().unwrap();
+        assert_eq!(Input::read(&bytes, "c1"), plain(&[options]));
+        assert_eq!(Input::read(b"", "c1"), plain(&[]));
+        assert_eq!(Input::read(b"\xff\xff garbage", "c1"), plain(&[]));
     }
 
     #[test]
@@ -370,5 +465,25 @@ mod tests {
         assert!(matches!(bind(&path).unwrap(), Bound::Alive));
         drop(socket);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_daemon_that_accepts_nobody_for_now_is_alive_lc_32() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let mut waiting = Vec::new();
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let full = loop {
+            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+            let socket = socket.unwrap();
+            match rustix::net::connect(&socket, &SocketAddrUnix::new(&path).unwrap()) {
+                Ok(()) => waiting.push(socket),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full, Errno::AGAIN);
+        assert!(matches!(bind(&path).unwrap(), Bound::Alive));
     }
 }

@@ -1,9 +1,10 @@
 //! The run-time directory of a pod: `/run/bulkhead/<namespace>/<group id>/`.
 //!
 //! Mode 0700. Holds `vsock.sock`, the directory `share` (on which the shim mounts
-//! the pod's share in its own mount namespace), `processes.json` and `cgroups.json` for
-//! `delete`, the directory `containers` with what is told of each (`explain.rs`), and after an
-//! end that was not asked for `reason`. Removal knows these names, lists `containers` and
+//! the pod's share in its own mount namespace), `processes.json`, `cgroups.json` and
+//! `tasks.json` for `delete`, the directory `containers` with what is told of each
+//! (`explain.rs`), and after an end that was not asked for `reason`. Removal knows these
+//! names, lists `containers` and
 //! never walks.
 //!
 //! Two shims of one id may meet: one at its end, one at its beginning. Whoever makes
@@ -31,20 +32,23 @@ use tracing::warn;
 
 use crate::{
     cgroup,
-    names::{GroupId, Namespace},
+    fate::{self, Fate},
+    names::{ContainerId, GroupId, Namespace},
 };
 
 /// Where all run-time state is.
 pub const RUN_DIR: &str = "/run/bulkhead";
 
 /// Files that may be in the directory of a pod.
-const FILES: [&str; 6] = [
+const FILES: [&str; 8] = [
     cgroup::RECORD,
     "vsock.sock",
     "processes.json",
     "processes.json.new",
     "reason",
     "reason.new",
+    fate::FILE,
+    "tasks.json.new",
 ];
 /// Time for a killed process to be gone; it takes what the kernel needs.
 const KILLED_MS: u32 = 1000;
@@ -348,6 +352,11 @@ impl Held {
             processes.vmm = Some(vmm);
             dir.record(&processes)
         })
+    }
+
+    /// Records what became of a container; `None` once it is deleted.
+    pub fn record_fate(&self, id: &ContainerId, fate: Option<Fate>) -> io::Result<()> {
+        self.while_ours(|dir| fate::record(&dir.path, id, fate))
     }
 
     /// Writes why the pod ended.

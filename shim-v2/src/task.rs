@@ -19,7 +19,8 @@ use containerd_shim_protos::{
         ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
         StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
-    protobuf::{EnumOrUnknown, MessageField},
+    protobuf::{EnumOrUnknown, Message, MessageField, well_known_types::any::Any},
+    shim::oci::ProcessDetails,
     shim_async::{Task, create_task},
 };
 use tokio::sync::Notify;
@@ -33,7 +34,8 @@ use crate::{
     json,
     lock::lock,
     names::{ContainerId, ExecId},
-    pod::{Create, Pod},
+    options::Options,
+    pod::{Create, HostPid, Pod},
     state::{self, State},
 };
 
@@ -148,6 +150,27 @@ fn init(id: &str) -> Result<ProcessName> {
     name(id, "")
 }
 
+/// A process as Pids tells it. Those of the guest have no number on the host, and the
+/// message has no place for another one.
+fn process_info(held: HostPid) -> ProcessInfo {
+    let details = held.exec.map(|exec| {
+        let details = ProcessDetails {
+            exec_id: exec.to_string(),
+            ..ProcessDetails::default()
+        };
+        Any {
+            type_url: "containerd.runc.v1.ProcessDetails".to_owned(),
+            value: details.write_to_bytes().unwrap_or_default(),
+            ..Any::default()
+        }
+    });
+    ProcessInfo {
+        pid: held.pid,
+        info: details.into(),
+        ..ProcessInfo::default()
+    }
+}
+
 #[async_trait]
 impl Task for TaskService {
     async fn create(
@@ -172,6 +195,7 @@ impl Task for TaskService {
                         stderr: request.stderr,
                         terminal: request.terminal,
                     },
+                    options: Options::read(request.options.as_ref()),
                 })
                 .await?;
             Ok(CreateTaskResponse {
@@ -209,7 +233,7 @@ impl Task for TaskService {
                 id: request.id.clone(),
                 exec_id: request.exec_id.clone(),
                 bundle: found.bundle.display().to_string(),
-                pid: found.pid,
+                pid: found.process.pid(),
                 status: EnumOrUnknown::new(match state::seen(found.container, phase.state()) {
                     State::Registered | State::Starting => Status::CREATED,
                     State::Live => Status::RUNNING,
@@ -303,15 +327,9 @@ impl Task for TaskService {
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let id = request.id.clone();
         self.answer("Pids", &id, |service| async move {
-            // Processes of the guest have no number on the host: the VMM stands
-            // for them.
-            let pid = service.pod.describe(&init(&request.id)?)?.pid;
-            let process = ProcessInfo {
-                pid,
-                ..ProcessInfo::default()
-            };
+            let pids = service.pod.pids(&ContainerId::new(&request.id)?)?;
             Ok(PidsResponse {
-                processes: vec![process],
+                processes: pids.into_iter().map(process_info).collect(),
                 ..PidsResponse::default()
             })
         })
@@ -373,7 +391,7 @@ impl Task for TaskService {
             let found = init(&request.id).and_then(|name| service.pod.describe(&name));
             Ok(ConnectResponse {
                 shim_pid: std::process::id(),
-                task_pid: found.map_or(0, |found| found.pid),
+                task_pid: found.map_or(0, |found| found.process.pid()),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 ..ConnectResponse::default()
             })

@@ -6,11 +6,17 @@
 
 mod acceptor;
 pub mod control;
+pub(crate) mod cores;
+pub mod holder;
 pub mod vmm;
 
 use std::{
     fs::File,
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt, unix::net::UnixListener},
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+        unix::net::UnixListener,
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -22,7 +28,10 @@ use bulkhead_vmm::{config as vmm_config, jail::threads};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::info;
 
-use self::vmm::{End, Launch, Vmm};
+use self::{
+    holder::{HOLDERS, Holder},
+    vmm::{End, Launch, Vmm},
+};
 use crate::{
     agent::{self, Agent},
     assets::Assets,
@@ -32,6 +41,7 @@ use crate::{
     guest::{Boots, Guest},
     io::Dialer,
     mount,
+    settings::Settings,
     spec::Limits,
     statedir::{HostProcess, StateDir},
 };
@@ -200,8 +210,8 @@ impl Vm {
 /// Boots virtual machines for one pod.
 #[derive(Debug)]
 pub struct Kvm {
-    /// The administrator's settings.
-    pub config: Config,
+    /// The pod's settings.
+    pub settings: Arc<Settings>,
     /// The pod's directory.
     pub dir: StateDir,
 }
@@ -216,7 +226,7 @@ impl Boots for Kvm {
     ) -> Result<Arc<dyn Guest>> {
         let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
         let boot = Boot {
-            config: &self.config,
+            config: self.settings.get(),
             dir: &self.dir,
             size,
             oom_score_adj: oom_score(oom_score_adj, &own),
@@ -252,6 +262,10 @@ impl Guest for Vm {
 
     async fn detach(&self, device: u8) -> Result<()> {
         self.vmm.control().detach(device).await
+    }
+
+    fn hold(&self, label: &str, network: Option<BorrowedFd<'_>>) -> Result<Holder> {
+        self.vmm.quarters().hold(label, network)
     }
 
     fn kill(&self) {
@@ -295,7 +309,7 @@ fn prepare(
     }
     let shares = shares(&dir.share(), size.vcpus);
     // Last: nothing that may still fail has to take it back.
-    let tasks = threads::most(size.vcpus, shares.len(), size.places);
+    let tasks = threads::most(size.vcpus, shares.len(), size.places) + HOLDERS;
     let cgroup = Cgroup::make(place, tasks, dir.path())?;
     let launch = Launch {
         binary,

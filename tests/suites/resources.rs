@@ -178,8 +178,8 @@ fn end(name: &str, run: Running) {
 
 #[test]
 fn what_a_container_wrote_through_memory_is_with_the_host_once_it_is_paused_ta_53() {
-    let (dir, share) = volume();
-    let file = dir.path().join("file");
+    let (_dir, share) = volume();
+    let file = format!("{share}/file");
     fs::write(&file, vec![0_u8; 8192]).expect("the volume is writable");
     let script = r#"
 import mmap, time
@@ -190,7 +190,7 @@ print("ready", flush=True)
 time.sleep(1000)
 "#;
     let line = format!("exec python3 -c '{script}'");
-    let run = named("dirty", &["-v", &share], DEBIAN, &line);
+    let run = named("dirty", &["-v", &format!("{share}:/v")], DEBIAN, &line);
     bulkhead(&["pause", "dirty"]).success();
     let seen = fs::read(&file).expect("it is there");
     // Now, not when the guest gets round to it.

@@ -66,7 +66,7 @@ fn a_cgroup_goes_with_what_was_made_for_it_and_with_what_is_in_it_f15() {
         .collect();
     assert_eq!(limits, ["7\n"]);
     assert!(cgroup.record.exists());
-    if cgroup.unified.is_some() {
+    if cgroup.entrance.unified.is_some() {
         let mut child = resident(&cgroup.dirs);
         // Reaped, as a VMM is by who waits for it.
         let waits = thread::spawn(move || child.wait().unwrap());

@@ -11,7 +11,7 @@ use crate::lock::lock;
 #[derive(Debug)]
 pub(crate) struct Told {
     queue: Mutex<mpsc::Receiver<Queued>>,
-    told: Mutex<Vec<String>>,
+    told: Mutex<Vec<Event>>,
 }
 
 impl Publisher {
@@ -27,14 +27,19 @@ impl Publisher {
 }
 
 impl Told {
-    /// All events so far: topic, container, exec and status.
-    pub(crate) fn all(&self) -> Vec<String> {
+    /// All events so far.
+    pub(crate) fn events(&self) -> Vec<Event> {
         let mut told = lock(&self.told);
         let mut queue = lock(&self.queue);
         while let Ok(queued) = queue.try_recv() {
-            told.push(brief(&queued.event));
+            told.push(queued.event);
         }
         told.clone()
+    }
+
+    /// The same in words: topic, container or exec, and status.
+    pub(crate) fn all(&self) -> Vec<String> {
+        self.events().iter().map(brief).collect()
     }
 }
 

@@ -24,7 +24,6 @@ fn hooks(dir: &Path, lists: plan::Hooks) -> Hooks {
         id: ContainerId::new("c1").unwrap(),
         bundle: dir.to_owned(),
         annotations: BTreeMap::from([("key".to_owned(), "value".to_owned())]),
-        network: None,
         lists,
     }
 }
@@ -109,7 +108,7 @@ fn a_hook_has_its_own_arguments_and_variables_and_nothing_of_the_shim_oc_04() {
         let mut hook = script(
             dir,
             "seen",
-            "exec > $2; env | grep -v -e ^PWD= -e ^_= -e ^SHLVL= -e ^OLDPWD=; pwd; echo $1; ls /proc/$$/fd | sort -n | tr '\\n' ' '; echo; \
+            "exec > $2; env | grep -v -e ^PWD= -e ^_= -e ^SHLVL= -e ^OLDPWD=; pwd; echo $1; (ls /proc/$$/fd | sort -n | tr '\\n' ' '); echo; \
              readlink /proc/$$/ns/mnt; test $(ps -o sid= $$) = $$ && echo session",
         );
         hook.args = ["name", "one", "two"].map(str::to_owned).to_vec();

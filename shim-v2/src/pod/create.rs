@@ -20,19 +20,21 @@ use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::Mes
 use tokio::{sync::Mutex as AsyncMutex, task::JoinHandle, time::timeout};
 use tracing::{info, warn};
 
-use super::{Container, Creation, DIE, Pod, Slot, last::run_last, making::Making};
+use super::{Container, Creation, DIE, Pod, Slot, hold::network, last::run_last, making::Making};
 use crate::{
     agent::ProcessName,
     disk::{Attached, Disk},
     error::{Error, Result},
     events::{Event, task_io},
     explain::Explanation,
+    fate,
     guest::Guest,
     hooks::{Hooks, Moment},
     io::{Stdio, Streams},
     lock::lock,
     mount,
     names::ContainerId,
+    options::Options,
     process::{Herald, Process},
     rootfs::{self, Source},
     share::ContainerShare,
@@ -52,6 +54,8 @@ pub struct Create {
     pub rootfs: Vec<Mount>,
     /// Streams of its first process.
     pub stdio: Stdio,
+    /// What the caller sets for the pod.
+    pub options: Options,
 }
 
 /// A reserved id; dropping it without a container frees the id.
@@ -96,11 +100,12 @@ impl Pod {
                     self.doubt.notify_one();
                 }
                 traces.undo().await;
+                self.keep_fate(&request.id, None).await;
                 return Err(self.explained(error).await);
             }
         };
         reserved.fill(Arc::clone(&container));
-        let pid = self.pid();
+        let pid = container.init.pid();
         let Stdio {
             stdin,
             stdout,
@@ -144,6 +149,13 @@ impl Pod {
         traces: &mut Traces,
     ) -> Result<(Arc<dyn Guest>, Arc<Container>)> {
         request.stdio.check()?;
+        request.options.log();
+        let (settings, options) = (Arc::clone(&self.settings), request.options.clone());
+        blocking("read the settings", move || {
+            settings.fix(&options)?;
+            Ok(())
+        })
+        .await?;
         let (id, bundle) = (request.id.clone(), request.bundle.clone());
         let terminal = Terminal::from(request.stdio.terminal);
         // The guest takes the root from where it is told that nobody else changes
@@ -159,6 +171,10 @@ impl Pod {
         .await?;
         self.tell(&request.id, &prepared.fields)?;
         traces.told = self.keep_told(request, &prepared).await;
+        let network = match prepared.network {
+            Some(path) => Some(blocking("open a namespace", move || network(&path)).await?),
+            None => None,
+        };
         let root = Source::new(&request.rootfs, &request.bundle, &prepared.root)?;
         let disk = open_disk(&root).await?;
         let (share, id, volumes) = (
@@ -182,19 +198,23 @@ impl Pod {
             *files = Some(result.unwrap_or_else(|error| Err(lost(&error)))?);
             Ok(())
         };
-        let mut size = Size::on_this_host(prepared.limits, &self.config);
+        let mut size = Size::on_this_host(prepared.limits, self.settings.get());
         size.places = u8::from(disk.is_some());
         let boot = self.boot(size, prepared.oom_score_adj, prepared.cgroup);
         let (guest, ()) = tokio::try_join!(boot, put_up)?;
         if let Some((disk, file)) = disk {
             traces.disk = Some(disk.attach(file, &guest).await?);
         }
+        let name = ProcessName {
+            container: request.id.clone(),
+            exec: None,
+        };
+        let holder = self.hold(&guest, &name, network.as_ref())?;
         let hooks = traces.hooks.insert(Hooks {
             host: Arc::clone(&self.host),
             id: request.id.clone(),
             bundle: request.bundle.clone(),
             annotations: prepared.annotations,
-            network: prepared.network,
             lists: prepared.hooks,
         });
         for moment in [
@@ -202,7 +222,7 @@ impl Pod {
             Moment::CreateRuntime,
             Moment::CreateContainer,
         ] {
-            hooks.run(moment, self.pid()).await?;
+            hooks.run(moment, holder.pid()).await?;
         }
         let id = request.id.as_str();
         let opened = Streams::open(&request.stdio, id, &self.streams, guest.dialer());
@@ -217,10 +237,6 @@ impl Pod {
             root_disk: traces.disk.as_ref().map(Attached::message).into(),
             ..CreateRequest::default()
         };
-        let name = ProcessName {
-            container: request.id.clone(),
-            exec: None,
-        };
         let agent = guest.agent().clone();
         let limit = agent.limits().create;
         let making = Making::begin(&guest, name.clone(), async move {
@@ -229,17 +245,26 @@ impl Pod {
             answer
         });
         let making = traces.making.insert(making);
-        making.answer("Create", limit).await?;
+        let fate = fate::Fate {
+            pid: holder.pid(),
+            end: None,
+        };
+        let kept = self.keep_fate(&request.id, Some(fate));
+        let (made, ()) = tokio::join!(making.answer("Create", limit), kept);
+        made?;
         let stdio = request.stdio.clone();
         let init = Process::new(name, stdio, prepared.console, None, self.herald());
+        let init = Arc::new(init);
         init.attach(streams);
         let Some(hooks) = traces.hooks.take() else {
             return Err(Error::Cancelled(request.id.clone()));
         };
+        self.keep(&guest, &init, holder);
         let container = Arc::new(Container {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
-            init: Arc::new(init),
+            init,
+            network,
             execs: Mutex::default(),
             files: Mutex::new(traces.files.take()),
             told: Mutex::new(traces.told.take()),
@@ -261,7 +286,7 @@ impl Pod {
                 _ => info!(container = %id, "{note}"),
             }
         }
-        if self.config.strict {
+        if self.settings.get().strict {
             spec::strictly(fields)?;
         }
         Ok(())
@@ -290,7 +315,6 @@ impl Pod {
     pub(super) fn herald(&self) -> Herald {
         Herald {
             events: Arc::clone(&self.events),
-            pid: self.pid(),
         }
     }
 }

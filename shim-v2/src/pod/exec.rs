@@ -82,7 +82,10 @@ impl Pod {
                 .map_err(|refusal| refused(process, Op::Start, refusal))?
         };
         let made = match self.living() {
-            Ok(guest) => self.make(guest, process).await.map(|made| (guest, made)),
+            Ok(guest) => {
+                let made = self.make(guest, container, process).await;
+                made.map(|made| (guest, made))
+            }
             Err(error) => Err(error),
         };
         match made {
@@ -104,7 +107,14 @@ impl Pod {
         }
     }
 
-    async fn make(&self, guest: &Arc<dyn Guest>, process: &Process) -> Result<Making> {
+    async fn make(
+        self: &Arc<Self>,
+        guest: &Arc<dyn Guest>,
+        container: &Container,
+        process: &Arc<Process>,
+    ) -> Result<Making> {
+        let holder = self.hold(guest, &process.name, container.network.as_ref())?;
+        self.keep(guest, process, holder);
         let id = process.name.exec_id();
         let opened = Streams::open(&process.stdio, &id, &self.streams, guest.dialer());
         let (streams, mut stdio, room) = opened.await?;
@@ -159,7 +169,7 @@ impl Pod {
             self.forget_in_guest(&process.name).await;
         }
         lock(&container.execs).all.remove(exec);
-        Ok((self.pid(), exit))
+        Ok((process.pid(), exit))
     }
 }
 

@@ -3,6 +3,7 @@
 mod faults;
 pub(crate) mod harness;
 mod hooks;
+mod pids;
 mod resources;
 mod script;
 
@@ -359,7 +360,7 @@ fn the_end_of_the_pod_tells_the_end_of_everything_in_it() {
 }
 
 #[test]
-fn a_background_process_that_holds_the_output_does_not_hold_up_the_end_ta_38() {
+fn a_background_process_that_holds_the_output_does_not_hold_up_the_end() {
     run(async |bench| {
         bench.running("c").await;
         let stdio = Stdio {
@@ -438,5 +439,20 @@ fn a_hundred_execs_at_once_lose_no_output() {
             assert_eq!(text, format!("output of c e{number}"));
         }
         assert_eq!(bench.told_of("/tasks/exit").len(), 100);
+    });
+}
+
+#[test]
+fn a_pod_that_nobody_uses_is_given_up_after_ten_minutes_ta_74() {
+    run(async |bench| {
+        let begun = Instant::now();
+        crate::daemon::unused(&bench.pod).await;
+        assert_eq!(begun.elapsed().as_secs(), 600);
+        bench.running("c").await;
+        let given_up = crate::daemon::unused(&bench.pod);
+        assert!(timeout(Duration::from_secs(7200), given_up).await.is_err());
+        bench.kill("c", 9).await.unwrap();
+        bench.wait("c").await;
+        bench.delete("c").await.unwrap();
     });
 }

@@ -18,6 +18,7 @@ use super::{Container, DIE, DRAIN, KILLED, Pod};
 use crate::{
     error::Error,
     events::Event,
+    fate::{Ending, Fate},
     guest::Guest,
     lock::lock,
     process::{Exit, Process},
@@ -121,6 +122,11 @@ impl Pod {
             }
         };
         tokio::join!(execs_end, container.init.drained(drain));
+        let fate = Fate {
+            pid: container.init.pid(),
+            end: Some(Ending::from(&exit)),
+        };
+        self.keep_fate(&container.id, Some(fate)).await;
         container.init.end(exit);
     }
 

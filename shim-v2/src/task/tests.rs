@@ -1,7 +1,4 @@
-use containerd_shim_protos::{
-    protobuf::well_known_types::any::Any,
-    shim_async::{Client, TaskClient},
-};
+use containerd_shim_protos::shim_async::{Client, TaskClient};
 use futures::{poll, stream};
 use tokio::net::UnixStream;
 use ttrpc::{
@@ -92,7 +89,8 @@ fn state_tells_every_step_of_a_life_ta_08() {
         let created = served.task.create(context(), &create_of(bench, "c")).await;
         let pid = created.unwrap().pid;
         let after = served.task.connect(context(), &connect).await.unwrap();
-        assert_eq!((pid, after.task_pid), (bench.pod.pid(), pid));
+        assert_eq!(after.task_pid, pid);
+        assert_ne!(pid, after.shim_pid);
         assert_eq!(served.status("c", "").await, Status::CREATED);
         bench.start("c").await.unwrap();
         assert_eq!(served.status("c", "").await, Status::RUNNING);
@@ -110,6 +108,34 @@ fn state_tells_every_step_of_a_life_ta_08() {
         let gone = served.task.state(context(), &state_of("c", "")).await;
         assert_eq!(code(gone), Code::NOT_FOUND);
         served.task.connect(context(), &connect).await.unwrap();
+    });
+}
+
+#[test]
+fn pids_tell_which_exec_each_one_stands_for_ta_50() {
+    run(async |bench| {
+        let served = serve(bench).await;
+        bench.running("c").await;
+        bench.executing("c/e").await;
+        let request = PidsRequest {
+            id: "c".into(),
+            ..PidsRequest::default()
+        };
+        let answer = served.task.pids(context(), &request).await.unwrap();
+        let [first, exec] = answer.processes.as_slice() else {
+            panic!("{answer:?}");
+        };
+        assert_eq!((first.pid, first.info.is_some()), (bench.pid("c"), false));
+        assert_eq!(exec.pid, bench.pid("c/e"));
+        assert_eq!(exec.info.type_url, "containerd.runc.v1.ProcessDetails");
+        let details = ProcessDetails::parse_from_bytes(&exec.info.value).unwrap();
+        assert_eq!(details.exec_id, "e");
+        let unknown = PidsRequest {
+            id: "x".into(),
+            ..PidsRequest::default()
+        };
+        let answer = served.task.pids(context(), &unknown).await;
+        assert_eq!(code(answer), Code::NOT_FOUND);
     });
 }
 

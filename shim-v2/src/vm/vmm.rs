@@ -32,7 +32,7 @@ use rustix::{
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
-use super::control::Control;
+use super::{control::Control, cores, holder::Quarters};
 use crate::{
     agent::escape,
     cgroup::Cgroup,
@@ -148,6 +148,7 @@ pub struct Vmm {
     process: HostProcess,
     pidfd: Arc<OwnedFd>,
     control: Control,
+    quarters: Quarters,
     ended: watch::Receiver<Option<End>>,
 }
 
@@ -171,6 +172,7 @@ impl Vmm {
         let Started {
             mut child,
             report,
+            network,
             cgroup,
         } = result
             .await
@@ -178,6 +180,11 @@ impl Vmm {
         let opened = HostProcess::of(child.pid()).and_then(|process| Ok((process, child.pidfd()?)));
         let (process, pidfd) = opened.map_err(host("open the process of the VMM"))?;
         let pidfd = Arc::new(pidfd);
+        let entrance = cgroup.as_ref().map(|cgroup| cgroup.entrance().try_clone());
+        let entrance = entrance
+            .transpose()
+            .map_err(host("keep the way into the VMM's cgroup"))?;
+        let quarters = Quarters::new(entrance, network);
         let (end, ended) = watch::channel(None);
         let died = Arc::clone(&pidfd);
         thread::Builder::new()
@@ -193,6 +200,7 @@ impl Vmm {
             process,
             pidfd,
             control,
+            quarters,
             ended,
         })
     }
@@ -214,6 +222,12 @@ impl Vmm {
     #[must_use]
     pub fn control(&self) -> &Control {
         &self.control
+    }
+
+    /// Where those live that stand for the guest's processes.
+    #[must_use]
+    pub fn quarters(&self) -> &Quarters {
+        &self.quarters
     }
 
     /// How it ended, if it did.
@@ -288,11 +302,14 @@ fn end_of(child: &mut Child, report: Option<Report>) -> End {
 struct Started {
     child: Child,
     report: PipeReader,
+    /// Its network namespace, the pod's own.
+    network: OwnedFd,
     cgroup: Option<Cgroup>,
 }
 
 /// Starts the process; the calling thread does nothing else in its life.
 fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started> {
+    cores::take_cookie()?;
     // The new pid namespace is the child's; the others are this thread's as well.
     unshare(
         CloneFlags::CLONE_NEWPID
@@ -301,6 +318,8 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
             | CloneFlags::CLONE_NEWNET,
     )
     .map_err(host("make the namespaces of the VMM"))?;
+    let network = File::open("/proc/thread-self/ns/net")
+        .map_err(host("open the network namespace of the VMM"))?;
     let (report, report_end) = io::pipe().map_err(host("make a pipe"))?;
     let fd = |fd: &dyn AsFd| Fd(fd.as_fd().as_raw_fd());
     let config = Config {
@@ -353,7 +372,7 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
     let program = Program {
         arguments: &arguments,
         kept: &kept,
-        cgroup: launch.cgroup.as_ref(),
+        cgroup: launch.cgroup.as_ref().map(Cgroup::entrance),
         ..Program::new(&launch.binary, stderr.as_fd())
     };
     let child = Child::start(&program).map_err(|failure| match failure {
@@ -383,6 +402,7 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
     Ok(Started {
         child,
         report,
+        network: network.into(),
         cgroup: launch.cgroup,
     })
 }

@@ -1,7 +1,15 @@
 //! Who removes what, when shims of one id follow each other or end badly.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
+use containerd_shim_protos::{
+    api::{ConnectRequest, DeleteResponse},
+    protobuf::Message,
+};
 use rustix::process::{Signal, kill_process};
 use serde_json::json;
 
@@ -118,5 +126,120 @@ fn signals_that_ask_for_a_report_do_not_end_the_shim_lc_42() {
             assert_eq!(process(&task).await.0, pid, "{signal:?}");
         }
         shutdown(&task, "c1").await;
+    });
+}
+
+#[test]
+fn bundles_of_a_pod_have_the_address_of_its_one_shim_which_a_member_does_not_end_lc_40_lc_48() {
+    Host::with(async |host: &Host| {
+        let (sandbox, member) = (host.bundle("pod"), host.bundle("c1"));
+        for (bundle, role) in [(&sandbox, "sandbox"), (&member, "container")] {
+            let mut spec = spec();
+            spec["annotations"] = json!({
+                "io.kubernetes.cri.sandbox-id": "pod",
+                "io.kubernetes.cri.container-type": role,
+            });
+            host.write_spec(bundle, &spec);
+        }
+        let address = host.start(&sandbox, "pod");
+        let starts: Vec<_> = [(&sandbox, "pod"), (&member, "c1"), (&member, "c1")]
+            .map(|(bundle, id)| host.command(bundle, id, "start").spawn().unwrap())
+            .into();
+        for start in starts {
+            let output = start.wait_with_output().unwrap();
+            assert_eq!(output.stdout, address.as_bytes(), "{output:?}");
+            assert!(output.stderr.is_empty(), "{output:?}");
+        }
+        for bundle in [&sandbox, &member] {
+            assert_eq!(fs::read_to_string(bundle.join("address")).unwrap(), address);
+        }
+        assert_eq!(shims(&host.containerd()).len(), 1);
+        // What is left of a member is no matter of the pod, whatever else is in it.
+        let output = host.run(&member, "c1", "delete");
+        assert!(
+            output.status.success() && output.stderr.is_empty(),
+            "{output:?}"
+        );
+        let task = connect(&address).await;
+        process(&task).await;
+        shutdown(&task, "pod").await;
+    });
+}
+
+#[test]
+fn delete_tells_the_end_that_the_shim_has_recorded_lc_53() {
+    Host::with(async |host: &Host| {
+        let bundle = host.bundle("c1");
+        let end = json!({"status": 7, "seconds": 1_700_000_000, "nanos": 5});
+        for (record, told) in [
+            (
+                json!({"c1": {"pid": 4_000_000, "end": end}}),
+                (4_000_000, 7, Some(1_700_000_000)),
+            ),
+            (
+                json!({"c1": {"pid": 4_000_000, "end": null}}),
+                (4_000_000, 137, None),
+            ),
+            (json!({"other": {"pid": 3, "end": end}}), (0, 137, None)),
+            (json!("broken"), (0, 137, None)),
+        ] {
+            murder(&connect(&host.start(&bundle, "c1")).await).await;
+            let file = "/run/bulkhead/default/c1/tasks.json";
+            fs::write(file, record.to_string()).unwrap();
+            let begun = Instant::now();
+            let output = host.run(&bundle, "c1", "delete");
+            assert!(begun.elapsed() < Duration::from_secs(2));
+            assert!(
+                output.status.success() && output.stderr.is_empty(),
+                "{output:?}"
+            );
+            let answer = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
+            let (pid, status, at) = told;
+            assert_eq!((answer.pid, answer.exit_status), (pid, status));
+            let seconds = answer.exited_at.seconds;
+            assert!(at.map_or(seconds > 1_700_000_000, |at| seconds == at));
+            host.assert_clean();
+        }
+    });
+}
+
+#[test]
+fn delete_unmounts_the_root_that_containerd_could_not_lc_52() {
+    Host::with(async |host: &Host| {
+        let bundle = host.bundle("c1");
+        let root = bundle.join("rootfs");
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("test", &root, "tmpfs", flags, None).unwrap();
+        let busy = fs::File::create(root.join("busy")).unwrap();
+        let output = host.run(&bundle, "c1", "delete");
+        assert!(
+            output.status.success() && output.stderr.is_empty(),
+            "{output:?}"
+        );
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+        drop(busy);
+    });
+}
+
+#[test]
+fn a_burst_of_connections_is_answered_for_every_id_lc_62() {
+    Host::with(async |host: &Host| {
+        let bundle = host.bundle("c1");
+        let address = host.start(&bundle, "c1");
+        let connects = (0..100).map(|n| {
+            let address = &address;
+            async move {
+                let task = connect(address).await;
+                let id = if n % 2 == 0 { "c1" } else { "unknown" };
+                let request = ConnectRequest {
+                    id: id.into(),
+                    ..ConnectRequest::default()
+                };
+                task.connect(context(), &request).await.unwrap().task_pid
+            }
+        });
+        let pids = futures::future::join_all(connects).await;
+        assert!(pids.iter().all(|pid| *pid == 0));
+        shutdown(&connect(&address).await, "c1").await;
     });
 }

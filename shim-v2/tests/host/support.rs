@@ -75,7 +75,8 @@ impl Host {
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
     }
 
-    pub(crate) fn command(&self, bundle: &Path, id: &str, action: &str) -> Command {
+    /// The binary with the flags that it always gets, the action being next.
+    pub(crate) fn flags(&self, bundle: &Path, id: &str) -> Command {
         let mut command = Command::new(SHIM);
         command
             .args([
@@ -93,6 +94,11 @@ impl Host {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        command
+    }
+
+    pub(crate) fn command(&self, bundle: &Path, id: &str, action: &str) -> Command {
+        let mut command = self.flags(bundle, id);
         if action == "delete" {
             command.arg("-bundle").arg(bundle);
         }

@@ -6,7 +6,10 @@ use std::{
     fmt, fs,
     fs::File,
     net::Shutdown,
-    os::unix::net::{UnixListener as StdListener, UnixStream as StdStream},
+    os::{
+        fd::BorrowedFd,
+        unix::net::{UnixListener as StdListener, UnixStream as StdStream},
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -28,10 +31,12 @@ use super::{
 };
 use crate::{
     agent::{Agent, Limits},
+    config::Config,
     events::testing::Told,
     io::{Dialer, Stdio, StreamHost, read_line, streaming::Hub},
     share::enter_private_namespace,
     statedir::{HostProcess, StateDir},
+    vm::holder::{Holder, Quarters},
 };
 
 /// The guest: the agent's connection, and a socket for its streams.
@@ -40,6 +45,7 @@ pub(crate) struct TestGuest {
     dialer: Dialer,
     end: watch::Sender<Option<End>>,
     connection: StdStream,
+    quarters: Quarters,
     _server: Mutex<Server>,
 }
 
@@ -89,6 +95,7 @@ impl TestGuest {
             dialer: Dialer::new(crate::mount::open_dir(dir).unwrap(), "vsock.sock"),
             end: watch::Sender::new(None),
             connection,
+            quarters: Quarters::new(None, fs::File::open("/proc/self/ns/net").unwrap().into()),
             _server: server.into(),
         });
         let (off, script) = (Arc::downgrade(&guest), script.clone());
@@ -143,6 +150,10 @@ impl Guest for TestGuest {
 
     async fn detach(&self, _: u8) -> Result<()> {
         Ok(())
+    }
+
+    fn hold(&self, label: &str, network: Option<BorrowedFd<'_>>) -> Result<Holder> {
+        self.quarters.hold(label, network)
     }
 
     fn kill(&self) {
@@ -245,7 +256,7 @@ impl Bench {
         };
         let pod = Pod::new(Parts {
             namespace,
-            config,
+            settings: Arc::new(config.into()),
             dir: Arc::new(held),
             share,
             events,
@@ -295,6 +306,7 @@ impl Bench {
             bundle,
             rootfs: Vec::new(),
             stdio: Stdio::default(),
+            options: crate::options::Options::default(),
         }
     }
 
@@ -338,6 +350,11 @@ impl Bench {
     pub(crate) async fn delete(&self, name: &str) -> Result<u8> {
         let (_, exit) = self.pod.delete(&named(name)).await?;
         Ok(exit.status)
+    }
+
+    /// The pid of a process.
+    pub(crate) fn pid(&self, name: &str) -> u32 {
+        self.pod.describe(&named(name)).unwrap().process.pid()
     }
 
     /// Makes a FIFO.

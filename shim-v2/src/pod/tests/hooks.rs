@@ -8,7 +8,7 @@ use super::{
     super::*,
     harness::{Bench, run, run_with},
 };
-use crate::{explain::Explanation, statedir::kept};
+use crate::{config::Config, explain::Explanation, statedir::kept};
 
 const KINDS: [&str; 5] = [
     "prestart",
@@ -125,6 +125,45 @@ fn the_end_of_the_pod_runs_the_hooks_of_the_end() {
         bench.start("c").await.unwrap();
         bench.pod.stop().await;
         assert_eq!(order(bench, "c"), KINDS);
+    });
+}
+
+#[test]
+fn hooks_are_told_the_pid_of_the_container_oc_05_ta_09() {
+    run(async |bench| {
+        let (told, network) = (bench.place.join("told"), bench.place.join("network"));
+        let hook = |script: String| json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}]);
+        let tell = hook(format!("cat >> {0}; echo >> {0}", told.display()));
+        let look = hook(format!(
+            "cat >> {0}; echo >> {0}; readlink /proc/self/ns/net > {1}",
+            told.display(),
+            network.display()
+        ));
+        let request = bench.request_with("c", |spec| {
+            spec["hooks"] = json!({
+                "prestart": tell, "createRuntime": tell, "createContainer": look,
+                "poststart": tell, "poststop": tell,
+            });
+        });
+        let pid = bench.pod.create(request).await.unwrap();
+        let held = fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+        let seen = fs::read_to_string(network).unwrap();
+        assert_eq!(seen.trim_end(), held.to_str().unwrap());
+        bench.start("c").await.unwrap();
+        bench.agent.exits("c", "", 0);
+        bench.wait("c").await;
+        bench.delete("c").await.unwrap();
+        let told = fs::read_to_string(told).unwrap();
+        let pids: Vec<u64> = told
+            .lines()
+            .map(|line| {
+                serde_json::from_str::<Value>(line).unwrap()["pid"]
+                    .as_u64()
+                    .unwrap()
+            })
+            .collect();
+        let pid = u64::from(pid);
+        assert_eq!(pids, [pid, pid, pid, pid, 0]);
     });
 }
 
