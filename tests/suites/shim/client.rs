@@ -167,6 +167,9 @@ fn action(id: &str, bundle: &Path, action: &str) -> std::process::Output {
 pub(crate) fn ext4(path: &Path) {
     let root = tempfile::tempdir().expect("temporary directory");
     bundle::busybox_root(root.path());
+    for place in ["proc", "dev"] {
+        fs::create_dir_all(root.path().join(place)).expect("a mount point");
+    }
     let made = Command::new("mke2fs")
         .args(["-q", "-t", "ext4", "-d"])
         .arg(root.path())
