@@ -24,7 +24,7 @@ const DEVICES: &str = "/sys/bus/platform/devices";
 
 /// How long what still uses a file system that is unmounted may take to let go.
 const LET_GO: Duration = Duration::from_secs(2);
-/// How often that is looked at.
+/// How often that is looked at: of the end of a file system nothing tells.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// A mounted disk. Dropped, it is unmounted and let go of, whoever still uses it.
@@ -106,12 +106,16 @@ impl Disk {
             .map_err(io::Error::other)
             .and_then(|unmounted| unmounted)
             .doing("unmount the root file system")?;
+        // Nearly always it is so already.
         let deadline = Instant::now() + LET_GO;
         // The kernel ends the mounts of a process after it has told of its end.
         while disk.is_used() && Instant::now() < deadline {
             sleep(LOOK).await;
         }
-        Ok(())
+        // The driver may have to wait for the host.
+        let gone = spawn_blocking(move || drop(disk)).await;
+        gone.map_err(io::Error::other)
+            .doing("let go of the root file system's disk")
     }
 
     /// What was written is on the disk when this returns.

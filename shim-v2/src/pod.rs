@@ -120,7 +120,7 @@ pub struct Pod {
     /// The agent has let somebody wait in vain: look at once whether it lives.
     doubt: Notify,
     /// Of execs that are being made in the guest.
-    turns: Arc<Semaphore>,
+    turns: Semaphore,
     slots: Mutex<BTreeMap<ContainerId, Slot>>,
     stopping: AtomicBool,
     stopped: OnceCell<()>,
@@ -203,7 +203,7 @@ impl Pod {
             guest: OnceCell::new(),
             failure: OnceLock::new(),
             doubt: Notify::new(),
-            turns: Arc::new(Semaphore::new(TURNS)),
+            turns: Semaphore::new(TURNS),
             slots: Mutex::default(),
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),
