@@ -8,7 +8,11 @@ use std::{
     io::{Write, stdout},
     path::{Path, PathBuf},
     process::Command,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread::ScopedJoinHandle,
     time::{Duration, Instant},
 };
 
@@ -21,7 +25,8 @@ use bulkhead_tests::{
 use super::{
     Program,
     libtest::{self, Verdict},
-    report::Report,
+    report::{Lost, Report},
+    stall::Watch,
 };
 use crate::{
     lab,
@@ -34,7 +39,8 @@ const TEST_DEADLINE: Duration = Duration::from_secs(1200);
 /// How long collecting evidence may take.
 const EVIDENCE_DEADLINE: Duration = Duration::from_secs(60);
 
-/// How often a test is begun at most; a second time only if its lab host was lost.
+/// How often a test is begun at most; a second time only if its lab host was lost, or
+/// this machine stood still meanwhile.
 const TRIES: u8 = 2;
 
 /// How the names of the tests begin that take longest, and are begun first.
@@ -48,8 +54,8 @@ const EVIDENCE: &str = include_str!("../evidence.sh");
 pub(super) struct Planned {
     suite: String,
     test: String,
-    /// Why the tries before were lost.
-    lost: Vec<String>,
+    /// The tries before, of which none told anything of the test.
+    lost: Vec<Lost>,
 }
 
 impl Planned {
@@ -59,6 +65,11 @@ impl Planned {
             test: test.to_owned(),
             lost: Vec::new(),
         }
+    }
+
+    fn report(self, report: &Report, verdict: Verdict, time: Duration) {
+        let Planned { suite, test, lost } = self;
+        report.add_after(&suite, &test, lost, verdict, time);
     }
 
     /// Where the evidence of this try lies.
@@ -96,6 +107,15 @@ pub(super) fn plan(program: &Program, filter: Option<&str>) -> Result<Vec<Planne
         .collect())
 }
 
+/// Where tests in lab hosts stand.
+struct Run<'a> {
+    ready: &'a lab::Ready,
+    planned: Mutex<Vec<Planned>>,
+    report: &'a Report,
+    evidence: PathBuf,
+    clock: Watch,
+}
+
 /// Runs them all.
 pub(super) fn run(
     ready: &lab::Ready,
@@ -108,22 +128,31 @@ pub(super) fn run(
     planned.sort_by_key(|planned| planned.test.starts_with(LONGEST));
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let hosts = processors.min(memory_for()).min(planned.len());
-    let (planned, evidence) = (Mutex::new(planned), lab::evidence_dir()?);
+    let run = Run {
+        ready,
+        planned: Mutex::new(planned),
+        report,
+        evidence: lab::evidence_dir()?,
+        clock: Watch::new(),
+    };
     // What must be made first is made once, and shown.
     let mut first = (hosts > 0)
         .then(|| ready.session(Clock::Wall, &bar))
         .transpose()?;
     drop(bar);
+    let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        scope.spawn(|| run.clock.keep(|| over.load(Relaxed)));
         let hosts: Vec<_> = (0..hosts)
             .map(|_| {
                 let session = first.take();
-                scope.spawn(|| one_lab_host(ready, session, &planned, report, &evidence))
+                scope.spawn(|| run.one_lab_host(session))
             })
             .collect();
-        for host in hosts {
-            host.join()
-                .map_err(|_| anyhow!("A lab host's thread panicked"))??;
+        let ended: Vec<_> = hosts.into_iter().map(ScopedJoinHandle::join).collect();
+        over.store(true, Relaxed);
+        for host in ended {
+            host.map_err(|_| anyhow!("A lab host's thread panicked"))??;
         }
         Ok(())
     })
@@ -137,54 +166,53 @@ fn memory_for() -> usize {
     usize::try_from(hosts).unwrap_or(usize::MAX).max(1)
 }
 
-/// Runs tests until none is left, from `session` on.
-fn one_lab_host(
-    ready: &lab::Ready,
-    session: Option<Session>,
-    planned: &Mutex<Vec<Planned>>,
-    report: &Report,
-    evidence: &Path,
-) -> Result<()> {
-    let mut session = session;
-    let next = || planned.lock().unwrap_or_else(PoisonError::into_inner).pop();
-    while let Some(mut planned) = next() {
+impl Run<'_> {
+    /// Runs tests until none is left, from `session` on.
+    fn one_lab_host(&self, mut session: Option<Session>) -> Result<()> {
+        let next = || {
+            let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
+            planned.pop()
+        };
+        while let Some(planned) = next() {
+            self.one_test(&mut session, planned)?;
+        }
+        Ok(())
+    }
+
+    /// Runs a test until a try tells something of it. A lab host that is still good
+    /// afterwards is in `session`.
+    fn one_test(&self, session: &mut Option<Session>, mut planned: Planned) -> Result<()> {
         loop {
             let mut host = match session.take() {
                 Some(session) => session,
-                None => ready.session(Clock::Wall, &Quiet)?,
+                None => self.ready.session(Clock::Wall, &Quiet)?,
             };
             let began = Instant::now();
-            let ended = attempt(&mut host, &planned, evidence)?;
+            let ended = attempt(&mut host, &planned, &self.evidence)?;
             let time = began.elapsed();
-            tell(&planned, &ended, time, evidence)?;
-            match ended {
+            tell(&planned, &ended, time, &self.evidence)?;
+            let (verdict, why, lost) = match ended {
+                // Whatever a failed test left must not make the next one fail.
+                Try::Ended(Verdict::Failed(why)) => (Verdict::Failed(why.clone()), why, false),
                 Try::Ended(verdict) => {
-                    // Whatever a failed test left must not make the next one fail.
-                    if !matches!(verdict, Verdict::Failed(_)) {
-                        session = Some(host);
-                    }
-                    let Planned { suite, test, lost } = planned;
-                    match (verdict, lost.first()) {
-                        (Verdict::Passed, Some(why)) => {
-                            report.add_second_try(&suite, &test, why, time);
-                        }
-                        (verdict, _) => report.add(&suite, &test, verdict, Some(time)),
-                    }
-                    break;
+                    *session = Some(host);
+                    planned.report(self.report, verdict, time);
+                    return Ok(());
                 }
                 Try::Lost(why) => {
-                    planned.lost.push(why);
-                    if planned.lost.len() >= usize::from(TRIES) {
-                        let Planned { suite, test, lost } = planned;
-                        let why = format!("the lab host was lost: {}", lost.join("; then: "));
-                        report.add(&suite, &test, Verdict::Failed(why), Some(time));
-                        break;
-                    }
+                    let lost = format!("the lab host was lost: {why}");
+                    (Verdict::Failed(lost), why, true)
                 }
+            };
+            let stood_still = self.clock.since(began);
+            let told_nothing = lost || stood_still.is_some();
+            if !told_nothing || planned.lost.len() + 1 >= usize::from(TRIES) {
+                planned.report(self.report, verdict, time);
+                return Ok(());
             }
+            planned.lost.push(Lost { why, stood_still });
         }
     }
-    Ok(())
 }
 
 /// A line for each try, and for a failed one all that it wrote.

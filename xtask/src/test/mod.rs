@@ -4,13 +4,15 @@
 //! - Whatever can run here does; what this machine lacks something for, and the lab host
 //!   does not, runs there.
 //! - A test is tried again only if its lab host was lost. If it passes then, both tries
-//!   are told and the run has failed all the same.
+//!   are told and the run has failed all the same. Only where this machine itself stood
+//!   still meanwhile does its first try not count.
 //! - Around each test in the lab host the host is looked at for what was left behind.
 
 mod here;
 mod lab_host;
 mod libtest;
 mod report;
+mod stall;
 
 use std::{
     io::{Write, stdout},

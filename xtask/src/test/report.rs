@@ -2,6 +2,7 @@
 //! the same for machines as JUnit XML.
 
 use std::{
+    fmt::{self, Display, Formatter},
     fs,
     io::{Write, stdout},
     path::Path,
@@ -35,8 +36,41 @@ struct Case {
     verdict: Verdict,
     /// What it took; unknown where an executable runs many at once.
     time: Option<Duration>,
-    /// It passed at its second try, and this is why the first did not.
-    first_try: Option<String>,
+    /// The tries before this one.
+    lost: Vec<Lost>,
+}
+
+/// A try that told nothing of the test, which was begun anew.
+#[derive(Debug)]
+pub(super) struct Lost {
+    /// What was seen.
+    pub(super) why: String,
+    /// This machine stood still for so long meanwhile, which is nobody's fault. With
+    /// none the lab host was lost, which is one.
+    pub(super) stood_still: Option<Duration>,
+}
+
+impl Lost {
+    fn is_fault(&self) -> bool {
+        self.stood_still.is_none()
+    }
+}
+
+impl Display for Lost {
+    fn fmt(&self, out: &mut Formatter<'_>) -> fmt::Result {
+        let Lost { why, stood_still } = self;
+        match stood_still {
+            Some(time) => write!(
+                out,
+                "begun anew, for this machine stood still for {} s; seen then: {why}",
+                time.as_secs()
+            ),
+            None => write!(
+                out,
+                "passed at the second try only, which is a fault; the first: {why}"
+            ),
+        }
+    }
 }
 
 /// The closing counts.
@@ -45,33 +79,42 @@ pub(super) struct Counts {
     pub(super) passed: usize,
     pub(super) failed: usize,
     pub(super) skipped: usize,
-    /// Of those that passed: at the second try.
+    /// Of those that passed: at the second try, by nobody's fault but ours.
     pub(super) again: usize,
 }
 
 impl Report {
     /// Adds a test of `suite`.
     pub(super) fn add(&self, suite: &str, name: &str, verdict: Verdict, time: Option<Duration>) {
+        let name = name.to_owned();
+        let lost = Vec::new();
+        self.case(
+            suite,
+            Case {
+                name,
+                verdict,
+                time,
+                lost,
+            },
+        );
+    }
+
+    /// Adds a test whose tries before were `lost`.
+    pub(super) fn add_after(
+        &self,
+        suite: &str,
+        name: &str,
+        lost: Vec<Lost>,
+        verdict: Verdict,
+        time: Duration,
+    ) {
         self.case(
             suite,
             Case {
                 name: name.to_owned(),
                 verdict,
-                time,
-                first_try: None,
-            },
-        );
-    }
-
-    /// Adds a test that passed at its second try.
-    pub(super) fn add_second_try(&self, suite: &str, name: &str, why: &str, time: Duration) {
-        self.case(
-            suite,
-            Case {
-                name: name.to_owned(),
-                verdict: Verdict::Passed,
                 time: Some(time),
-                first_try: Some(why.to_owned()),
+                lost,
             },
         );
     }
@@ -113,7 +156,7 @@ impl Report {
                 Verdict::Failed(_) => counts.failed += 1,
                 Verdict::Skipped(_) => counts.skipped += 1,
             }
-            counts.again += usize::from(case.first_try.is_some());
+            counts.again += usize::from(case.at_second_try_by_fault());
         }
         counts
     }
@@ -154,12 +197,8 @@ impl Report {
                 if matches!(case.verdict, Verdict::Failed(_)) {
                     writeln!(out, "FAILED: {}: {}", suite.name, case.name)?;
                 }
-                if let Some(why) = &case.first_try {
-                    writeln!(
-                        out,
-                        "passed at the second try only, which is a fault: {}: {}; the first: {why}",
-                        suite.name, case.name
-                    )?;
+                for lost in &case.lost {
+                    writeln!(out, "{}: {}: {lost}", suite.name, case.name)?;
                 }
             }
         }
@@ -193,6 +232,10 @@ impl Report {
 }
 
 impl Case {
+    fn at_second_try_by_fault(&self) -> bool {
+        self.verdict == Verdict::Passed && self.lost.iter().any(Lost::is_fault)
+    }
+
     fn junit(&self, suite: &str) -> TestCase {
         let mut status = match &self.verdict {
             Verdict::Passed => TestCaseStatus::success(),
@@ -213,8 +256,9 @@ impl Case {
         if let Some(time) = self.time {
             case.set_time(time);
         }
-        if let Some(why) = &self.first_try {
-            case.set_system_out(format!("passed at the second try; the first: {why}"));
+        if !self.lost.is_empty() {
+            let tries: Vec<String> = self.lost.iter().map(Lost::to_string).collect();
+            case.set_system_out(tries.join("\n"));
         }
         case
     }
@@ -250,16 +294,20 @@ mod tests {
             Verdict::Failed("left: 1\nright: 2".to_owned()),
             second,
         );
-        report.add_second_try("run", "d", "the emulator died", Duration::from_secs(2));
+        for (name, stood_still) in [("d", None), ("e", Some(Duration::from_secs(900)))] {
+            let why = "the emulator died".to_owned();
+            let lost = vec![Lost { why, stood_still }];
+            report.add_after("run", name, lost, Verdict::Passed, Duration::from_secs(2));
+        }
         report
     }
 
     #[test]
-    fn every_verdict_counts_once_and_a_second_try_is_told() {
+    fn every_verdict_counts_once_and_a_second_try_is_a_fault_unless_this_machine_stood_still() {
         assert_eq!(
             report().counts(),
             Counts {
-                passed: 2,
+                passed: 3,
                 failed: 1,
                 skipped: 1,
                 again: 1
@@ -274,11 +322,12 @@ mod tests {
         report().write_junit(&path).unwrap();
         let text = fs::read_to_string(path).unwrap();
         for part in [
-            r#"<testsuites name="bulkhead" tests="4""#,
-            r#"<testsuite name="run" tests="3""#,
+            r#"<testsuites name="bulkhead" tests="5""#,
+            r#"<testsuite name="run" tests="4""#,
             r#"failures="1""#,
             r#"message="no disk""#,
-            "passed at the second try; the first: the emulator died",
+            "passed at the second try only, which is a fault; the first: the emulator died",
+            "begun anew, for this machine stood still for 900 s; seen then: the emulator died",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
