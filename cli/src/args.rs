@@ -45,6 +45,8 @@ pub(crate) enum Command {
     Check(Check),
     /// Say what became of each field of a container's specification.
     Explain(Explain),
+    /// Name the runtime in the configuration of containerd or Docker.
+    Install(Install),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -259,6 +261,57 @@ pub(crate) struct Explain {
     /// How it is printed.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(crate) format: Format,
+}
+
+const INSTALL_EXAMPLES: &str = "\
+Examples:
+  bulkhead install containerd --dry-run
+  bulkhead install docker
+  bulkhead install containerd --remove
+
+What else stands in a file stays as it is. containerd finds the runtime without this where it is
+named by its type: ctr run --runtime io.containerd.bulkhead.v2 IMAGE ID";
+
+/// Options of `install`.
+#[derive(Debug, Args)]
+#[command(after_help = INSTALL_EXAMPLES)]
+pub(crate) struct Install {
+    /// Whose configuration.
+    #[arg(value_enum)]
+    pub(crate) engine: Engine,
+    /// What the runtime is called there.
+    #[arg(long, value_name = "NAME", default_value = "bulkhead", value_parser = runtime_name)]
+    pub(crate) name: String,
+    /// The engine's configuration file, if it is not at its usual place.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Print what would be written, and write nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Take the name away again.
+    #[arg(long)]
+    pub(crate) remove: bool,
+}
+
+/// Who starts containers by us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Engine {
+    /// containerd, for Kubernetes by its CRI plug-in.
+    Containerd,
+    /// Docker's daemon.
+    Docker,
+}
+
+/// Kubernetes takes a handler's name for a DNS label.
+fn runtime_name(text: &str) -> Result<String, String> {
+    let byte = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    let ends = [text.bytes().next(), text.bytes().last()];
+    if text.len() <= 63 && text.bytes().all(byte) && !ends.contains(&Some(b'-')) && !text.is_empty()
+    {
+        Ok(text.to_owned())
+    } else {
+        Err("a name is 1 to 63 lower-case letters, digits and hyphens inside".to_owned())
+    }
 }
 
 /// May the container write to a volume?

@@ -13,6 +13,7 @@ mod clearing;
 mod error;
 mod exec;
 mod explain;
+mod install;
 mod progress;
 mod resources;
 mod run;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         Command::Stats(args) => resources::stats(args),
         Command::Check(args) => check::check(args),
         Command::Explain(args) => explain::explain(args),
+        Command::Install(args) => install::install(args),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => man(dir),
     };

@@ -1,5 +1,7 @@
 //! The runtime under containerd, driven by `ctr`.
 
+use std::fs;
+
 use bulkhead_tests::{Command, Outcome};
 
 const IMAGE: &str = bulkhead_tests::BUSYBOX_NAME;
@@ -171,4 +173,41 @@ fn an_exit_is_told_though_containerd_was_away_for_long() {
     assert!(rm.code == 9 || rm.code == 0, "{rm}");
     assert!(rm.stderr.contains('9') || rm.code == 9, "{rm}");
     ctr(["container", "rm", "away"]).success();
+}
+
+/// The containerd of the lab host reads a configuration that `bulkhead install` has
+/// changed: with ours beside what was there.
+#[test]
+fn containerd_reads_what_install_wrote_beside_its_own_runtimes_cl_01_k8_03() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("config.toml");
+    let file = config.to_str().unwrap();
+    let dump = || {
+        let args = ["--config", file, "config", "dump"];
+        Command::new("containerd", args).run().success()
+    };
+    for (version, plugin) in [
+        (3, "io.containerd.cri.v1.runtime"),
+        (2, "io.containerd.grpc.v1.cri"),
+    ] {
+        let before = format!(
+            "version = {version}\n[plugins.\"{plugin}\".containerd.runtimes.other]\n\
+             runtime_type = \"io.containerd.other.v2\" # ours\n"
+        );
+        fs::write(&config, &before).unwrap();
+        let install = ["install", "containerd", "--config", file];
+        Command::bulkhead(install).run().success();
+        let dumped = dump();
+        for runtime in ["other", "bulkhead", "runc"] {
+            let wanted = format!("io.containerd.{runtime}.v2");
+            assert!(dumped.contains(&wanted), "{wanted}: {dumped}");
+        }
+        Command::bulkhead(install.into_iter().chain(["--remove"]))
+            .run()
+            .success();
+        let dumped = dump();
+        assert!(!dumped.contains("io.containerd.bulkhead.v2"), "{dumped}");
+        assert!(dumped.contains("io.containerd.other.v2"), "{dumped}");
+        assert!(fs::read_to_string(&config).unwrap().contains("# ours"));
+    }
 }

@@ -1,10 +1,10 @@
-//! The host's side of the protocol, and a busybox root to make containers of.
+//! The host's side of the protocol.
+
+mod rootfs;
 
 use std::{
     fs,
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::Command,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -213,7 +213,7 @@ impl Host {
     async fn start(cgroups: PathBuf) -> Self {
         let directory = TempDir::new_in("/var/tmp").unwrap();
         let rootfs = directory.path().join("rootfs");
-        make_rootfs(&rootfs);
+        rootfs::make(&rootfs);
         let (ours, theirs) = UnixStream::pair().unwrap();
         let streams = directory.path().join("streams");
         let listener = UnixListener::bind(&streams).unwrap();
@@ -544,66 +544,5 @@ fn process(id: &str, exec_id: &str) -> ProcessRequest {
         container_id: id.into(),
         exec_id: exec_id.into(),
         ..Default::default()
-    }
-}
-
-fn make_rootfs(rootfs: &Path) {
-    for directory in ["bin", "etc", "proc", "sys", "dev", "tmp", "home/user"] {
-        fs::create_dir_all(rootfs.join(directory)).unwrap();
-    }
-    install_busybox(rootfs);
-    for name in [
-        "sh",
-        "cat",
-        "echo",
-        "hostname",
-        "id",
-        "ls",
-        "sleep",
-        "stat",
-        "mount",
-        "head",
-        "grep",
-        "stty",
-        "env",
-        "dd",
-        "sha256sum",
-        "touch",
-        "mknod",
-        "mkdir",
-        "seq",
-        "ps",
-        "tr",
-        "readlink",
-        "test",
-        "true",
-        "umount",
-        "od",
-        "wc",
-        "kill",
-        "ulimit",
-        "sort",
-        "tty",
-        "ip",
-        "yes",
-    ] {
-        symlink("busybox", rootfs.join("bin").join(name)).unwrap();
-    }
-    let passwd = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n";
-    fs::write(rootfs.join("etc/passwd"), passwd).unwrap();
-}
-
-/// With the libraries that it needs, if it is not a static one.
-fn install_busybox(rootfs: &Path) {
-    const BUSYBOX: &str = "/bin/busybox";
-    fs::copy(BUSYBOX, rootfs.join("bin/busybox")).expect("busybox is installed");
-    let Ok(list) = Command::new("ldd").arg(BUSYBOX).output() else {
-        return;
-    };
-    let list = String::from_utf8(list.stdout).unwrap();
-    for library in list.split_whitespace().filter(|word| word.starts_with('/')) {
-        let to = rootfs.join(library.trim_start_matches('/'));
-        fs::create_dir_all(to.parent().unwrap()).unwrap();
-        fs::copy(library, to).unwrap();
     }
 }
