@@ -12,7 +12,9 @@ use std::{
 use crate::build::workspace;
 
 /// The families of ids with a dash, as they stand in names: `ta_12` or `ta12`.
-const FAMILIES: [&str; 10] = ["TT", "LC", "TA", "IO", "FS", "SS", "OC", "CL", "SX", "NW"];
+const FAMILIES: [&str; 11] = [
+    "TT", "LC", "TA", "IO", "FS", "SS", "OC", "CL", "SX", "NW", "K8",
+];
 
 /// The families of ids without one.
 const LETTERS: [&str; 3] = ["B", "F", "G"];
@@ -213,6 +215,7 @@ fn ids_are_read_from_the_end_of_a_name() {
     assert_eq!(ids("a_name_b59_f3"), ["F3", "B59"]);
     assert_eq!(ids("a_name_ta_12_ss_9"), ["SS-09", "TA-12"]);
     assert_eq!(ids("a_name_lc43"), ["LC-43"]);
+    assert_eq!(ids("a_name_k8_03"), ["K8-03"]);
     assert!(ids("memory_of_64").is_empty());
     assert!(ids("a_u64").is_empty());
 }
