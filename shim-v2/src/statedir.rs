@@ -169,8 +169,11 @@ impl StateDir {
         loop {
             let mut builder = DirBuilder::new();
             match builder.recursive(true).mode(0o700).create(parent) {
-                // It went while it was looked at.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !parent.exists() => {
+                // It went while it was looked at, and may be there again.
+                Err(error)
+                    if error.kind() == io::ErrorKind::AlreadyExists
+                        && fs::metadata(parent).map_or(true, |found| found.is_dir()) =>
+                {
                     continue;
                 }
                 created => created?,

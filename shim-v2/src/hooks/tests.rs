@@ -109,7 +109,8 @@ fn a_hook_has_its_own_arguments_and_variables_and_nothing_of_the_shim_oc_04() {
             dir,
             "seen",
             "exec > $2; env | grep -v -e ^PWD= -e ^_= -e ^SHLVL= -e ^OLDPWD=; pwd; echo $1; (ls /proc/$$/fd | sort -n | tr '\\n' ' '); echo; \
-             readlink /proc/$$/ns/mnt; test $(ps -o sid= $$) = $$ && echo session",
+             readlink /proc/$$/ns/mnt; read -r _ _ _ _ _ session _ < /proc/$$/stat; \
+             test $session = $$ && echo session",
         );
         hook.args = ["name", "one", "two"].map(str::to_owned).to_vec();
         hook.env = vec!["A=b=c".to_owned()];

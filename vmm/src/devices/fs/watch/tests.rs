@@ -4,6 +4,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::{
+    sys::stat::{SFlag, mknod},
+    unistd::truncate,
+};
 use rustix::{
     event::Timespec,
     fs::{Mode, OFlags},
@@ -285,9 +289,12 @@ fn what_this_process_changes_is_not_told() {
     watched.others("mkdir v");
     let v = watched.look_up("v");
     let own = watched.dir.path().join("v/own");
-    // The threads of the file server are threads of this process.
+    // The threads of the file server are threads of this process. Nothing is opened:
+    // a program that another test starts meanwhile would have it open as well for a
+    // moment, and its closing is another process's doing.
     let server = thread::spawn(move || {
-        std::fs::write(&own, "x").unwrap();
+        mknod(&own, SFlag::S_IFREG, nix::sys::stat::Mode::S_IRWXU, 0).unwrap();
+        truncate(&own, 1).unwrap();
         std::fs::rename(&own, own.with_extension("new")).unwrap();
         std::fs::remove_file(own.with_extension("new")).unwrap();
     });
