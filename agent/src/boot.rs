@@ -15,7 +15,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bulkhead_agent_api::{AGENT_PORT, PRIVATE_DIR, PRIVATE_TAG, SHARE_DIR, SHARE_TAG, STREAM_PORT};
+use bulkhead_agent_api::{
+    AGENT_PORT, PRIVATE_DIR, PRIVATE_TAG, SHARE_DIR, SHARE_TAG, SOCKETS_DIR, STREAM_PORT,
+};
 use futures::{Stream, stream};
 use rustix::{
     fs::{Mode, OFlags},
@@ -299,6 +301,7 @@ async fn serve() -> Result<End> {
         helper: SELF.into(),
         cgroups: CONTAINER_CGROUPS.into(),
         shares: shares(),
+        sockets: SOCKETS_DIR.into(),
     };
     Ok(rpc::serve(config, host, from_host(streams)).await?)
 }

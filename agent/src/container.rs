@@ -23,7 +23,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_api::agent::{RootDisk, StatsResponse, Stdio};
+use bulkhead_agent_api::agent::{CreateRequest, StatsResponse, Stdio};
 use rustix::{
     fs::{FileType, Uid},
     termios::{Winsize, tcsetwinsize},
@@ -42,9 +42,10 @@ use crate::{
     error::{Doing, Error},
     launch::{Launched, Waiting, launch},
     reaper::{Exit, ExitWatch, Reaper, ended},
+    sockets::Sockets,
     spec::{
         self, Inherited,
-        plan::{ContainerPlan, Filesystem, IdMap, MountKind, Seccomp},
+        plan::{ContainerPlan, Filesystem, IdMap, MountKind},
     },
     stdio::{Connected, Pumps, prepare},
     streams::Streams,
@@ -63,6 +64,8 @@ pub struct Config {
     pub cgroups: PathBuf,
     /// File systems of the host that containers write to.
     pub shares: Vec<PathBuf>,
+    /// Directory for the sockets that containers reach, a directory for each.
+    pub sockets: PathBuf,
 }
 
 /// What ended, and how.
@@ -113,6 +116,8 @@ struct Container {
     paused: AtomicBool,
     /// Its root file system, if that is a disk.
     disk: Mutex<Option<Disk>>,
+    /// Those of the host that its processes reach.
+    sockets: Option<Sockets>,
 }
 
 #[derive(Debug)]
@@ -137,22 +142,18 @@ impl Containers {
 
     /// Creates a container; its first process waits for [`Containers::start`].
     /// Returns that process's id in the guest.
-    pub async fn create(
-        &self,
-        id: &str,
-        spec: &[u8],
-        stdio: &Stdio,
-        seccomp: Option<Seccomp>,
-        disk: Option<RootDisk>,
-    ) -> Result<u32, Error> {
+    pub async fn create(&self, request: &CreateRequest) -> Result<u32, Error> {
+        let (id, stdio) = (request.container_id.as_str(), &*request.stdio);
         check_id(id)?;
         let making =
             Making::new(&self.all, id).ok_or_else(|| Error::ContainerExists(id.to_owned()))?;
-        let spec = spec::json::from_slice("", spec)?;
+        let seccomp = spec::seccomp(&request.seccomp_filter, request.seccomp_flags)?;
+        let spec = spec::json::from_slice("", &request.spec)?;
         let mut plan = spec::container(spec, seccomp)?.plan;
         plan.process.terminal = terminal_size(stdio)?;
-        let disk = match disk {
-            Some(disk) => Some(Disk::mount(id, disk).await?),
+        let sockets = Sockets::listen(&self.config.sockets, id, &request.sockets)?;
+        let disk = match request.root_disk.as_ref() {
+            Some(disk) => Some(Disk::mount(id, disk.clone()).await?),
             None => None,
         };
         let cgroup = Cgroup::create(&self.config.cgroups, id, &plan.resources)?;
@@ -166,6 +167,7 @@ impl Containers {
                 let pid = container.init.pid;
                 container.cgroup = Mutex::new(Some(Arc::new(cgroup)));
                 container.disk = Mutex::new(disk);
+                container.sockets = Some(sockets);
                 making.done(Arc::new(container));
                 Ok(pid)
             }
@@ -221,7 +223,18 @@ impl Containers {
             freezer: AsyncMutex::default(),
             paused: AtomicBool::new(false),
             disk: Mutex::default(),
+            sockets: None,
         })
+    }
+
+    /// Waits for a connection to one of the sockets of a container, which it relays by
+    /// this stream. Returns the number of the socket.
+    pub async fn accept(&self, id: &str, stream: u64) -> Result<u32, Error> {
+        let container = self.container(id)?;
+        match &container.sockets {
+            Some(sockets) => sockets.accept(&self.streams, stream).await,
+            None => Err(Error::NoContainer(id.to_owned())),
+        }
     }
 
     /// Lets the first process of a container become its program.
@@ -315,6 +328,9 @@ impl Containers {
             // An exec in the making still holds it and removes it at its end.
             Err(shared) => shared.kill(),
         };
+        if let Some(sockets) = &container.sockets {
+            sockets.close().await;
+        }
         let disk = lock(&container.disk).take();
         let let_go = match disk {
             Some(disk) => disk.let_go().await,

@@ -4,7 +4,7 @@
 //! main ── init                       the helper: becomes a container's process
 //!   └──── boot ── rpc ┬ container ┬ launch ── channel ── (init)
 //!         PID 1 serve └ clock     ├ cgroup
-//!         └ baseline              ├ stdio ── streams
+//!         └ baseline              ├ stdio, sockets ── streams
 //!                                 └ reaper
 //! ```
 //!
@@ -30,6 +30,7 @@ pub mod init;
 mod launch;
 pub mod reaper;
 pub mod rpc;
+mod sockets;
 mod stdio;
 pub mod streams;
 mod sys;

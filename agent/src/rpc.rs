@@ -15,10 +15,10 @@ use async_trait::async_trait;
 use bulkhead_agent_api::{
     GREETING,
     agent::{
-        ClockRequest, ClockResponse, ContainerRequest, CreateRequest, Empty, ExecRequest,
-        KillRequest, PidsResponse, ProcessRequest, ProcessResponse, ResizePtyRequest,
-        StatsResponse, Stdio, UpdateRequest, UpdateResponse, WaitOomRequest, WaitOomResponse,
-        WaitResponse,
+        AcceptRequest, AcceptResponse, ClockRequest, ClockResponse, ContainerRequest,
+        CreateRequest, Empty, ExecRequest, KillRequest, PidsResponse, ProcessRequest,
+        ProcessResponse, ResizePtyRequest, StatsResponse, Stdio, UpdateRequest, UpdateResponse,
+        WaitOomRequest, WaitOomResponse, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
 };
@@ -35,7 +35,6 @@ use crate::{
     container::{Config, Containers},
     error::{Doing, Error},
     reaper::Reaper,
-    spec,
     streams::Streams,
 };
 
@@ -139,16 +138,9 @@ impl Service {
 #[async_trait]
 impl Agent for Service {
     async fn create(&self, _: &TtrpcContext, r: CreateRequest) -> ttrpc::Result<ProcessResponse> {
-        let seccomp = spec::seccomp(&r.seccomp_filter, r.seccomp_flags).map_err(Error::from)?;
         let pid = self
             .containers
-            .create(
-                &r.container_id,
-                &r.spec,
-                &r.stdio,
-                seccomp,
-                r.root_disk.into_option(),
-            )
+            .create(&r)
             .await
             .inspect_err(|_| self.forget(&r.stdio))?;
         Ok(ProcessResponse {
@@ -276,6 +268,14 @@ impl Agent for Service {
     async fn thaw(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {
         self.containers.thaw(&r.container_id).await?;
         Ok(Empty::default())
+    }
+
+    async fn accept(&self, _: &TtrpcContext, r: AcceptRequest) -> ttrpc::Result<AcceptResponse> {
+        let socket = self.containers.accept(&r.container_id, r.stream).await?;
+        Ok(AcceptResponse {
+            socket,
+            ..Default::default()
+        })
     }
 }
 

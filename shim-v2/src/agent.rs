@@ -16,8 +16,8 @@ use std::{future::Future, time::Duration};
 use bulkhead_agent_api::{
     GREETING,
     agent::{
-        ClockRequest, ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest,
-        ProcessRequest, ResizePtyRequest, WaitOomRequest,
+        AcceptRequest, ClockRequest, ContainerRequest, CreateRequest, Empty, ExecRequest,
+        KillRequest, ProcessRequest, ResizePtyRequest, WaitOomRequest,
     },
     agent_ttrpc::AgentClient,
     cause,
@@ -212,6 +212,24 @@ impl Agent {
             .await
             .map_err(|error| refusal("WaitOom failed", error))?;
         Ok(response.oom_kills)
+    }
+
+    /// Waits until a process of a container has connected to one of its sockets, however
+    /// long that takes; answers the number of the socket, which may be any. The guest
+    /// expects the stream with this id for it.
+    pub async fn accept(&self, container: &ContainerId, stream: u64) -> Result<u32> {
+        let request = AcceptRequest {
+            container_id: container.to_string(),
+            stream,
+            ..AcceptRequest::default()
+        };
+        let call = self
+            .client
+            .accept(ttrpc::context::with_timeout(0), &request);
+        let response = call
+            .await
+            .map_err(|error| refusal("Accept failed", error))?;
+        Ok(response.socket)
     }
 
     /// Asks for a sign of life.

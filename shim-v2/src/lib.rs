@@ -47,6 +47,7 @@ pub mod rootfs;
 pub mod seccomp;
 pub mod settings;
 pub mod share;
+pub mod sockets;
 pub mod spec;
 pub mod start;
 pub mod state;

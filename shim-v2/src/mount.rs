@@ -15,7 +15,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FsWord, Mode, OFlags},
+    fs::{CWD, FileType, FsWord, Mode, OFlags},
     io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
@@ -162,9 +162,29 @@ pub fn detach(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Size in bytes of the file system at `path`, if that is a tmpfs.
+/// What is at a path, as far as that decides how a container gets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A socket, whatever file system it is on.
+    Socket,
+    /// A file or directory of a tmpfs with so many bytes.
+    Tmpfs(u64),
+    /// Anything else, or nothing.
+    Other,
+}
+
+/// Looks at a path, following symlinks as bind mounts do.
 #[must_use]
-pub fn tmpfs_size(path: &Path) -> Option<u64> {
+pub fn look(path: &Path) -> Kind {
+    let file_type = |stat: rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode);
+    match rustix::fs::stat(path).map(file_type) {
+        Ok(FileType::Socket) => Kind::Socket,
+        Ok(_) => tmpfs_size(path).map_or(Kind::Other, Kind::Tmpfs),
+        Err(_) => Kind::Other,
+    }
+}
+
+fn tmpfs_size(path: &Path) -> Option<u64> {
     let stat = rustix::fs::statfs(path).ok()?;
     let block = u64::try_from(stat.f_bsize).ok()?;
     (stat.f_type == FsWord::from(libc::TMPFS_MAGIC)).then(|| stat.f_blocks.saturating_mul(block))

@@ -56,6 +56,7 @@ use crate::{
     process::{Exit, Process},
     settings::Settings,
     share::{ContainerShare, Share},
+    sockets::{Places, Service},
     state::{self, Op, Refusal, State},
     statedir::{Held, kept::Kept},
     vm::{Size, vmm::End},
@@ -121,6 +122,8 @@ pub struct Pod {
     doubt: Notify,
     /// Of execs that are being made in the guest.
     turns: Semaphore,
+    /// Of connections to sockets of the host.
+    places: Places,
     slots: Mutex<BTreeMap<ContainerId, Slot>>,
     stopping: AtomicBool,
     stopped: OnceCell<()>,
@@ -152,6 +155,7 @@ struct Container {
     network: Option<OwnedFd>,
     execs: Mutex<Execs>,
     files: Mutex<Option<ContainerShare>>,
+    sockets: Service,
     /// What is told of its specification.
     told: Mutex<Option<Kept>>,
     hooks: Hooks,
@@ -204,6 +208,7 @@ impl Pod {
             failure: OnceLock::new(),
             doubt: Notify::new(),
             turns: Semaphore::new(TURNS),
+            places: Places::default(),
             slots: Mutex::default(),
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),

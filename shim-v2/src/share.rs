@@ -164,7 +164,7 @@ impl ContainerShare {
             FileType::Directory => Leaf::Directory,
             FileType::RegularFile => Leaf::File,
             FileType::Socket => {
-                return Err(refuse("a socket does not work across a virtual machine"));
+                return Err(refuse("it has become a socket just now: try again"));
             }
             FileType::Fifo => return Err(refuse("a FIFO does not work across a virtual machine")),
             _ => {

@@ -15,14 +15,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bulkhead_agent_api::SHARE_DIR;
+use bulkhead_agent_api::{SHARE_DIR, SOCKETS_DIR};
 pub use bulkhead_spec::Error;
 use bulkhead_spec::{Inherited, Note, json, oci, plan};
 use serde_json::{Value, json};
 
 use crate::{
     cgroup::Place,
-    error, mount,
+    error,
+    mount::{self, Kind},
     names::ContainerId,
     seccomp::{self, Filter},
 };
@@ -40,6 +41,17 @@ pub struct Volume {
     pub read_only: bool,
     /// The ids of the files, if they are others than on disk.
     pub ids: Option<plan::MountIds>,
+}
+
+/// A socket of the host that the container reaches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// On the host.
+    pub source: PathBuf,
+    /// In the container, for messages.
+    pub destination: String,
+    /// It is meant as a socket, whether it is there yet or not.
+    pub may_be_absent: bool,
 }
 
 /// Limits that decide the size of the VM.
@@ -60,6 +72,8 @@ pub struct Prepared {
     pub root: PathBuf,
     /// Bind mounts, in the order of their directories in the share.
     pub volumes: Vec<Volume>,
+    /// Sockets of the host, by their numbers in the guest.
+    pub sockets: Vec<Socket>,
     /// `linux.seccomp`, taken out and compiled.
     pub filter: Filter,
     /// Limits of the container.
@@ -102,15 +116,14 @@ impl From<bool> for Terminal {
 
 /// Checks a specification and turns it into the guest's.
 ///
-/// `tmpfs_size` answers the size in bytes of the file system of a host path if
-/// that is a tmpfs. `root_share` is where the guest has the share with the root
-/// file system.
+/// `look` answers what a path of the host is. `root_share` is where the guest has the
+/// share with the root file system.
 pub fn prepare(
     id: &ContainerId,
     spec: Value,
     terminal: Terminal,
     root_share: &str,
-    tmpfs_size: impl Fn(&Path) -> Option<u64>,
+    look: impl Fn(&Path) -> Kind,
 ) -> Result<Prepared, Error> {
     let mut notes = Vec::new();
     let (given, mut spec) = (spec.clone(), json::from_value::<oci::Spec>("", spec)?);
@@ -134,7 +147,7 @@ pub fn prepare(
             filter = seccomp::compile(&profile)?;
         }
     }
-    let sources = take_sources(id, &mut spec, &mut notes, tmpfs_size)?;
+    let taken = take_sources(id, &mut spec, &mut notes, look)?;
 
     // From here on as the agent will do it.
     let compiled = bulkhead_spec::seccomp(&filter.program, filter.flags)?;
@@ -147,7 +160,8 @@ pub fn prepare(
     Ok(Prepared {
         guest,
         root,
-        volumes: volumes(sources, &checked.plan.mounts),
+        volumes: volumes(taken.volumes, &checked.plan.mounts),
+        sockets: taken.sockets,
         filter,
         limits,
         oom_score_adj: checked.plan.process.oom_score_adj,
@@ -182,13 +196,7 @@ pub fn explain(spec: &Value) -> Vec<Note> {
     let prepared = id.map_err(|error| Error::new("id", "explained", error.to_string()));
     let prepared = prepared.and_then(|id| {
         let terminal = spec["process"]["terminal"] == true;
-        prepare(
-            &id,
-            spec.clone(),
-            terminal.into(),
-            SHARE_DIR,
-            mount::tmpfs_size,
-        )
+        prepare(&id, spec.clone(), terminal.into(), SHARE_DIR, mount::look)
     });
     match prepared {
         Ok(prepared) => prepared.fields,
@@ -294,29 +302,36 @@ fn leave_host_namespaces(namespaces: &mut [oci::Namespace]) -> Result<Option<Pat
     Ok(network)
 }
 
-/// Takes the sources of bind mounts out, each with the place of its mount, and puts
-/// their directories in the share in.
+/// Takes the sources of bind mounts and sockets out, and puts in where the guest has
+/// them: in directories of the share, and where its agent listens.
 fn take_sources(
     id: &ContainerId,
     spec: &mut oci::Spec,
     notes: &mut Vec<Note>,
-    tmpfs_size: impl Fn(&Path) -> Option<u64>,
-) -> Result<Vec<Taken>, Error> {
+    look: impl Fn(&Path) -> Kind,
+) -> Result<Taken, Error> {
+    let mut taken = Taken::default();
     let users = spec.linux.as_ref().map_or_else(Default::default, |linux| {
         (linux.uid_mappings.as_slice(), linux.gid_mappings.as_slice())
     });
-    let mut sources = Vec::new();
     for (n, mount) in spec.mounts.iter_mut().enumerate() {
+        let at = format!("mounts[{n}]");
+        if mount.is_socket() {
+            bulkhead_spec::socket(&at, mount)?;
+            taken.socket(id, &at, mount)?;
+            continue;
+        }
         if !mount.is_bind() {
             continue;
         }
-        host_path(&format!("mounts[{n}].source"), &mount.source)?;
+        host_path(&format!("{at}.source"), &mount.source)?;
+        let kind = look(&mount.source);
         if mount.place() == Path::new("/dev/shm")
-            && let Some(size) = tmpfs_size(&mount.source)
+            && let Kind::Tmpfs(size) = kind
         {
             // Memory shared through a file server would not be coherent.
             let how = format!("/dev/shm is a tmpfs of {size} bytes in the guest");
-            notes.push(Note::changed(format!("mounts[{n}]"), how));
+            notes.push(Note::changed(at, how));
             let size = format!("size={size}");
             let options = ["nosuid", "noexec", "nodev", "mode=1777", size.as_str()];
             *mount = oci::Mount {
@@ -328,31 +343,69 @@ fn take_sources(
             };
             continue;
         }
-        let in_guest = format!("{SHARE_DIR}/{id}/volumes/{}", sources.len()).into();
-        sources.push(Taken {
+        let ids = bulkhead_spec::take_id_map(&at, mount, users)?;
+        if kind == Kind::Socket {
+            if ids.is_some() {
+                let reason = "a socket has no map of ids";
+                return Err(Error::new(format!("{at}.source"), &mount.source, reason));
+            }
+            taken.socket(id, &at, mount)?;
+            let how = "a socket: each connection is carried on to it on the host";
+            notes.push(Note::changed(at, how));
+            continue;
+        }
+        let in_guest = format!("{SHARE_DIR}/{id}/volumes/{}", taken.volumes.len()).into();
+        taken.volumes.push(Source {
             mount: n,
-            ids: bulkhead_spec::take_id_map(&format!("mounts[{n}]"), mount, users)?,
-            source: std::mem::replace(&mut mount.source, in_guest),
+            ids,
+            path: std::mem::replace(&mut mount.source, in_guest),
         });
     }
-    Ok(sources)
+    Ok(taken)
 }
 
-/// A source that was taken out.
+/// What was taken out.
+#[derive(Default)]
 struct Taken {
+    volumes: Vec<Source>,
+    sockets: Vec<Socket>,
+}
+
+impl Taken {
+    /// Takes a socket: what is left is a bind mount in the guest.
+    fn socket(&mut self, id: &ContainerId, at: &str, mount: &mut oci::Mount) -> Result<(), Error> {
+        /// Most sockets of a container.
+        const MOST: usize = 64;
+        if self.sockets.len() == MOST {
+            let reason = format!("at most {MOST} sockets are carried on");
+            return Err(Error::new(format!("{at}.source"), &mount.source, reason));
+        }
+        let in_guest = format!("{SOCKETS_DIR}/{id}/{}", self.sockets.len()).into();
+        self.sockets.push(Socket {
+            source: std::mem::replace(&mut mount.source, in_guest),
+            destination: mount.place().display().to_string(),
+            may_be_absent: mount.is_socket(),
+        });
+        "bind".clone_into(&mut mount.kind);
+        Ok(())
+    }
+}
+
+/// The source of a volume.
+struct Source {
     /// The place of its mount in the list.
     mount: usize,
-    source: PathBuf,
+    path: PathBuf,
     ids: Option<plan::MountIds>,
 }
 
-fn volumes(sources: Vec<Taken>, mounts: &[plan::Mount]) -> Vec<Volume> {
+fn volumes(sources: Vec<Source>, mounts: &[plan::Mount]) -> Vec<Volume> {
     sources
         .into_iter()
         .filter_map(|taken| {
             let mount = mounts.get(taken.mount)?;
             Some(Volume {
-                source: taken.source,
+                source: taken.path,
                 ids: taken.ids,
                 destination: mount.destination.display().to_string(),
                 recursive: matches!(

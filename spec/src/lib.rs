@@ -26,7 +26,7 @@ mod update;
 pub use self::{
     check::container,
     error::Error,
-    mounts::{allowed_in_proc, take_id_map},
+    mounts::{allowed_in_proc, socket, take_id_map},
     note::{Fate, Note, report},
     process::{CAPABILITIES, Inherited, SECCOMP_FLAGS, process, seccomp},
     update::{InForce, Update, update},

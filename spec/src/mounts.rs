@@ -132,6 +132,12 @@ impl oci::Mount {
         !has("remount") && (self.kind == "bind" || has("bind") || has("rbind"))
     }
 
+    /// Whether it shows a socket of the host, and says so itself.
+    #[must_use]
+    pub fn is_socket(&self) -> bool {
+        self.kind == "uds"
+    }
+
     /// Where it is, seen from the container's root.
     #[must_use]
     pub fn place(&self) -> PathBuf {
@@ -167,6 +173,16 @@ pub fn take_id_map(
         gids: id_maps(&format!("{at}.gidMappings"), gids)?,
         recursive: option.is_some_and(|option| option == "ridmap"),
     }))
+}
+
+/// Judges a mount of type `uds`, which whoever has the sockets turns into one of the
+/// guest's.
+pub fn socket(at: &str, mount: &oci::Mount) -> Result<(), Error> {
+    if !mount.options.is_empty() {
+        let reason = "a mount of type uds has none";
+        return Err(Error::new(format!("{at}.options"), &mount.options, reason));
+    }
+    absolute(&format!("{at}.source"), mount.source.clone()).map(drop)
 }
 
 /// Judges one of `mounts`; `at` is its place in the specification.
@@ -333,8 +349,7 @@ impl Options {
 
     fn filesystem(&mut self, at: &str, kind: String) -> Result<MountKind, Error> {
         let Some((_, fs)) = FILESYSTEMS.iter().find(|(name, _)| *name == kind) else {
-            let reason =
-                "only bind, proc, sysfs, tmpfs, ramfs, devpts, mqueue and cgroup are supported";
+            let reason = "only bind, uds, proc, sysfs, tmpfs, ramfs, devpts, mqueue and cgroup are supported";
             return Err(Error::new(format!("{at}.type"), kind, reason));
         };
         let known = |name: &str| OF_ANY.contains(&name) || options_of(*fs).contains(&name);

@@ -2,7 +2,8 @@
 //!
 //! Owns `agent.proto`, the vsock ports, the greeting and the paths in the
 //! guest. Promises that, but for the specification, nothing else is shared between
-//! host and guest. Holds no behaviour but the place of a [`cause`] in a status.
+//! host and guest. Holds no behaviour but the place of a [`cause`] in a status and the
+//! [relay](mod@relay) of a connection, which must be the same on both sides.
 //!
 //! # Connections
 //! All over vsock; the host is context id 2, the guest [`GUEST_CID`].
@@ -18,6 +19,12 @@
 //!    At most [`STREAMS_WAITING`] connections are open whose request has not been
 //!    answered; the agent accepts no more of them, and refuses a request whose
 //!    streams do not come.
+//!
+//!    The same for each connection to a socket of the host: a process of a container
+//!    connects to a socket of the agent's; the answer to `Accept`, whose request named
+//!    a stream, tells which one. The host then connects to its own socket and carries
+//!    the connection on by that stream, both ways. If it cannot, it closes the stream
+//!    at once.
 
 #[expect(missing_debug_implementations, reason = "generated code")]
 #[expect(
@@ -31,8 +38,12 @@ mod generated {
 }
 
 pub mod cause;
+pub mod relay;
 
-pub use generated::{agent, agent_ttrpc};
+pub use self::{
+    generated::{agent, agent_ttrpc},
+    relay::relay,
+};
 
 /// Context id of the guest. Every VM has its own vsock, so all can have the same.
 pub const GUEST_CID: u32 = 3;
@@ -64,6 +75,9 @@ pub const PRIVATE_DIR: &str = "/run/bulkhead/private";
 
 /// Where the agent mounts root file systems that are disks: `<container id>/rootfs`.
 pub const DISKS_DIR: &str = "/run/bulkhead/disks";
+
+/// Where the agent listens on sockets for containers: `<container id>/<n>`.
+pub const SOCKETS_DIR: &str = "/run/bulkhead/sockets";
 
 /// First line on the agent's connection: product, protocol version, newline.
 ///

@@ -98,11 +98,11 @@ fn bind_source(source: &Path, recursive: bool) -> Result<OwnedFd> {
     )
     .doing(&doing)?;
     match file_type(&there).doing(&doing)? {
-        FileType::Directory | FileType::RegularFile => {}
+        FileType::Directory | FileType::RegularFile | FileType::Socket => {}
         _ => {
             return Err(Error::Refused {
                 what: format!("mount source {}", source.display()),
-                reason: "only files and directories can be mounted",
+                reason: "only files, directories and sockets can be mounted",
             });
         }
     }

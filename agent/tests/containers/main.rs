@@ -20,6 +20,7 @@ mod confinement;
 mod hooks;
 mod life;
 mod resources;
+mod sockets;
 mod streams;
 mod support;
 mod users;

@@ -226,6 +226,7 @@ impl Host {
             helper,
             cgroups: cgroups.clone(),
             shares: vec![rootfs.clone()],
+            sockets: directory.path().join("sockets"),
         };
         let agent = tokio::spawn(async { rpc::serve(config, theirs, accepted).await.unwrap() });
         let mut ours = ours;

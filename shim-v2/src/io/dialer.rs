@@ -60,7 +60,7 @@ impl Dialer {
     }
 
     /// Waits until the guest has room for so many streams at once.
-    pub(super) async fn reserve(&self, streams: u32) -> Room {
+    pub(crate) async fn reserve(&self, streams: u32) -> Room {
         let room = Arc::clone(&self.room).acquire_many_owned(streams).await;
         // The semaphore is never closed.
         Room { _permit: room.ok() }
@@ -68,15 +68,24 @@ impl Dialer {
 
     /// Connects a new stream; answers its id too.
     pub(super) async fn stream(&self) -> Result<(u64, UnixStream)> {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let connected = timeout(CONNECT, self.connect(id)).await;
-        let stream = connected
-            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-            .map_err(Error::Stream)?;
-        Ok((id, stream))
+        let id = self.new_id();
+        Ok((id, self.connect(id).await?))
     }
 
-    async fn connect(&self, id: u64) -> io::Result<UnixStream> {
+    /// An id for a stream, never used before.
+    pub(crate) fn new_id(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Connects the stream with this id.
+    pub(crate) async fn connect(&self, id: u64) -> Result<UnixStream> {
+        let connected = timeout(CONNECT, self.connect_now(id)).await;
+        connected
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            .map_err(Error::Stream)
+    }
+
+    async fn connect_now(&self, id: u64) -> io::Result<UnixStream> {
         // By the directory's descriptor: its name may be too long for a socket.
         let path = format!("/proc/self/fd/{}/{}", self.dir.as_raw_fd(), self.name);
         let mut stream = UnixStream::connect(path).await?;

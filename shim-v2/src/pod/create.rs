@@ -14,7 +14,10 @@ use std::{
     },
 };
 
-use bulkhead_agent_api::{DISKS_DIR, PRIVATE_DIR, SHARE_DIR, agent::CreateRequest};
+use bulkhead_agent_api::{
+    DISKS_DIR, PRIVATE_DIR, SHARE_DIR,
+    agent::{self, CreateRequest},
+};
 use bulkhead_spec::{Fate, Note};
 use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::MessageField};
 use tokio::{sync::Mutex as AsyncMutex, task::JoinHandle, time::timeout};
@@ -38,7 +41,8 @@ use crate::{
     process::{Herald, Process},
     rootfs::{self, Source},
     share::ContainerShare,
-    spec::{self, Prepared, Terminal},
+    sockets::{HostSocket, Service},
+    spec::{self, Prepared, Socket, Terminal},
     statedir::kept::Kept,
     vm::Size,
 };
@@ -176,6 +180,7 @@ impl Pod {
             None => None,
         };
         let root = Source::new(&request.rootfs, &request.bundle, &prepared.root)?;
+        let (sockets, told_of_sockets) = find_sockets(prepared.sockets).await?;
         let disk = open_disk(&root).await?;
         let (share, id, volumes) = (
             Arc::clone(&self.share),
@@ -235,6 +240,7 @@ impl Pod {
             seccomp_filter: prepared.filter.program,
             seccomp_flags: prepared.filter.flags,
             root_disk: traces.disk.as_ref().map(Attached::message).into(),
+            sockets: told_of_sockets,
             ..CreateRequest::default()
         };
         let agent = guest.agent().clone();
@@ -267,6 +273,7 @@ impl Pod {
             network,
             execs: Mutex::default(),
             files: Mutex::new(traces.files.take()),
+            sockets: Service::begin(&guest, &request.id, sockets, &self.places),
             told: Mutex::new(traces.told.take()),
             hooks,
             disk: Mutex::new(traces.disk.take()),
@@ -377,6 +384,12 @@ async fn open_disk(root: &Source) -> Result<Option<(Disk, File)>> {
     .await
 }
 
+/// Finds the sockets of the host, and what the guest is told of them.
+async fn find_sockets(wanted: Vec<Socket>) -> Result<(Vec<HostSocket>, Vec<agent::Socket>)> {
+    let find = move || wanted.iter().map(HostSocket::find).collect();
+    blocking("find the sockets", find).await
+}
+
 /// Runs what may block away from the requests.
 async fn blocking<T: Send + 'static>(
     what: &'static str,
@@ -403,13 +416,7 @@ fn read_bundle(
 ) -> Result<Prepared> {
     check_bundle(bundle)?;
     let spec = spec::read(bundle)?;
-    Ok(spec::prepare(
-        id,
-        spec,
-        terminal,
-        root_share,
-        mount::tmpfs_size,
-    )?)
+    Ok(spec::prepare(id, spec, terminal, root_share, mount::look)?)
 }
 
 /// A bundle that somebody else can change is no bundle.

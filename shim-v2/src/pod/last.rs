@@ -81,6 +81,7 @@ impl Container {
         let Some(files) = lock(&self.files).take() else {
             return;
         };
+        self.sockets.end().await;
         let _ = tokio::task::spawn_blocking(move || drop(files)).await;
         run_last(&self.hooks).await;
         lock(&self.told).take();

@@ -6,6 +6,7 @@ mod hooks;
 mod pids;
 mod resources;
 mod script;
+mod sockets;
 
 use bulkhead_agent_api::agent::cause::Kind;
 use futures::{future::join_all, poll};

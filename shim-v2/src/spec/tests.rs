@@ -48,7 +48,11 @@ fn run(spec: Value) -> Result<Prepared, Error> {
         spec,
         Terminal::No,
         bulkhead_agent_api::SHARE_DIR,
-        |path| (path == Path::new("/host/shm")).then_some(65_536),
+        |path| match path.to_str() {
+            Some("/host/shm") => Kind::Tmpfs(65_536),
+            Some("/host/socket") => Kind::Socket,
+            _ => Kind::Other,
+        },
     )
 }
 
@@ -265,6 +269,70 @@ fn the_root_needs_a_path_b14() {
     refused("root.path", json!("a\0"), "root.path");
     let source = json!([{"destination": "/x", "type": "bind"}]);
     refused("mounts", source, "mounts[0].source");
+}
+
+#[test]
+fn sockets_become_mounts_of_the_guests_own_and_keep_their_order_ss_21_fs_31() {
+    let mounts = json!([
+        {"destination": "/run", "type": "tmpfs", "source": "tmpfs"},
+        {"destination": "/run/a.sock", "type": "uds", "source": "/not/there/yet"},
+        {"destination": "/data", "type": "bind", "source": "/srv/data"},
+        {"destination": "b.sock", "type": "bind", "source": "/host/socket", "options": ["rbind", "ro"]},
+    ]);
+    let prepared = run(with("mounts", mounts)).unwrap();
+    let socket = |source: &str, destination: &str, may_be_absent| Socket {
+        source: source.into(),
+        destination: destination.into(),
+        may_be_absent,
+    };
+    assert_eq!(
+        prepared.sockets,
+        [
+            socket("/not/there/yet", "/run/a.sock", true),
+            socket("/host/socket", "/b.sock", false)
+        ]
+    );
+    assert_eq!(prepared.volumes.len(), 1);
+    let text = String::from_utf8(prepared.guest.clone()).unwrap();
+    assert!(
+        !text.contains("/host") && !text.contains("/not/there"),
+        "{text}"
+    );
+    let plan = agent(&prepared).unwrap();
+    let sources = plan.mounts.iter().map(|mount| match &mount.kind {
+        plan::MountKind::Bind { source, .. } => source.to_str().unwrap(),
+        _ => "",
+    });
+    let expected = [
+        "",
+        "/run/bulkhead/sockets/c1/0",
+        "/run/bulkhead/share/c1/volumes/0",
+        "/run/bulkhead/sockets/c1/1",
+    ];
+    assert!(sources.eq(expected), "{text}");
+    assert!(plan.mounts[3].is_read_only());
+    let remarks = remarks(&prepared.fields);
+    assert_eq!(
+        remarks,
+        ["mounts[3]: a socket: each connection is carried on to it on the host"]
+    );
+}
+
+#[test]
+fn sockets_that_cannot_be_are_refused_ss_21() {
+    let uds = |options: Value| json!([{"destination": "/s", "type": "uds", "source": "/host/socket", "options": options}]);
+    refused("mounts", uds(json!(["bind"])), "mounts[0].options");
+    let at =
+        |destination: &str| json!([{"destination": destination, "type": "uds", "source": "/s"}]);
+    refused("mounts", at("/proc/1/x"), "mounts[0].destination");
+    refused("mounts", at("/"), "mounts[0].destination");
+    let mapped = json!([{"destination": "/s", "type": "bind", "source": "/host/socket",
+        "uidMappings": [{"containerID": 0, "hostID": 1, "size": 1}],
+        "gidMappings": [{"containerID": 0, "hostID": 1, "size": 1}]}]);
+    refused("mounts", mapped, "mounts[0].source");
+    let many: Vec<_> = (0..65).map(|_| uds(json!([]))[0].clone()).collect();
+    run(with("mounts", json!(many[..64]))).unwrap();
+    refused("mounts", json!(many), "mounts[64].source");
 }
 
 #[test]

@@ -83,6 +83,37 @@ fn options_of_a_file_system_are_its_own() {
 }
 
 #[test]
+fn a_socket_has_an_absolute_source_and_no_options_ss_21() {
+    let judge = |mount: Value| {
+        let mount: oci::Mount = serde_json::from_value(mount).unwrap();
+        assert!(mount.is_socket() && !mount.is_bind());
+        socket("mounts[2]", &mount).map_err(|error| error.to_string())
+    };
+    let of = |source: &str, options: Value| {
+        judge(json!({"destination": "/m", "type": "uds", "source": source, "options": options}))
+    };
+    let long = format!("/{}", "x/".repeat(2_000));
+    assert_eq!(of("/run/s", json!([])), Ok(()));
+    assert_eq!(of(&long, json!([])), Ok(()));
+    assert_eq!(
+        judge(json!({"destination": "/m", "type": "uds", "source": "/s"})),
+        Ok(())
+    );
+    let endless = "/x".repeat(2_048);
+    for (source, options, field) in [
+        ("/s", json!(["ro"]), "mounts[2].options = [\"ro\"]: "),
+        ("/s", json!([""]), "mounts[2].options = "),
+        ("s", json!([]), "mounts[2].source = \"s\": "),
+        ("", json!([]), "mounts[2].source = nothing: "),
+        ("/a\0", json!([]), "mounts[2].source = "),
+        (&endless, json!([]), "mounts[2].source = "),
+    ] {
+        let error = of(source, options).unwrap_err();
+        assert!(error.starts_with(field), "{error}");
+    }
+}
+
+#[test]
 fn the_kernels_trees_are_not_covered_b33() {
     let bind = |at: &str| json!([{"destination": at, "type": "bind", "source": "/s"}]);
     for at in [

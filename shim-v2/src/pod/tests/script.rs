@@ -1,7 +1,7 @@
 //! The agent as a script: it does what it is told, unless a test holds a call back.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -10,14 +10,18 @@ use async_trait::async_trait;
 use bulkhead_agent::streams::{BoxStream, Streams};
 use bulkhead_agent_api::{
     agent::{
-        Cause, ContainerRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
-        ProcessResponse, StatsResponse, Stdio, WaitOomRequest, WaitOomResponse, WaitResponse,
-        cause::Kind,
+        AcceptRequest, AcceptResponse, Cause, ContainerRequest, CreateRequest, Empty, ExecRequest,
+        KillRequest, ProcessRequest, ProcessResponse, StatsResponse, Stdio, WaitOomRequest,
+        WaitOomResponse, WaitResponse, cause::Kind,
     },
     agent_ttrpc::Agent,
-    cause,
+    cause, relay,
 };
-use tokio::{io::AsyncWriteExt, sync::watch, time::timeout};
+use tokio::{
+    io::{AsyncWriteExt, DuplexStream, duplex},
+    sync::watch,
+    time::timeout,
+};
 use ttrpc::{Code, r#async::TtrpcContext};
 
 use crate::lock::lock;
@@ -40,6 +44,8 @@ struct Guts {
     refused: BTreeMap<&'static str, (Code, Kind)>,
     processes: BTreeMap<(String, String), Model>,
     ooms: BTreeMap<String, u64>,
+    /// Connections that the host has not asked for yet: container, socket, its end.
+    connections: Mutex<VecDeque<(String, u32, DuplexStream)>>,
     /// Microseconds of processor time that any container has used.
     used: u64,
     /// Somebody else holds the output of what ends.
@@ -138,6 +144,20 @@ impl Script {
         });
     }
 
+    /// A process connects to a socket; its end of the connection.
+    pub(crate) fn connects(&self, container: &str, socket: u32) -> DuplexStream {
+        let (process, agent) = duplex(4096);
+        self.guts.send_modify(|guts| {
+            lock(&guts.connections).push_back((container.to_owned(), socket, agent));
+        });
+        process
+    }
+
+    /// How many connections the host has not asked for.
+    pub(crate) fn waiting(&self) -> usize {
+        lock(&self.guts.borrow().connections).len()
+    }
+
     /// The OOM killer strikes.
     pub(crate) fn oom(&self, container: &str) {
         self.guts.send_modify(|guts| {
@@ -164,6 +184,11 @@ impl Script {
     pub(crate) async fn powered_off(&self) {
         let mut guts = self.guts.subscribe();
         let _ = guts.wait_for(|guts| guts.off).await.map(drop);
+    }
+
+    async fn until_ever(&self, seen: impl FnMut(&Guts) -> bool) {
+        let mut guts = self.guts.subscribe();
+        let _ = guts.wait_for(seen).await.map(drop);
     }
 
     async fn until(&self, seen: impl FnMut(&Guts) -> bool) {
@@ -268,6 +293,29 @@ impl Agent for Script {
         Ok(WaitOomResponse {
             oom_kills: kills(&guts),
             ..WaitOomResponse::default()
+        })
+    }
+
+    async fn accept(&self, _: &TtrpcContext, r: AcceptRequest) -> ttrpc::Result<AcceptResponse> {
+        let key = (r.container_id.clone(), String::new());
+        let claim = self.streams.claim(r.stream)?;
+        let mut next = None;
+        self.until_ever(|guts| {
+            let mut all = lock(&guts.connections);
+            let place = all.iter().position(|(id, ..)| *id == r.container_id);
+            next = place.and_then(|place| all.remove(place));
+            next.is_some() || !guts.processes.contains_key(&key)
+        })
+        .await;
+        let (_, socket, process) = next.ok_or_else(|| refusal(Code::NOT_FOUND))?;
+        tokio::spawn(async move {
+            if let Ok(stream) = claim.stream().await {
+                relay(process, stream).await;
+            }
+        });
+        Ok(AcceptResponse {
+            socket,
+            ..AcceptResponse::default()
         })
     }
 

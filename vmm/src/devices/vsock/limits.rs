@@ -7,12 +7,13 @@ pub(super) const GUEST_STREAMS: usize = 64;
 /// The same for streams that programs of the host have opened, with programs that
 /// have not said yet to which port they want. Only who starts the machine can
 /// reach the listener, and no burst of it may be lost: three streams for each of
-/// a hundred programs at once, and as many again that still drain.
-pub(super) const HOST_STREAMS: usize = 640;
+/// a hundred programs at once, as many again that still drain, and the connections to
+/// sockets of the host.
+pub(super) const HOST_STREAMS: usize = 768;
 
 /// Bytes of the guest that one stream keeps for a host program that does not
 /// read. With both kinds of streams the most that a guest can make the device
-/// hold: 88 MiB.
+/// hold: 104 MiB.
 pub(super) const STREAM_BUFFER: u32 = 128 * 1024;
 
 /// Largest payload in bytes, in either direction.
