@@ -32,6 +32,15 @@ impl<W: Write> Writer<W> {
     /// what is missing of it is zeros, for the size is told before. Times have whole
     /// seconds; attributes and the time of the last use are not told.
     pub fn file(&mut self, entry: &Entry, content: &mut impl Read) -> io::Result<()> {
+        self.header(entry)?;
+        let size = stored(entry);
+        let copied = io::copy(&mut content.take(size), &mut self.output)?;
+        io::copy(&mut io::repeat(0).take(size - copied), &mut self.output)?;
+        self.pad(size)
+    }
+
+    /// Writes nothing but a header: whoever looks for content finds the next one.
+    pub fn header(&mut self, entry: &Entry) -> io::Result<()> {
         let records = records(entry);
         if !records.is_empty() {
             let header = Entry {
@@ -53,11 +62,7 @@ impl<W: Write> Writer<W> {
             Kind::Fifo => b'6',
             Kind::Other(letter) => letter,
         };
-        self.output.write_all(&header_block(entry, letter))?;
-        let size = stored(entry);
-        let copied = io::copy(&mut content.take(size), &mut self.output)?;
-        io::copy(&mut io::repeat(0).take(size - copied), &mut self.output)?;
-        self.pad(size)
+        self.output.write_all(&header_block(entry, letter))
     }
 
     /// Writes the end. An archive without it is not whole.
