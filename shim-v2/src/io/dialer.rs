@@ -60,14 +60,14 @@ impl Dialer {
     }
 
     /// Waits until the guest has room for so many streams at once.
-    pub(super) async fn reserve(&self, streams: u32) -> Room {
+    pub(crate) async fn reserve(&self, streams: u32) -> Room {
         let room = Arc::clone(&self.room).acquire_many_owned(streams).await;
         // The semaphore is never closed.
         Room { _permit: room.ok() }
     }
 
     /// Connects a new stream; answers its id too.
-    pub(super) async fn stream(&self) -> Result<(u64, UnixStream)> {
+    pub(crate) async fn stream(&self) -> Result<(u64, UnixStream)> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let connected = timeout(CONNECT, self.connect(id)).await;
         let stream = connected
