@@ -51,9 +51,54 @@ pub(crate) enum Job {
         /// Where.
         container: Place,
     },
+    /// Copy files into a container or out of it.
+    Copy {
+        /// Which way, and what.
+        copy: Copy,
+        /// Where.
+        container: Place,
+    },
 }
 
-/// A container, as an exec must know it.
+/// A copy: one end is a tar archive in the process's standard input or output, the
+/// other one a path of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Copy {
+    /// Into a directory, which is made if it is missing.
+    In {
+        /// The directory.
+        path: PathBuf,
+        /// Whose the files will be.
+        owners: Owners,
+    },
+    /// Of a file or a directory.
+    Out {
+        /// What.
+        path: PathBuf,
+        /// How much of it.
+        extent: Extent,
+    },
+}
+
+/// Whose files are that are copied in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Owners {
+    /// All are of the container's root.
+    Root,
+    /// As the archive tells.
+    Archive,
+}
+
+/// How much is copied out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Extent {
+    /// A file with its content, a directory with all that is in it.
+    Whole,
+    /// What stands in its header.
+    Header,
+}
+
+/// A container, as a further process of it must know it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Place {
     /// Id of its first process in the guest.
@@ -74,7 +119,7 @@ pub(crate) struct Fds {
     pub stdio: [OwnedFd; 3],
     /// Directory of the container's cgroup.
     pub cgroup: OwnedFd,
-    /// The container's first process, for an exec.
+    /// The container's first process, for a further one.
     pub container: Option<OwnedFd>,
 }
 
@@ -106,12 +151,14 @@ pub struct Failure {
 /// What failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FailureKind {
-    /// The program does not exist.
+    /// The program, or what is to be copied, does not exist.
     NotFound,
     /// The program exists, but cannot be executed.
     NotExecutable,
     /// A step before it.
     Step,
+    /// What the archive says is refused.
+    Archive,
 }
 
 /// Makes a channel: the agent's end (not blocking) and the helper's.

@@ -7,6 +7,7 @@
 //! waits.
 
 mod arguments;
+mod copy;
 mod hooks;
 mod resources;
 mod signals;
@@ -32,6 +33,7 @@ use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 
 use self::{
     arguments::{check_id, size, terminal_size},
+    copy::Copies,
     hooks::Hooks,
     state::{Op, State},
 };
@@ -88,6 +90,7 @@ pub struct Containers {
     reaper: Arc<Reaper>,
     streams: Arc<Streams>,
     all: Mutex<HashMap<String, Entry<Arc<Container>>>>,
+    copies: Copies,
 }
 
 /// A taken id: what has it may still be in the making.
@@ -137,6 +140,7 @@ impl Containers {
             reaper,
             streams,
             all: Mutex::default(),
+            copies: Copies::default(),
         }
     }
 

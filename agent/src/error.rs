@@ -95,6 +95,15 @@ pub enum Error {
     /// The new process reported why it cannot become the program.
     #[error("{}", .0.text)]
     Init(Failure),
+    /// The copying process reported why it cannot go on.
+    #[error("{}", .0.text)]
+    Copy(Failure),
+    /// The copying process ended without a report.
+    #[error("The copy was killed: its container has ended, or has no memory left")]
+    CopyKilled,
+    /// The host has given a copy up.
+    #[error("The copy over stream {0} was given up")]
+    CopyGivenUp(u64),
     /// The new process ended without a report.
     #[error("The process was killed before it was ready")]
     InitKilled,
@@ -163,8 +172,11 @@ impl Error {
             | Self::Limit { .. } => Code::INVALID_ARGUMENT,
             Self::Init(failure) => match failure.kind {
                 FailureKind::NotFound | FailureKind::NotExecutable => Code::INVALID_ARGUMENT,
-                FailureKind::Step => Code::INTERNAL,
+                FailureKind::Step | FailureKind::Archive => Code::INTERNAL,
             },
+            Self::Copy(failure) => of_copy(failure),
+            Self::CopyKilled => Code::FAILED_PRECONDITION,
+            Self::CopyGivenUp(_) => Code::CANCELLED,
             Self::Restless(_) | Self::Unwritten(_) => Code::DEADLINE_EXCEEDED,
             Self::InitKilled | Self::System { .. } => Code::INTERNAL,
         }
@@ -179,11 +191,12 @@ impl Error {
                 let kind = match failure.kind {
                     FailureKind::NotFound => Kind::PROGRAM_NOT_FOUND,
                     FailureKind::NotExecutable => Kind::PROGRAM_NOT_EXECUTABLE,
-                    FailureKind::Step => Kind::STEP,
+                    FailureKind::Step | FailureKind::Archive => Kind::STEP,
                 };
                 (kind, failure.errno)
             }
-            Self::InitKilled => (Kind::KILLED, None),
+            Self::Copy(failure) => (Kind::OTHER, failure.errno),
+            Self::InitKilled | Self::CopyKilled => (Kind::KILLED, None),
             Self::Limit { source, .. } => (Kind::LIMIT, source.raw_os_error()),
             Self::System { source, .. } => (Kind::STEP, source.raw_os_error()),
             Self::NoContainer(_)
@@ -202,6 +215,7 @@ impl Error {
             | Self::InUse { .. }
             | Self::Restless(_)
             | Self::Unwritten(_)
+            | Self::CopyGivenUp(_)
             | Self::NoTerminal { .. } => (Kind::OTHER, None),
         };
         let kind = match errno {
@@ -213,6 +227,37 @@ impl Error {
             errno: errno.map_or(0, i32::unsigned_abs),
             ..Cause::default()
         }
+    }
+}
+
+/// What is there, and what there is room for, is the container's affair; what fails
+/// for another reason should not.
+fn of_copy(failure: &Failure) -> Code {
+    match (failure.kind, failure.errno) {
+        (FailureKind::NotFound, _) => Code::NOT_FOUND,
+        (FailureKind::Archive, _) | (_, Some(libc::EINVAL | libc::ENAMETOOLONG)) => {
+            Code::INVALID_ARGUMENT
+        }
+        (_, Some(libc::ENOSPC | libc::EDQUOT | libc::ENOMEM | libc::EMFILE | libc::ENFILE)) => {
+            Code::RESOURCE_EXHAUSTED
+        }
+        (
+            _,
+            Some(
+                libc::ENOENT
+                | libc::ENOTDIR
+                | libc::EISDIR
+                | libc::EEXIST
+                | libc::ELOOP
+                | libc::EXDEV
+                | libc::EROFS
+                | libc::EACCES
+                | libc::EPERM
+                | libc::EBUSY
+                | libc::EFBIG,
+            ),
+        ) => Code::FAILED_PRECONDITION,
+        _ => Code::INTERNAL,
     }
 }
 

@@ -33,6 +33,7 @@ mod privileges;
 mod process;
 mod rootfs;
 mod terminal;
+mod transfer;
 
 use std::{
     convert::Infallible,
@@ -40,6 +41,7 @@ use std::{
     fs::File,
     io::{self, Read, Write},
     os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
 };
 
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -66,6 +68,12 @@ pub(crate) enum Error {
     /// Something that is not allowed was found only now.
     #[error("{what}: {reason}")]
     Refused { what: String, reason: &'static str },
+    /// What is to be copied is not there.
+    #[error("{path:?} does not exist")]
+    Missing { path: PathBuf },
+    /// An archive that is not understood, or that asks for what is not allowed.
+    #[error("The archive cannot be unpacked: {name:?}: {reason}")]
+    Archive { name: String, reason: String },
     /// The agent or the helper is gone: nobody is there to be told.
     #[error("The agent has gone away")]
     Gone,
@@ -77,6 +85,8 @@ impl Error {
         let (kind, errno) = match self {
             Self::Step { source, .. } => (FailureKind::Step, source.raw_os_error()),
             Self::Executable { kind, errno, .. } => (*kind, *errno),
+            Self::Missing { .. } => (FailureKind::NotFound, None),
+            Self::Archive { .. } => (FailureKind::Archive, None),
             Self::Refused { .. } | Self::Gone => (FailureKind::Step, None),
         };
         Failure {
@@ -121,7 +131,8 @@ pub fn main() -> i32 {
     }
 }
 
-/// How the helper itself comes to its end; its child never returns.
+/// How the helper itself comes to its end; its child returns only if its work is done
+/// without another program.
 enum Helper {
     Done,
 }
@@ -140,6 +151,7 @@ fn run(channel: &Channel) -> Result<Helper> {
     match job {
         Job::Create { plan, keyring } => create::run(channel, &plan, &keyring, &fds),
         Job::Exec { process, container } => exec::run(channel, &process, &container, &fds),
+        Job::Copy { copy, container } => transfer::run(channel, &copy, &container, &fds),
     }
 }
 
@@ -155,7 +167,7 @@ fn clone_and_run(
     channel: &Channel,
     clone: impl FnOnce() -> io::Result<Cloned>,
     prepare: impl FnOnce(u32) -> Result<()>,
-    steps: impl FnOnce() -> Result<Infallible>,
+    steps: impl FnOnce() -> Result<Helper>,
 ) -> Result<Helper> {
     let (go, let_go) = pipe_with(PipeFlags::CLOEXEC).doing("make a pipe")?;
     match clone().doing("clone a process into the container")? {
@@ -165,7 +177,7 @@ fn clone_and_run(
             File::from(go)
                 .read_exact(&mut [0])
                 .map_err(|_| Error::Gone)?;
-            steps().map(Helper::from)
+            steps()
         }
         Cloned::Parent(pid) => {
             prepare(pid)?;

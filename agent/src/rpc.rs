@@ -15,10 +15,11 @@ use async_trait::async_trait;
 use bulkhead_agent_api::{
     GREETING,
     agent::{
-        AcceptRequest, AcceptResponse, ClockRequest, ClockResponse, ContainerRequest,
-        CreateRequest, Empty, ExecRequest, KillRequest, PidsResponse, ProcessRequest,
-        ProcessResponse, ResizePtyRequest, StatsResponse, Stdio, UpdateRequest, UpdateResponse,
-        WaitOomRequest, WaitOomResponse, WaitResponse,
+        AcceptRequest, AcceptResponse, CancelCopyRequest, ClockRequest, ClockResponse,
+        ContainerRequest, CopyInRequest, CopyOutRequest, CreateRequest, Empty, ExecRequest,
+        KillRequest, PidsResponse, ProcessRequest, ProcessResponse, ResizePtyRequest,
+        StatsResponse, Stdio, UpdateRequest, UpdateResponse, WaitOomRequest, WaitOomResponse,
+        WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
 };
@@ -276,6 +277,23 @@ impl Agent for Service {
             socket,
             ..Default::default()
         })
+    }
+
+    async fn copy_in(&self, _: &TtrpcContext, r: CopyInRequest) -> ttrpc::Result<Empty> {
+        let copied = self.containers.copy_in(&r).await;
+        copied.inspect_err(|_| self.streams.forget([r.stream, 0, 0]))?;
+        Ok(Empty::default())
+    }
+
+    async fn copy_out(&self, _: &TtrpcContext, r: CopyOutRequest) -> ttrpc::Result<Empty> {
+        let copied = self.containers.copy_out(&r).await;
+        copied.inspect_err(|_| self.streams.forget([r.stream, 0, 0]))?;
+        Ok(Empty::default())
+    }
+
+    async fn cancel_copy(&self, _: &TtrpcContext, r: CancelCopyRequest) -> ttrpc::Result<Empty> {
+        self.containers.cancel_copy(r.stream);
+        Ok(Empty::default())
     }
 }
 

@@ -16,6 +16,7 @@ use std::{
 };
 
 use bulkhead_agent_api::agent::Stdio;
+use futures::future::Either;
 use rustix::{
     fs::{Mode, OFlags},
     pipe::{PipeFlags, pipe_with},
@@ -105,11 +106,11 @@ fn output(claim: Option<Claim>, prepared: &mut Prepared) -> Result<OwnedFd, Erro
     Ok(write)
 }
 
-fn pipe() -> Result<(OwnedFd, OwnedFd), Error> {
+pub(crate) fn pipe() -> Result<(OwnedFd, OwnedFd), Error> {
     pipe_with(PipeFlags::CLOEXEC).doing("make a pipe")
 }
 
-fn null() -> Result<OwnedFd, Error> {
+pub(crate) fn null() -> Result<OwnedFd, Error> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     rustix::fs::open("/dev/null", flags, Mode::empty()).doing("open /dev/null")
 }
@@ -197,6 +198,37 @@ impl Pumps {
         let mut outputs = self.outputs.clone();
         // It never changes: the only news is that the last sender is gone.
         while outputs.changed().await.is_ok() {}
+    }
+}
+
+/// One pipe of ours by itself.
+#[derive(Debug)]
+pub(crate) enum Pump {
+    /// What the host sends goes into it.
+    In(OwnedFd),
+    /// What comes out of it goes to the host. A host that takes no more closes it.
+    Out(OwnedFd),
+}
+
+impl Pump {
+    /// Copies until the end of what comes, of whom it is for, or of the process.
+    pub(crate) fn run(
+        self,
+        host: BoxStream,
+        exit: ExitWatch,
+    ) -> Result<impl Future<Output = ()>, Error> {
+        const DOING: &str = "watch a pipe";
+        Ok(match self {
+            Self::In(pipe) => {
+                let pipe = Sender::from_owned_fd_unchecked(not_blocking(pipe).doing(DOING)?);
+                let close = Arc::new(Notify::new());
+                Either::Left(pump_in(host, pipe.doing(DOING)?, close, exit))
+            }
+            Self::Out(pipe) => {
+                let pipe = Receiver::from_owned_fd_unchecked(not_blocking(pipe).doing(DOING)?);
+                Either::Right(pump_out(Some(host), pipe.doing(DOING)?, true))
+            }
+        })
     }
 }
 

@@ -9,12 +9,12 @@ use std::{
     sync::atomic::AtomicBool,
 };
 
+use bulkhead_tar::{self as tar, Reader};
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2};
 
 use crate::{
     Error, Result,
     store::{Watched, decompress, is_compressed},
-    tar::{self, Reader},
 };
 
 /// Most entries of an archive; images have some hundred.

@@ -11,7 +11,6 @@ mod layout;
 mod remove;
 mod stack;
 mod store;
-mod tar;
 #[cfg(test)]
 mod tests;
 mod unpack;

@@ -30,15 +30,14 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{
-    Error, Result,
-    tar::{Entry, Kind, Reader, Time},
-};
+use bulkhead_tar::{Entry, Kind, Reader, Time, write_content};
+
+use crate::{Error, Result};
 
 mod files;
 mod meta;
 
-use files::{make_dir, names, open_dir, remove, words, write};
+use files::{make_dir, names, open_dir, remove, words};
 use meta::Meta;
 
 /// A file that removes the one of the layers below.
@@ -80,7 +79,7 @@ pub(crate) fn unpack(tar: impl Read, root: OwnedFd, layer: &str) -> Result<Rest>
     let mut reader = Reader::new(tar);
     let mut last = Vec::new();
     while let Some(entry) = reader
-        .next()
+        .next_entry()
         .map_err(|source| failed("read after", &last, source))?
     {
         target
@@ -237,7 +236,7 @@ impl Target {
                 let file = openat(&parent.fd, last, flags, Mode::RUSR | Mode::WUSR)
                     .map_err(failed("make"))?;
                 let mut file = File::from(file);
-                write(entry, content, &mut file).map_err(failed("write"))?;
+                write_content(entry, content, &mut file).map_err(failed("write"))?;
                 meta.apply(&file)
             }
             Kind::Link => self.link(parent, last, &entry.link),

@@ -7,9 +7,12 @@
 //! before they are buffered. Texts are escaped and cut, numbers clamped, status
 //! codes taken from a short list; no id of the guest is ever used.
 
+mod copy;
 mod frames;
 mod resources;
 pub mod stats;
+
+pub use self::copy::Copying;
 
 use std::{future::Future, time::Duration};
 

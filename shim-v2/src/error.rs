@@ -90,6 +90,20 @@ pub enum Error {
     /// A call or option that does not exist here.
     #[error("{0} is not supported by bulkhead")]
     Unsupported(&'static str),
+    /// A transfer of a kind that does not exist here.
+    #[error(
+        "{0} is not supported by bulkhead: only tar archives (application/x-tar) between a container's path and a stream are"
+    )]
+    NoTransfer(String),
+    /// A stream that nobody has opened.
+    #[error("No stream {0:?} is open")]
+    NoStream(String),
+    /// As many copies as may be are under way.
+    #[error("{0} copies are under way already")]
+    TooManyCopies(usize),
+    /// Whoever wanted the copy has gone.
+    #[error("The caller has given the copy up")]
+    GivenUp,
     /// A host path that cannot be used.
     #[error("Cannot {action} {}", path.display())]
     Path {
@@ -179,7 +193,10 @@ impl Error {
             Error::Name(_) | Error::Spec(_) | Error::Json { .. } | Error::Argument { .. } => {
                 Code::INVALID_ARGUMENT
             }
-            Error::NoContainer(_) | Error::NoExec { .. } | Error::Finished(_) => Code::NOT_FOUND,
+            Error::NoContainer(_)
+            | Error::NoExec { .. }
+            | Error::NoStream(_)
+            | Error::Finished(_) => Code::NOT_FOUND,
             Error::ContainerExists(_) | Error::ExecExists { .. } => Code::ALREADY_EXISTS,
             Error::WrongState { .. }
             | Error::InitNotRunning(_)
@@ -188,7 +205,9 @@ impl Error {
             | Error::Assets(_)
             | Error::Hook { .. }
             | Error::Kvm { .. } => Code::FAILED_PRECONDITION,
-            Error::Unsupported(_) => Code::UNIMPLEMENTED,
+            Error::Unsupported(_) | Error::NoTransfer(_) => Code::UNIMPLEMENTED,
+            Error::TooManyCopies(_) => Code::RESOURCE_EXHAUSTED,
+            Error::GivenUp => Code::CANCELLED,
             Error::Path { source, .. } | Error::Host { source, .. } => of_io(source),
             Error::Boot(_) | Error::Panicked(_) => Code::INTERNAL,
             Error::VmGone(_) => Code::UNAVAILABLE,

@@ -53,6 +53,7 @@ pub mod start;
 pub mod state;
 pub mod statedir;
 pub mod task;
+pub mod transfer;
 pub mod vm;
 
 pub use bulkhead_spec::json;

@@ -10,6 +10,7 @@
 //! The first Create boots the VM, which then lives until [`Pod::stop`]. If the VM
 //! ends by itself, every process of the pod ends with it.
 
+mod copy;
 mod create;
 mod exec;
 mod hold;
@@ -77,6 +78,9 @@ const FLUSH: Duration = Duration::from_secs(2);
 /// Execs that the guest makes at once: of a hundred that come together each has its
 /// limit for itself.
 const TURNS: usize = 8;
+/// Copies of files under way at once: one that nobody reads must not cost more than its
+/// part.
+const COPIES: usize = 64;
 
 /// SIGKILL as the protocols number it.
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
@@ -124,6 +128,8 @@ pub struct Pod {
     turns: Semaphore,
     /// Of connections to sockets of the host.
     places: Places,
+    /// Of copies of files.
+    copies: Semaphore,
     slots: Mutex<BTreeMap<ContainerId, Slot>>,
     stopping: AtomicBool,
     stopped: OnceCell<()>,
@@ -209,6 +215,7 @@ impl Pod {
             doubt: Notify::new(),
             turns: Semaphore::new(TURNS),
             places: Places::default(),
+            copies: Semaphore::new(COPIES),
             slots: Mutex::default(),
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),

@@ -66,6 +66,8 @@ pub enum Op {
     Resume,
     /// Change its limits.
     Update,
+    /// Copy files in or out.
+    Copy,
 }
 
 impl fmt::Display for Op {
@@ -78,6 +80,7 @@ impl fmt::Display for Op {
             Op::Pause => "pause",
             Op::Resume => "resume",
             Op::Update => "update",
+            Op::Copy => "copy files of",
         })
     }
 }
@@ -100,7 +103,7 @@ pub fn init(state: State, op: Op) -> Result<(), Refusal> {
     match (state, op) {
         (State::Registered, Op::Start | Op::Delete | Op::Kill | Op::Exec | Op::Update)
         | (State::Starting, Op::Kill | Op::Exec | Op::Update)
-        | (State::Live, Op::Kill | Op::Exec | Op::Pause | Op::Resume | Op::Update)
+        | (State::Live, Op::Kill | Op::Exec | Op::Pause | Op::Resume | Op::Update | Op::Copy)
         | (State::Pausing, Op::Kill | Op::Update)
         | (State::Paused, Op::Kill | Op::Pause | Op::Resume | Op::Update)
         | (State::Ended, Op::Delete) => Ok(()),
@@ -109,9 +112,10 @@ pub fn init(state: State, op: Op) -> Result<(), Refusal> {
         | (State::Live | State::Paused, Op::Start | Op::Delete)
         | (State::Pausing, Op::Start | Op::Delete | Op::Pause | Op::Resume)
         | (State::Ended, Op::Start) => Err(Refusal::WrongState),
-        (State::Pausing | State::Paused, Op::Exec) => Err(Refusal::Paused),
+        (State::Pausing | State::Paused, Op::Exec | Op::Copy) => Err(Refusal::Paused),
         (State::Ended, Op::Kill) => Err(Refusal::Finished),
-        (State::Ended, Op::Exec | Op::Pause | Op::Resume | Op::Update) => {
+        (State::Registered | State::Starting, Op::Copy)
+        | (State::Ended, Op::Exec | Op::Pause | Op::Resume | Op::Update | Op::Copy) => {
             Err(Refusal::InitNotRunning)
         }
     }
@@ -136,7 +140,9 @@ pub fn exec(init: State, state: State, op: Op) -> Result<(), Refusal> {
         )
         | (_, State::Starting | State::Live | State::Pausing | State::Paused, Op::Delete)
         | (_, State::Registered | State::Starting, Op::Kill)
-        | (_, _, Op::Exec | Op::Pause | Op::Resume | Op::Update) => Err(Refusal::WrongState),
+        | (_, _, Op::Exec | Op::Pause | Op::Resume | Op::Update | Op::Copy) => {
+            Err(Refusal::WrongState)
+        }
     }
 }
 
@@ -176,6 +182,7 @@ mod tests {
             (Op::Pause, [WRONG, WRONG, Ok(()), WRONG, Ok(()), DOWN]),
             (Op::Resume, [WRONG, WRONG, Ok(()), WRONG, Ok(()), DOWN]),
             (Op::Update, [Ok(()), Ok(()), Ok(()), Ok(()), Ok(()), DOWN]),
+            (Op::Copy, [DOWN, DOWN, Ok(()), STILL, STILL, DOWN]),
         ] {
             assert_eq!(STATES.map(|state| init(state, op)), expected, "{op:?}");
         }

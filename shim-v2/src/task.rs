@@ -37,6 +37,7 @@ use crate::{
     options::Options,
     pod::{Create, HostPid, Pod},
     state::{self, State},
+    transfer::TransferService,
 };
 
 mod stats;
@@ -47,10 +48,7 @@ const TASK_V2: &str = "containerd.task.v2.Task";
 /// Services that callers try and that are not there. Registered without a method,
 /// they answer Unimplemented, by which callers fall back; the library answers
 /// another code for a service of which it knows nothing.
-const ABSENT: [&str; 2] = [
-    "containerd.runtime.sandbox.v1.Sandbox",
-    "containerd.services.transfer.v1.Transfer",
-];
+const ABSENT: [&str; 1] = ["containerd.runtime.sandbox.v1.Sandbox"];
 
 /// Answers requests for one pod.
 #[derive(Clone, Debug)]
@@ -71,7 +69,7 @@ impl TaskService {
         TaskService { pod, socket, end }
     }
 
-    /// The service under both of its names, and that of the pod's streams.
+    /// The service under both of its names, and those of the pod's streams and files.
     #[must_use]
     pub fn services(self) -> HashMap<String, Service> {
         let calls = streaming::Calls(Arc::clone(self.pod.hub()));
@@ -79,6 +77,7 @@ impl TaskService {
             methods: HashMap::new(),
             streams: HashMap::from([(streaming::METHOD.to_owned(), Arc::new(calls) as _)]),
         };
+        let transfer = TransferService::new(Arc::clone(&self.pod)).services();
         let service: Arc<dyn Task + Send + Sync> = Arc::new(self);
         let mut services = create_task(Arc::clone(&service));
         services.extend(
@@ -91,6 +90,7 @@ impl TaskService {
             streams: HashMap::new(),
         };
         services.insert(streaming::SERVICE.to_owned(), streaming);
+        services.extend(transfer);
         services.extend(ABSENT.map(|name| (name.to_owned(), empty())));
         services
     }
@@ -129,7 +129,7 @@ impl TaskService {
 }
 
 /// Logs a failure and gives it its status.
-fn refuse(call: &'static str, id: &str, error: &Error) -> ttrpc::Error {
+pub(crate) fn refuse(call: &'static str, id: &str, error: &Error) -> ttrpc::Error {
     warn!(call, id, error = error.text(), "request failed");
     error.into()
 }

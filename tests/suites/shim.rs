@@ -15,6 +15,14 @@ use bulkhead_tests::bundle;
 use client::{Shim, ext4, mount};
 use serde_json::json;
 
+impl Shim {
+    /// Runs its program to the end; answers the exit code.
+    fn run(&self) -> ttrpc::Result<u32> {
+        self.start_program()?;
+        self.wait()
+    }
+}
+
 /// The content of a file in an image, as the host's tools read it.
 fn in_image(image: &Path, file: &str) -> String {
     let read = Command::new("debugfs")

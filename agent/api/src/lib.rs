@@ -11,14 +11,16 @@
 //! 1. **Agent → host, port [`AGENT_PORT`]**, once, when the agent is ready. The
 //!    agent writes [`GREETING`], then serves ttrpc (`Agent`) on it. There is no
 //!    other connection from the guest to the host.
-//! 2. **Host → guest, port [`STREAM_PORT`]**, one for each standard stream. The
+//! 2. **Host → guest, port [`STREAM_PORT`]**, one for each stream. The
 //!    host first writes the stream's id (8 bytes, little endian, not 0, never
 //!    used twice in a pod); the request that names this id may arrive before or
 //!    after it. stdin flows to the guest, stdout and stderr to the host; the
 //!    end of a stream is the shutdown of the vsock connection in its direction.
 //!    At most [`STREAMS_WAITING`] connections are open whose request has not been
 //!    answered; the agent accepts no more of them, and refuses a request whose
-//!    streams do not come.
+//!    streams do not come. A copy has one such stream, into which the agent first
+//!    writes [`COPY_BEGINS`]; what follows in the one direction or the other is a tar
+//!    archive.
 //!
 //!    The same for each connection to a socket of the host: a process of a container
 //!    connects to a socket of the agent's; the answer to `Accept`, whose request named
@@ -53,6 +55,9 @@ pub const AGENT_PORT: u32 = 1024;
 
 /// Guest port on which the agent accepts standard streams.
 pub const STREAM_PORT: u32 = 1025;
+
+/// What the agent writes into the stream of a copy when it has taken it.
+pub const COPY_BEGINS: u8 = 0;
 
 /// Most connections of standard streams that wait for the answer to the request
 /// that names them.

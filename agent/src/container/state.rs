@@ -28,6 +28,8 @@ pub enum Op {
     Thaw,
     /// Change its limits.
     Update,
+    /// Copy files in or out.
+    Copy,
 }
 
 impl State {
@@ -35,13 +37,16 @@ impl State {
     pub fn allows(self, op: Op) -> bool {
         match (self, op) {
             (Self::Created, Op::Start | Op::Update)
-            | (Self::Running, Op::Exec | Op::Freeze | Op::Thaw | Op::Update)
+            | (Self::Running, Op::Exec | Op::Freeze | Op::Thaw | Op::Update | Op::Copy)
             | (Self::Paused, Op::Freeze | Op::Thaw | Op::Update)
             | (Self::Stopped, Op::Delete) => true,
-            (Self::Created, Op::Exec | Op::Delete | Op::Freeze | Op::Thaw)
+            (Self::Created, Op::Exec | Op::Delete | Op::Freeze | Op::Thaw | Op::Copy)
             | (Self::Running, Op::Start | Op::Delete)
-            | (Self::Paused, Op::Start | Op::Exec | Op::Delete)
-            | (Self::Stopped, Op::Start | Op::Exec | Op::Freeze | Op::Thaw | Op::Update) => false,
+            | (Self::Paused, Op::Start | Op::Exec | Op::Delete | Op::Copy)
+            | (
+                Self::Stopped,
+                Op::Start | Op::Exec | Op::Freeze | Op::Thaw | Op::Update | Op::Copy,
+            ) => false,
         }
     }
 }

@@ -33,7 +33,7 @@ pub(super) fn run(
         channel,
         || clone_helper(own, Some(&fds.cgroup)),
         |pid| prepare(&proc, pid, plan),
-        || container(channel, plan, keyring, fds, &proc),
+        || container(channel, plan, keyring, fds, &proc).map(Helper::from),
     )
 }
 

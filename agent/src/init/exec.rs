@@ -40,10 +40,7 @@ pub(super) fn run(
     fds: &Fds,
 ) -> Result<Helper> {
     let proc = GuestProc::open()?;
-    let Some(container) = &fds.container else {
-        return Err(io::Error::from(io::ErrorKind::InvalidInput))
-            .doing("find the container's first process");
-    };
+    let container = first_process(fds)?;
     sys::join_namespaces(container, libc::CLONE_NEWPID)
         .doing("join the container's pid namespace")?;
     process::raise_hard_limits(plan)?;
@@ -51,14 +48,20 @@ pub(super) fn run(
     clone_and_run(
         channel,
         || clone_into_container(&proc, place, fds, &cgroup),
-        |pid| prepare(&proc, pid, plan, cgroup.take()),
-        || steps(channel, plan, place, fds, container),
+        |pid| prepare(&proc, pid, plan.oom_score_adj, cgroup.take()),
+        || steps(channel, plan, place, fds, container).map(Helper::from),
     )
+}
+
+/// The container's first process.
+pub(super) fn first_process(fds: &Fds) -> Result<&OwnedFd> {
+    let found = fds.container.as_ref().ok_or(io::ErrorKind::InvalidInput);
+    found.doing("find the container's first process")
 }
 
 /// Clones the helper into the container's cgroup. Where that is not possible, it
 /// leaves in `later` the cgroup into which the process is to be moved.
-fn clone_into_container(
+pub(super) fn clone_into_container(
     proc: &GuestProc,
     place: &Place,
     fds: &Fds,
@@ -122,8 +125,13 @@ fn below_container<'a>(text: &'a str, container: &Path) -> Option<&'a Path> {
 }
 
 /// In the helper: what needs the rights of the guest.
-fn prepare(proc: &GuestProc, pid: u32, plan: &ProcessPlan, cgroup: Option<OwnedFd>) -> Result<()> {
-    proc.set_oom_score_adj(pid, plan.oom_score_adj)?;
+pub(super) fn prepare(
+    proc: &GuestProc,
+    pid: u32,
+    oom_score_adj: i32,
+    cgroup: Option<OwnedFd>,
+) -> Result<()> {
+    proc.set_oom_score_adj(pid, oom_score_adj)?;
     let Some(cgroup) = cgroup else {
         return Ok(());
     };

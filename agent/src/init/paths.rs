@@ -24,29 +24,59 @@ use rustix::{
 /// kernel gives up with EAGAIN rather than guess.
 const RACES_MAX: usize = 1_000;
 
-/// The root directory of a container.
+/// The root directory of a container, or one below which everything has to stay.
 #[derive(Debug)]
-pub(super) struct Root(OwnedFd);
+pub(super) struct Root {
+    directory: OwnedFd,
+    beyond: Beyond,
+}
+
+/// What becomes of a path that leads beyond the root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Beyond {
+    /// It goes on at the root, as at `/`.
+    Stays,
+    /// It is refused with EXDEV, as are absolute ones.
+    Refused,
+}
 
 impl AsFd for Root {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.directory.as_fd()
     }
 }
 
 impl Root {
     /// Takes a descriptor of the directory.
     pub(super) fn new(directory: OwnedFd) -> Self {
-        Self(directory)
+        Self {
+            directory,
+            beyond: Beyond::Stays,
+        }
+    }
+
+    /// The directory `path`, made if missing, as a root that nothing leads out of:
+    /// links that would are refused rather than taken for others, unless it is this
+    /// very root.
+    pub(super) fn narrowed(&self, path: &Path) -> io::Result<Self> {
+        let directory = self.make_dir(path)?;
+        let [there, here] = [directory.as_fd(), self.as_fd()].map(rustix::fs::fstat);
+        let (there, here) = (there?, here?);
+        let is_root = (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino);
+        Ok(Self {
+            directory,
+            beyond: if is_root {
+                self.beyond
+            } else {
+                Beyond::Refused
+            },
+        })
     }
 
     /// The root of the calling process.
     pub(super) fn of_this_process() -> io::Result<Self> {
-        Ok(Self(rustix::fs::open(
-            "/",
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?))
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        Ok(Self::new(rustix::fs::open("/", flags, Mode::empty())?))
     }
 
     /// Opens what is there.
@@ -113,7 +143,7 @@ impl Root {
         const LINKS_MAX: usize = 40;
         let mut links = 0;
         // Directories from the root on; names that are left, the next one last.
-        let mut way = vec![self.0.try_clone()?];
+        let mut way = vec![self.directory.try_clone()?];
         let mut left = Vec::new();
         push_names(&mut left, path);
         while let Some(name) = left.pop() {
@@ -121,7 +151,11 @@ impl Root {
                 return Err(io::ErrorKind::InvalidData.into());
             };
             match name {
+                Name::Root if self.beyond == Beyond::Refused => return Err(Errno::XDEV.into()),
                 Name::Root => way.truncate(1),
+                Name::Up if way.len() == 1 && self.beyond == Beyond::Refused => {
+                    return Err(Errno::XDEV.into());
+                }
                 Name::Up if way.len() == 1 => {}
                 Name::Up => drop(way.pop()),
                 Name::Plain(name) => {
@@ -150,9 +184,19 @@ impl Root {
     }
 
     fn resolve(&self, path: &Path, flags: OFlags, how: ResolveFlags) -> io::Result<OwnedFd> {
-        let how = how | ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let bounds = match self.beyond {
+            Beyond::Stays => ResolveFlags::IN_ROOT,
+            Beyond::Refused => ResolveFlags::BENEATH,
+        };
+        let how = how | bounds | ResolveFlags::NO_MAGICLINKS;
         for _ in 0..RACES_MAX {
-            match openat2(&self.0, path, flags | OFlags::CLOEXEC, Mode::empty(), how) {
+            match openat2(
+                &self.directory,
+                path,
+                flags | OFlags::CLOEXEC,
+                Mode::empty(),
+                how,
+            ) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 result => return Ok(result?),
             }

@@ -17,6 +17,7 @@
 
 mod cgroups;
 mod confinement;
+mod copies;
 mod hooks;
 mod life;
 mod resources;

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Gives the container a user namespace of its own and the tree to its root.
-fn with_own_users(host: &Host, spec: &mut Value) {
+pub(crate) fn with_own_users(host: &Host, spec: &mut Value) {
     let chown = std::process::Command::new("chown")
         .args(["-R", "100000:100000"])
         .arg(&host.rootfs)

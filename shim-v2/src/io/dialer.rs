@@ -67,7 +67,7 @@ impl Dialer {
     }
 
     /// Connects a new stream; answers its id too.
-    pub(super) async fn stream(&self) -> Result<(u64, UnixStream)> {
+    pub(crate) async fn stream(&self) -> Result<(u64, UnixStream)> {
         let id = self.new_id();
         Ok((id, self.connect(id).await?))
     }

@@ -9,11 +9,16 @@
 //! Who receives grants credit ([`outgoing`]): output is read from the guest no faster
 //! than that, and what was sent on a link that broke without having been acknowledged
 //! by further credit is sent again on the next one.
+//!
+//! What copies files has streams too ([`passage`]), each for one link only: who has lost
+//! a part of an archive begins anew.
 
 mod inlet;
 mod link;
 mod outgoing;
 mod outlet;
+mod passage;
+mod window;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -35,6 +40,7 @@ use ttrpc::{
 };
 
 use self::link::Link;
+pub(crate) use self::passage::{Interrupted, Passage};
 pub(super) use self::{inlet::Inlet, outlet::Outlet};
 use super::target::refused;
 use crate::{
@@ -146,17 +152,23 @@ impl Hub {
                 dialler: Some(dialler),
             });
         }
+        self.claim_here(id)
+            .ok_or_else(|| refused(id, "another process has the stream"))
+    }
+
+    /// Takes a stream of the shim's own socket; `None` if somebody has it.
+    pub(crate) fn claim_here(self: &Arc<Self>, id: &str) -> Option<Claim> {
         let mut slots = lock(&self.slots);
         if slots.claimed.contains_key(id) {
-            return Err(refused(id, "another process has the stream"));
+            return None;
         }
         let early = slots.early.iter().position(|(early, _)| early == id);
         let slot = early.and_then(|place| slots.early.remove(place));
         let slot = slot.map_or_else(Arc::default, |(_, slot)| slot);
-        slots.claimed.insert(id.clone(), Arc::clone(&slot));
-        Ok(Claim {
+        slots.claimed.insert(id.to_owned(), Arc::clone(&slot));
+        Some(Claim {
             slot,
-            registered: Some((Arc::clone(self), id.clone())),
+            registered: Some((Arc::clone(self), id.to_owned())),
             dialler: None,
         })
     }
@@ -164,7 +176,7 @@ impl Hub {
 
 /// The right of a process to a stream. Dropping it gives the stream up.
 #[derive(Debug)]
-pub(super) struct Claim {
+pub(crate) struct Claim {
     slot: Arc<Slot>,
     registered: Option<(Arc<Hub>, String)>,
     dialler: Option<JoinHandle<()>>,

@@ -102,7 +102,7 @@ impl Pod {
         Ok(lock(&container.used).clone().unwrap_or_else(stats::none))
     }
 
-    fn first(&self, id: &ContainerId) -> Result<(Arc<Container>, Arc<Process>)> {
+    pub(super) fn first(&self, id: &ContainerId) -> Result<(Arc<Container>, Arc<Process>)> {
         self.find(&ProcessName {
             container: id.clone(),
             exec: None,
@@ -110,7 +110,7 @@ impl Pod {
     }
 
     /// Whoever was kept waiting in vain has the agent looked at.
-    fn doubt_if_late(&self, error: &Error) {
+    pub(super) fn doubt_if_late(&self, error: &Error) {
         if matches!(error, Error::Deadline { .. }) {
             self.doubt.notify_one();
         }

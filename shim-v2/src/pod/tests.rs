@@ -1,11 +1,12 @@
 //! The life of a pod, with everything that can come at a bad moment.
 
+pub(crate) mod copies;
 mod faults;
 pub(crate) mod harness;
 mod hooks;
 mod pids;
 mod resources;
-mod script;
+pub(crate) mod script;
 mod sockets;
 
 use bulkhead_agent_api::agent::cause::Kind;

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    future::Future,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -28,8 +29,9 @@ const LIMIT: std::time::Duration = std::time::Duration::from_secs(120);
 /// A shim and its one container. Dropped, what is left of it is deleted.
 pub(crate) struct Shim {
     runtime: Runtime,
-    client: TaskClient,
-    id: String,
+    connection: Client,
+    /// Of the container.
+    pub(crate) id: String,
     dir: TempDir,
 }
 
@@ -56,20 +58,40 @@ impl Shim {
             .enable_all()
             .build()
             .expect("a runtime");
-        let client = runtime
+        let connection = runtime
             .block_on(Client::connect(&address))
             .expect("the shim listens");
         Shim {
-            client: TaskClient::new(client),
+            connection,
             runtime,
             id: id.into(),
             dir,
         }
     }
 
+    /// The container's bundle.
+    pub(crate) fn bundle(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The connection to the shim.
+    pub(crate) fn connection(&self) -> Client {
+        self.connection.clone()
+    }
+
+    /// The Task service.
+    pub(crate) fn task(&self) -> TaskClient {
+        TaskClient::new(self.connection())
+    }
+
+    /// Waits for a call.
+    pub(crate) fn block_on<T>(&self, call: impl Future<Output = T>) -> T {
+        self.runtime.block_on(call)
+    }
+
     /// Where output goes.
     fn output(&self) -> PathBuf {
-        self.dir.path().join("output")
+        self.bundle().join("output")
     }
 
     /// What was written so far.
@@ -82,32 +104,37 @@ impl Shim {
         let output = format!("file://{}", self.output().display());
         let request = CreateTaskRequest {
             id: self.id.clone(),
-            bundle: self.dir.path().to_str().expect("UTF-8").into(),
+            bundle: self.bundle().to_str().expect("UTF-8").into(),
             rootfs,
             stdout: output.clone(),
             stderr: output,
             ..CreateTaskRequest::default()
         };
-        let answer = self.client.create(with_duration(LIMIT), &request);
-        self.runtime.block_on(answer).map(|answer| answer.pid)
+        let task = self.task();
+        let answer = task.create(with_duration(LIMIT), &request);
+        self.block_on(answer).map(|answer| answer.pid)
     }
 
-    /// Runs its program to the end; answers the exit code.
-    pub(crate) fn run(&self) -> ttrpc::Result<u32> {
+    /// Lets its program run.
+    pub(crate) fn start_program(&self) -> ttrpc::Result<()> {
         let request = StartRequest {
             id: self.id.clone(),
             ..StartRequest::default()
         };
-        let answer = self.client.start(with_duration(LIMIT), &request);
-        self.runtime.block_on(answer)?;
+        let task = self.task();
+        self.block_on(task.start(with_duration(LIMIT), &request))
+            .map(drop)
+    }
+
+    /// Waits for the end of its program; answers the exit code.
+    pub(crate) fn wait(&self) -> ttrpc::Result<u32> {
         let request = WaitRequest {
             id: self.id.clone(),
             ..WaitRequest::default()
         };
-        let answer = self.client.wait(with_duration(LIMIT), &request);
-        self.runtime
-            .block_on(answer)
-            .map(|answer| answer.exit_status)
+        let task = self.task();
+        let answer = self.block_on(task.wait(with_duration(LIMIT), &request));
+        answer.map(|answer| answer.exit_status)
     }
 
     /// Sends SIGKILL.
@@ -117,8 +144,9 @@ impl Shim {
             signal: 9,
             ..KillRequest::default()
         };
-        let answer = self.client.kill(with_duration(LIMIT), &request);
-        self.runtime.block_on(answer).map(drop)
+        let task = self.task();
+        let answer = task.kill(with_duration(LIMIT), &request);
+        self.block_on(answer).map(drop)
     }
 
     /// Deletes the container; answers the exit code.
@@ -127,10 +155,9 @@ impl Shim {
             id: self.id.clone(),
             ..DeleteRequest::default()
         };
-        let answer = self.client.delete(with_duration(LIMIT), &request);
-        self.runtime
-            .block_on(answer)
-            .map(|answer| answer.exit_status)
+        let task = self.task();
+        let answer = task.delete(with_duration(LIMIT), &request);
+        self.block_on(answer).map(|answer| answer.exit_status)
     }
 
     /// Ends the shim.
@@ -139,9 +166,10 @@ impl Shim {
             id: self.id.clone(),
             ..ShutdownRequest::default()
         };
-        let answer = self.client.shutdown(with_duration(LIMIT), &request);
+        let task = self.task();
+        let answer = task.shutdown(with_duration(LIMIT), &request);
         // It may be gone before it answers.
-        let _ = self.runtime.block_on(answer);
+        let _ = self.block_on(answer);
     }
 }
 

@@ -7,10 +7,9 @@ use tokio::{sync::watch, time::timeout};
 use super::{
     Claim,
     link::{Ended, Link, Message},
+    window::Window,
 };
 
-/// Bytes that may be on their way.
-const WINDOW: usize = 64 << 10;
 /// Time for input to come when its end was announced by other ways.
 const REST: Duration = Duration::from_millis(500);
 
@@ -19,8 +18,7 @@ const REST: Duration = Duration::from_millis(500);
 pub(in crate::io) struct Inlet {
     claim: Claim,
     link: Option<Link>,
-    /// Credit that the peer has.
-    granted: usize,
+    window: Window,
     /// True once the caller has said that input ends.
     closing: watch::Receiver<bool>,
 }
@@ -30,7 +28,7 @@ impl Inlet {
         Inlet {
             claim,
             link: None,
-            granted: 0,
+            window: Window::default(),
             closing,
         }
     }
@@ -56,7 +54,7 @@ impl Inlet {
             };
             match received {
                 Ok(Message::Data(bytes)) => {
-                    self.granted = self.granted.saturating_sub(bytes.len());
+                    self.window.took(bytes.len());
                     if !bytes.is_empty() {
                         return Some(bytes);
                     }
@@ -71,26 +69,16 @@ impl Inlet {
     async fn receive(&mut self) -> Result<Message, Ended> {
         let Some(link) = &mut self.link else {
             self.link = Some(self.claim.next().await);
-            self.granted = 0;
+            self.window = Window::default();
             return Ok(Message::Other);
         };
-        if self.granted < WINDOW / 2 {
-            let credit = WINDOW - self.granted;
-            if link
-                .grant(i32::try_from(credit).unwrap_or(0))
-                .await
-                .is_err()
-            {
-                return Err(Ended::Broken);
-            }
-            self.granted = WINDOW;
-        }
+        self.window.open(link).await?;
         tokio::select! {
             biased;
             received = link.receive() => received,
             newer = self.claim.next() => {
                 self.link = Some(newer);
-                self.granted = 0;
+                self.window = Window::default();
                 Ok(Message::Other)
             }
         }

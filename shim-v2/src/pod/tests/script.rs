@@ -10,9 +10,10 @@ use async_trait::async_trait;
 use bulkhead_agent::streams::{BoxStream, Streams};
 use bulkhead_agent_api::{
     agent::{
-        AcceptRequest, AcceptResponse, Cause, ContainerRequest, CreateRequest, Empty, ExecRequest,
-        KillRequest, ProcessRequest, ProcessResponse, StatsResponse, Stdio, WaitOomRequest,
-        WaitOomResponse, WaitResponse, cause::Kind,
+        AcceptRequest, AcceptResponse, CancelCopyRequest, Cause, ContainerRequest, CopyInRequest,
+        CopyOutRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
+        ProcessResponse, StatsResponse, Stdio, WaitOomRequest, WaitOomResponse, WaitResponse,
+        cause::Kind,
     },
     agent_ttrpc::Agent,
     cause, relay,
@@ -24,6 +25,7 @@ use tokio::{
 };
 use ttrpc::{Code, r#async::TtrpcContext};
 
+use super::copies::Copied;
 use crate::lock::lock;
 
 /// No test waits so long, on its own clock, for what will come.
@@ -51,6 +53,7 @@ struct Guts {
     /// Somebody else holds the output of what ends.
     shared_output: bool,
     off: bool,
+    copied: Copied,
 }
 
 /// The agent.
@@ -191,13 +194,26 @@ impl Script {
         let _ = guts.wait_for(seen).await.map(drop);
     }
 
+    /// Looks at the copies, or changes what they do.
+    pub(crate) fn copied<T>(&self, look: impl FnOnce(&mut Copied) -> T) -> T {
+        let mut seen = None;
+        self.guts
+            .send_modify(|guts| seen = Some(look(&mut guts.copied)));
+        seen.unwrap()
+    }
+
+    pub(super) async fn until_copied(&self, mut seen: impl FnMut(&Copied) -> bool) {
+        let mut guts = self.guts.subscribe();
+        let _ = guts.wait_for(|guts| seen(&guts.copied)).await.map(drop);
+    }
+
     async fn until(&self, seen: impl FnMut(&Guts) -> bool) {
         let mut guts = self.guts.subscribe();
         let waited = timeout(DEADLINE, guts.wait_for(seen)).await;
         assert!(waited.is_ok(), "it did not come; calls: {:?}", self.calls());
     }
 
-    async fn enter(&self, call: &'static str, rest: String) -> ttrpc::Result<()> {
+    pub(super) async fn enter(&self, call: &'static str, rest: String) -> ttrpc::Result<()> {
         self.guts.send_modify(|guts| {
             guts.calls.push(format!("{call}{rest}"));
         });
@@ -387,5 +403,17 @@ impl Agent for Script {
     async fn thaw(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {
         self.enter("Thaw", label(&r.container_id, "")).await?;
         Ok(Empty::default())
+    }
+
+    async fn copy_in(&self, _: &TtrpcContext, r: CopyInRequest) -> ttrpc::Result<Empty> {
+        Script::copy_in(self, r).await
+    }
+
+    async fn copy_out(&self, _: &TtrpcContext, r: CopyOutRequest) -> ttrpc::Result<Empty> {
+        Script::copy_out(self, r).await
+    }
+
+    async fn cancel_copy(&self, _: &TtrpcContext, r: CancelCopyRequest) -> ttrpc::Result<Empty> {
+        Script::cancel_copy(self, r).await
     }
 }

@@ -7,11 +7,15 @@
 //! an extended header tells.
 //!
 //! Memory is bounded whatever the archive says; numbers are checked here, what names
-//! mean is the caller's affair.
+//! mean is the caller's affair. [`Writer`] writes what any reader understands.
 
 use std::io::{self, Read};
 
+mod content;
 mod sparse;
+mod write;
+
+pub use crate::{content::write_content, write::Writer};
 
 /// Size of all blocks.
 const BLOCK: usize = 512;
@@ -24,17 +28,18 @@ const MAX_EXTENSIONS: usize = 64;
 
 /// A moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Time {
+pub struct Time {
     /// Seconds since 1970.
-    pub(crate) seconds: i64,
+    pub seconds: i64,
     /// Further nanoseconds, less than a second.
-    pub(crate) nanoseconds: u32,
+    pub nanoseconds: u32,
 }
 
 /// What an entry is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kind {
     /// A file.
+    #[default]
     Regular,
     /// One more name of a file.
     Link,
@@ -54,45 +59,45 @@ pub(crate) enum Kind {
 
 /// Bytes of a file that are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Segment {
+pub struct Segment {
     /// Where they belong.
-    pub(crate) offset: u64,
+    pub offset: u64,
     /// How many.
-    pub(crate) length: u64,
+    pub length: u64,
 }
 
 /// One entry, without its content.
-#[derive(Clone, Debug)]
-pub(crate) struct Entry {
+#[derive(Clone, Debug, Default)]
+pub struct Entry {
     /// As in the archive.
-    pub(crate) name: Vec<u8>,
+    pub name: Vec<u8>,
     /// Target of a link.
-    pub(crate) link: Vec<u8>,
+    pub link: Vec<u8>,
     /// What it is.
-    pub(crate) kind: Kind,
+    pub kind: Kind,
     /// Bytes of the file, with its holes.
-    pub(crate) size: u64,
+    pub size: u64,
     /// Where the stored bytes belong; `None` for a file without holes.
-    pub(crate) segments: Option<Vec<Segment>>,
+    pub segments: Option<Vec<Segment>>,
     /// Permissions and more.
-    pub(crate) mode: i64,
+    pub mode: i64,
     /// Owner.
-    pub(crate) uid: i64,
+    pub uid: i64,
     /// Group.
-    pub(crate) gid: i64,
+    pub gid: i64,
     /// Last change.
-    pub(crate) mtime: Time,
+    pub mtime: Time,
     /// Last use, if it is told.
-    pub(crate) atime: Option<Time>,
+    pub atime: Option<Time>,
     /// Number of a device: major, minor.
-    pub(crate) device: (i64, i64),
+    pub device: (i64, i64),
     /// Extended attributes.
-    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 /// An archive that is read from its beginning to its end.
 #[derive(Debug)]
-pub(crate) struct Reader<R> {
+pub struct Reader<R> {
     input: R,
     /// Bytes taken from `input`.
     position: u64,
@@ -113,7 +118,7 @@ fn broken<T>(reason: &str) -> io::Result<T> {
 
 impl<R: Read> Reader<R> {
     /// Nothing is read yet.
-    pub(crate) fn new(input: R) -> Self {
+    pub fn new(input: R) -> Self {
         Reader {
             input,
             position: 0,
@@ -124,12 +129,12 @@ impl<R: Read> Reader<R> {
     }
 
     /// Where the stored bytes of the current entry begin, before any was read.
-    pub(crate) fn position(&self) -> u64 {
+    pub fn position(&self) -> u64 {
         self.position
     }
 
     /// The next entry; `None` at the end.
-    pub(crate) fn next(&mut self) -> io::Result<Option<Entry>> {
+    pub fn next_entry(&mut self) -> io::Result<Option<Entry>> {
         let mut extended = Extended::default();
         for _ in 0..MAX_EXTENSIONS {
             self.skip()?;
@@ -162,7 +167,7 @@ impl<R: Read> Reader<R> {
     }
 
     /// The same for an input that can seek: content is not read.
-    pub(crate) fn next_seeking(&mut self) -> io::Result<Option<Entry>>
+    pub fn next_seeking(&mut self) -> io::Result<Option<Entry>>
     where
         R: io::Seek,
     {
@@ -173,7 +178,7 @@ impl<R: Read> Reader<R> {
         self.input.seek_relative(offset)?;
         self.position = self.position.saturating_add(ahead);
         (self.left, self.padding) = (0, 0);
-        self.next()
+        self.next_entry()
     }
 
     fn entry(&mut self, block: &[u8; BLOCK], raw: Raw, extended: &Extended) -> io::Result<Entry> {
