@@ -72,7 +72,7 @@ fn a_creation_that_fails_at_any_step_leaves_nothing_and_says_why() {
             );
         })
         .await;
-        check("/dev/null: only files and directories", &|s| {
+        check("/dev/null: only files, directories and sockets", &|s| {
             add_mount(
                 s,
                 json!({"destination": "/x", "type": "bind", "source": "/dev/null"}),
