@@ -234,7 +234,7 @@ fn what_a_caller_sends_arrives_whole_by_its_end_or_by_that_of_the_archive_ss_18(
                 .copied(|copied| std::mem::take(&mut copied.taken))
                 == all
         );
-        assert_eq!(bench.agent.calls().last().unwrap(), "CopyIn c /tmp");
+        assert_eq!(bench.agent.last_call(), "CopyIn c /tmp");
         while line.hear().await != Heard::End {}
 
         let mut line = caller.open("data-2").await;
@@ -245,7 +245,7 @@ fn what_a_caller_sends_arrives_whole_by_its_end_or_by_that_of_the_archive_ss_18(
         let send = line.pour(&ended);
         let (answer, ()) = tokio::join!(caller.transfer(&asked), send);
         answer.unwrap();
-        assert_eq!(bench.agent.calls().last().unwrap(), "CopyIn c / kept");
+        assert_eq!(bench.agent.last_call(), "CopyIn c / kept");
         // What comes behind the end is no fault.
         line.say(b"padding").await;
         line.0.close_send().await.unwrap();
@@ -267,10 +267,7 @@ fn what_a_guest_sends_arrives_whole_and_the_stream_ends_with_it_ss_19() {
         let (answer, taken) = tokio::join!(caller.transfer(&asked), line.take());
         answer.unwrap();
         assert!(taken == all, "{} bytes", taken.len());
-        assert_eq!(
-            bench.agent.calls().last().unwrap(),
-            "CopyOut c /data/stat header"
-        );
+        assert_eq!(bench.agent.last_call(), "CopyOut c /data/stat header");
     });
 }
 

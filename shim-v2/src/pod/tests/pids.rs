@@ -77,7 +77,7 @@ fn whoever_kills_a_pid_kills_that_process_alone_ta_13() {
         bench.executing("c/e").await;
         murder(&bench.holder("c/e"));
         assert_eq!(bench.wait("c/e").await, 137);
-        assert_eq!(bench.agent.calls().last().unwrap(), "Kill c/e 9");
+        assert_eq!(bench.agent.last_call(), "Kill c/e 9");
         assert!(!ended(&bench.holder("c"), 0));
         murder(&bench.holder("c"));
         assert_eq!(bench.wait("c").await, 137);

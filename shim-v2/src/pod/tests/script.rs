@@ -111,6 +111,13 @@ impl Script {
         self.guts.borrow().calls.clone()
     }
 
+    /// The last call but for heartbeats, which come by themselves.
+    pub(crate) fn last_call(&self) -> String {
+        let calls = self.calls();
+        let last = calls.into_iter().rfind(|call| call.trim() != "Ping");
+        last.unwrap_or_default()
+    }
+
     /// Waits until this call has come.
     pub(crate) async fn called(&self, call: &str) {
         self.until(|guts| guts.calls.iter().any(|seen| seen == call))
