@@ -1,5 +1,10 @@
 //! The shim's binary by itself: started as containerd starts it, called as containerd
-//! calls it, without containerd.
+//! calls it, without containerd. Here are roots that are disks.
+//!
+//! What a suite for shims checks is here in our own words; `docs/rules.md` says which id
+//! is what. Limits of time there are for hardware, and this host is emulated: the order of
+//! what happens is taken as it is (output before Delete, its end before Delete), each
+//! limit tenfold. Sizes are as there, but in the long runs (`stress.rs`).
 #![expect(
     clippy::tests_outside_test_module,
     reason = "the whole crate is a suite"
@@ -8,6 +13,24 @@
 
 #[path = "shim/client.rs"]
 mod client;
+#[path = "shim/events.rs"]
+mod events;
+#[path = "shim/execs.rs"]
+mod execs;
+#[path = "shim/output.rs"]
+mod output;
+#[path = "shim/pod.rs"]
+mod pod;
+#[path = "shim/process.rs"]
+mod process;
+#[path = "shim/root.rs"]
+mod root;
+#[path = "shim/runs.rs"]
+mod runs;
+#[path = "shim/stress.rs"]
+mod stress;
+#[path = "shim/task.rs"]
+mod task;
 
 use std::{fs, path::Path, process::Command};
 

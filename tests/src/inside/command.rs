@@ -4,14 +4,15 @@ use std::{
     ffi::{OsStr, OsString},
     fmt,
     fs::File,
-    io::{Read, Write},
+    io::Write,
     os::unix::process::ExitStatusExt,
     path::Path,
     process::{self, Child, Stdio},
-    sync::{Arc, Condvar, Mutex, PoisonError},
-    thread::{self, JoinHandle},
+    thread,
     time::{Duration, Instant},
 };
+
+use super::reader::Reader;
 
 /// A hang is a failure. The machine is emulated and slow.
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -180,8 +181,13 @@ impl Running {
                 None => thread::sleep(Duration::from_millis(10)),
             }
         };
-        let finish =
-            |reader: Option<Reader>| reader.map(|r| r.finish(self.end)).unwrap_or_default();
+        let finish = |reader: Option<Reader>| {
+            let bytes = reader.map(|reader| {
+                let end = reader.end(self.end);
+                end.expect("somebody keeps an output of the ended program open")
+            });
+            String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned()
+        };
         let code = status
             .code()
             .unwrap_or_else(|| 128 + status.signal().unwrap_or(127));
@@ -238,101 +244,5 @@ impl fmt::Display for Outcome {
             "{}: exit code {}\nstdout: {}\nstderr: {}",
             self.text, self.code, self.stdout, self.stderr
         )
-    }
-}
-
-/// Collects what a pipe brings.
-#[derive(Debug)]
-pub(super) struct Reader {
-    state: Arc<(Mutex<Collected>, Condvar)>,
-    thread: JoinHandle<()>,
-}
-
-#[derive(Debug, Default)]
-struct Collected {
-    bytes: Vec<u8>,
-    closed: bool,
-}
-
-impl Reader {
-    pub(super) fn start(mut from: impl Read + Send + 'static) -> Reader {
-        let state = Arc::<(Mutex<Collected>, Condvar)>::default();
-        let shared = Arc::clone(&state);
-        let thread = thread::spawn(move || {
-            let mut buffer = [0; 8192];
-            loop {
-                // A terminal whose other side is closed gives an error.
-                let n = from.read(&mut buffer).unwrap_or(0);
-                let mut collected = shared.0.lock().unwrap_or_else(PoisonError::into_inner);
-                collected.bytes.extend_from_slice(&buffer[..n]);
-                collected.closed = n == 0;
-                shared.1.notify_all();
-                if n == 0 {
-                    return;
-                }
-            }
-        });
-        Reader { state, thread }
-    }
-
-    pub(super) fn text(&self) -> String {
-        let collected = self.state.0.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(&collected.bytes).into_owned()
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.state
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .bytes
-            .len()
-    }
-
-    fn wait_for(&self, text: &str, end: Instant) -> bool {
-        self.wait_until(end, |bytes| String::from_utf8_lossy(bytes).contains(text))
-    }
-
-    /// Waits until what was read satisfies `done`; false if it never will.
-    pub(super) fn wait_until(&self, end: Instant, done: impl Fn(&[u8]) -> bool) -> bool {
-        let mut collected = self.state.0.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if done(&collected.bytes) {
-                return true;
-            }
-            let left = end.saturating_duration_since(Instant::now());
-            if collected.closed || left.is_zero() {
-                return false;
-            }
-            collected = self
-                .state
-                .1
-                .wait_timeout(collected, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-
-    /// Everything, once the other side is closed; a process that keeps it open
-    /// after `end` is a failure of the test.
-    fn finish(self, end: Instant) -> String {
-        let mut collected = self.state.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while !collected.closed {
-            let left = end.saturating_duration_since(Instant::now());
-            assert!(
-                !left.is_zero(),
-                "Somebody keeps an output of the ended program open"
-            );
-            collected = self
-                .state
-                .1
-                .wait_timeout(collected, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-        drop(collected);
-        let _ = self.thread.join();
-        let collected = self.state.0.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(&collected.bytes).into_owned()
     }
 }

@@ -4,5 +4,6 @@ pub mod bundle;
 pub mod command;
 pub mod image;
 pub mod leaks;
+pub mod reader;
 pub mod terminal;
 pub mod volume;

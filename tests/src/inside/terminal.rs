@@ -11,7 +11,7 @@ use std::{
 
 use nix::pty::{Winsize, openpty};
 
-use super::command::{Command, Reader};
+use super::{command::Command, reader::Reader};
 
 const DEADLINE: Duration = Duration::from_secs(300);
 

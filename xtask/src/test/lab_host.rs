@@ -4,7 +4,7 @@
 //! others still run.
 
 use std::{
-    fs,
+    env, fs,
     io::{Write, stdout},
     path::{Path, PathBuf},
     process::Command,
@@ -45,6 +45,12 @@ const TRIES: u8 = 2;
 
 /// How the names of the tests begin that take longest, and are begun first.
 const LONGEST: &str = "fsx_finds_no_fault";
+
+/// How many rounds tests of many rounds do, if that is said.
+const ROUNDS: &str = "BULKHEAD_ROUNDS";
+
+/// So many rounds have the usual deadline.
+const USUAL_ROUNDS: u32 = 5;
 
 /// Runs in the lab host: an archive of what tells why a test failed.
 const EVIDENCE: &str = include_str!("../evidence.sh");
@@ -243,12 +249,14 @@ fn tell(planned: &Planned, ended: &Try, time: Duration, evidence: &Path) -> Resu
 fn attempt(session: &mut Session, planned: &Planned, evidence: &Path) -> Result<Try> {
     let program = format!("/lab/suites/{}", planned.suite);
     let around = ["/lab/labd", "around", &program, "--exact", &planned.test];
-    let job = Job::new(
-        around
-            .into_iter()
-            .chain(["--show-output", "--test-threads=1"]),
-    )
-    .deadline(TEST_DEADLINE);
+    let rest = ["--show-output", "--test-threads=1"];
+    let mut job = Job::new(around.into_iter().chain(rest)).deadline(TEST_DEADLINE);
+    if let Ok(rounds) = env::var(ROUNDS) {
+        let number: u32 = rounds.parse().context("BULKHEAD_ROUNDS is no number")?;
+        job = job
+            .env(ROUNDS, &rounds)
+            .deadline(TEST_DEADLINE * number.div_ceil(USUAL_ROUNDS).max(1));
+    }
     let place = planned.place(evidence);
     let output = match session.output(&job) {
         Ok(output) => output,
