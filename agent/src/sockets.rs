@@ -102,17 +102,17 @@ impl Sockets {
         };
         if !wanted.is_empty() {
             sockets
-                .listen_in(directory.join(id), wanted)
+                .listen_in(&directory.join(id), wanted)
                 .doing("listen on a socket")?;
         }
         Ok(sockets)
     }
 
-    fn listen_in(&mut self, path: PathBuf, wanted: &[Socket]) -> io::Result<()> {
-        fs::create_dir_all(&path)?;
+    fn listen_in(&mut self, path: &Path, wanted: &[Socket]) -> io::Result<()> {
+        fs::create_dir_all(path)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        *lock(&self.directory) = Some(Directory(path.clone()));
-        let directory = rustix::fs::open(&path, flags, Mode::empty())?;
+        *lock(&self.directory) = Some(Directory(path.to_owned()));
+        let directory = rustix::fs::open(path, flags, Mode::empty())?;
         for (number, socket) in wanted.iter().enumerate() {
             let listener = listener(&directory, &number.to_string(), socket)?;
             self.listeners.push(UnixListener::from_std(listener)?);
