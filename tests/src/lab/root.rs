@@ -100,6 +100,7 @@ const MASKED: &[&str] = &[
     "fstrim.timer",
     "getty@tty1.service",
     "serial-getty@ttyS0.service",
+    "systemd-tmpfiles-clean.timer",
     "systemd-timesyncd.service",
 ];
 
