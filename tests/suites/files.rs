@@ -426,21 +426,6 @@ fn a_device_node_that_a_container_makes_works_there_and_nowhere_else() {
     assert!(node.rdev() == 0, "{node:?}");
 }
 
-#[test]
-fn a_tree_of_more_files_than_the_server_may_have_open_can_be_walked() {
-    let (dir, volume) = volume();
-    for folder in 0..30 {
-        let folder = dir.path().join(folder.to_string());
-        fs::create_dir(&folder).unwrap();
-        for file in 0..200 {
-            fs::write(folder.join(file.to_string()), "x").unwrap();
-        }
-    }
-    let line =
-        "find /v -type f | wc -l; find /v -type f | xargs cat | wc -c; find /v -type f | wc -l";
-    assert_eq!(debian(&volume, line).success(), "6000\n6000\n6000\n");
-}
-
 /// Opens files until that is refused; then shows that other work goes on, and that what
 /// is closed can be opened again.
 const OPENS_ALL: &str = r#"

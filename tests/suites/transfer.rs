@@ -233,7 +233,6 @@ fn a_file_is_copied_in_seen_by_an_exec_and_copied_out_again_ss_18_ss_19_ss_20() 
 }
 
 #[test]
-#[ignore = "it takes minutes in an emulated host, and has not ended there yet"]
 fn what_cannot_be_copied_is_refused_at_once_and_nothing_leaves_the_container_ss_63() {
     let shim = sleeper("refused");
     let caller = shim.caller();
@@ -288,7 +287,6 @@ fn what_cannot_be_copied_is_refused_at_once_and_nothing_leaves_the_container_ss_
 }
 
 #[test]
-#[ignore = "it takes minutes in an emulated host, and has not ended there yet"]
 fn a_thousand_small_files_are_copied_overwritten_and_compared_ss_61() {
     let shim = sleeper("many");
     let caller = shim.caller();
@@ -345,7 +343,6 @@ fn a_thousand_small_files_are_copied_overwritten_and_compared_ss_61() {
 }
 
 #[test]
-#[ignore = "it takes minutes in an emulated host, and has not ended there yet"]
 fn thirty_six_mebibytes_arrive_as_they_were_both_ways_and_on_a_disk_too_ss_61() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("disk");
@@ -391,7 +388,6 @@ fn thirty_six_mebibytes_arrive_as_they_were_both_ways_and_on_a_disk_too_ss_61() 
 }
 
 #[test]
-#[ignore = "it takes minutes in an emulated host, and has not ended there yet"]
 fn a_copy_whose_caller_stalls_or_goes_leaves_the_others_alone_and_nothing_behind() {
     let shim = sleeper("cancel");
     shim.sh("dd if=/dev/zero of=/data/big bs=1M count=8");
@@ -455,7 +451,6 @@ fn a_copy_whose_caller_stalls_or_goes_leaves_the_others_alone_and_nothing_behind
 }
 
 #[test]
-#[ignore = "it takes minutes in an emulated host, and has not ended there yet"]
 fn volumes_are_written_where_they_are_and_read_only_ones_are_not() {
     let volume = tempfile::tempdir().unwrap();
     let mut config = bundle::config("sleep 10000");

@@ -27,7 +27,6 @@ fn directory() -> tempfile::TempDir {
 }
 
 #[test]
-#[ignore = "its clients are programs of a shared volume, which take minutes in an emulated host"]
 fn a_process_reaches_a_service_of_the_host_and_nobody_is_dialled_before_ss_21_ss_43() {
     let dir = directory();
     let path = dir.path().join("host.sock");
@@ -53,7 +52,6 @@ fn a_process_reaches_a_service_of_the_host_and_nobody_is_dialled_before_ss_21_ss
 }
 
 #[test]
-#[ignore = "its clients are programs of a shared volume, which take minutes in an emulated host"]
 fn bytes_pass_both_ways_at_once_and_the_end_of_either_way_is_its_own_ss_66() {
     let dir = directory();
     let path = dir.path().join("host.sock");
@@ -86,7 +84,6 @@ print(len(data), data == pattern({size} + 9, 3))"
 }
 
 #[test]
-#[ignore = "its clients are programs of a shared volume, which take minutes in an emulated host"]
 fn sixteen_talk_at_once_and_none_hears_another_ss_66() {
     let dir = directory();
     let path = dir.path().join("host.sock");
@@ -119,7 +116,6 @@ print([os.wait()[1] for _ in range(16)] == [0] * 16)",
 }
 
 #[test]
-#[ignore = "its clients are programs of a shared volume, which take minutes in an emulated host"]
 fn a_service_that_closes_first_is_heard_to_the_end_ss_21() {
     let dir = directory();
     let path = dir.path().join("host.sock");
@@ -162,7 +158,6 @@ s.sendall(b'still here')",
 }
 
 #[test]
-#[ignore = "its clients are programs of a shared volume, which take minutes in an emulated host"]
 fn a_service_may_come_late_and_be_started_again_ss_21() {
     let dir = directory();
     let place = dir.path().join("run");
@@ -189,7 +184,6 @@ fn a_service_may_come_late_and_be_started_again_ss_21() {
 }
 
 #[test]
-#[ignore = "its clients are programs of a shared volume, which take minutes in an emulated host"]
 fn the_mode_of_a_socket_says_who_may_connect_ss_21() {
     let dir = directory();
     let path = dir.path().join("host.sock");
@@ -216,7 +210,6 @@ except PermissionError:
 }
 
 #[test]
-#[ignore = "its clients are programs of a shared volume, which take minutes in an emulated host"]
 fn a_container_that_ends_leaves_nothing_and_what_it_said_arrives_ss_21() {
     let dir = directory();
     let path = dir.path().join("host.sock");
@@ -244,7 +237,6 @@ fn a_container_that_ends_leaves_nothing_and_what_it_said_arrives_ss_21() {
 }
 
 #[test]
-#[ignore = "its clients are programs of a shared volume, which take minutes in an emulated host"]
 fn a_volume_that_is_a_socket_is_carried_on_fs_31() {
     let dir = directory();
     let path = dir.path().join("host.sock");
@@ -267,7 +259,6 @@ s.sendall(b'question'); print(s.recv(100))";
 }
 
 #[test]
-#[ignore = "its clients are programs of a shared volume, which take minutes in an emulated host"]
 fn what_cannot_be_a_socket_is_refused_ss_21() {
     let dir = directory();
     let file = dir.path().join("file");

@@ -432,7 +432,6 @@ fn attempt_everything(kind: ThreadKind) -> Vec<String> {
     ];
     if kind != ThreadKind::Files {
         attempts.extend([
-            ("open", libc::SYS_openat, [0, name, 0, 0]),
             ("openat2", libc::SYS_openat2, [0, name, 0, 0]),
             ("unlink", libc::SYS_unlinkat, [0, name, 0, 0]),
             ("setfsuid", libc::SYS_setfsuid, [0, 0, 0, 0]),
@@ -444,16 +443,20 @@ fn attempt_everything(kind: ThreadKind) -> Vec<String> {
         .filter(|(_, number, arguments)| !blocked(*number, *arguments))
         .map(|(what, ..)| format!("{kind:?}: {what}"))
         .collect();
-    // Where threads may start, this is answered as unknown instead.
-    let refused = if matches!(kind, ThreadKind::Files | ThreadKind::Hotplug) {
-        // SAFETY: an argument of no size is refused in any case.
-        let outcome = unsafe { libc::syscall(libc::SYS_clone3, 0, 0) };
+    // Some are answered as unknown instead.
+    let unknown = |number| {
+        // SAFETY: arguments of no size and without a name are refused in any case.
+        let outcome = unsafe { libc::syscall(number, 0, 0, 0, 0) };
         outcome == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS)
-    } else {
-        blocked(libc::SYS_clone3, [0; 4])
     };
-    if !refused {
+    // Where threads may start.
+    let starts = matches!(kind, ThreadKind::Files | ThreadKind::Hotplug);
+    if !(starts && unknown(libc::SYS_clone3) || !starts && blocked(libc::SYS_clone3, [0; 4])) {
         succeeded.push(format!("{kind:?}: clone3"));
+    }
+    // The C library asks for a file by itself.
+    if kind != ThreadKind::Files && !unknown(libc::SYS_openat) {
+        succeeded.push(format!("{kind:?}: open"));
     }
     succeeded
 }

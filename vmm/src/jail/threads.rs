@@ -140,7 +140,11 @@ impl ThreadKind {
             ],
             ThreadKind::Files => &[syscalls::EVENTS, syscalls::FILES, syscalls::THREADS],
         };
-        [syscalls::EVERY]
+        let files: &[Rule] = match self {
+            ThreadKind::Files => &[],
+            _ => syscalls::NO_FILES,
+        };
+        [syscalls::EVERY, files]
             .iter()
             .chain(own)
             .flat_map(|rules| rules.iter().copied())
