@@ -146,8 +146,13 @@ impl Containers {
                 _ => Err(Error::CopyKilled),
             }
         };
-        let (done, ()) = tokio::join!(done, pump);
-        done
+        // What a failed copy has written is of no use, and whoever should take it may not
+        // take anything any more.
+        let pump = async {
+            pump.await;
+            Ok(())
+        };
+        tokio::try_join!(done, pump).map(drop)
     }
 }
 

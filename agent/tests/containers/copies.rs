@@ -287,6 +287,11 @@ fn a_copy_does_not_hold_up_the_end_of_its_container_and_a_paused_one_has_none() 
         let call = host.client.copy_out(context(), &request);
         let end = async {
             assert_eq!(connection.read_u8().await.unwrap(), COPY_BEGINS);
+            // Until the stream is full: nobody takes what comes.
+            while host.pids(&id).await.len() < 2 {
+                sleep(Duration::from_millis(10)).await;
+            }
+            sleep(Duration::from_millis(200)).await;
             host.remove(&id).await;
         };
         let (answer, ()) = tokio::join!(call, end);
