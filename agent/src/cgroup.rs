@@ -57,14 +57,15 @@ impl Cgroup {
             .doing("load the device rules")?;
         sys::attach_device_program(directory, program).doing("attach the device rules")?;
         for setting in limits_of_the_tree().iter().chain(&resources.settings) {
-            cgroup.set(setting)?;
+            set(&cgroup.path, setting)?;
         }
         Ok(cgroup)
     }
 
-    /// Sets limits of a container that exists. May wait for memory to become free.
-    pub(crate) fn set_all(&self, settings: &[Setting]) -> Result<(), Error> {
-        settings.iter().try_for_each(|setting| self.set(setting))
+    /// Changes limits of a container that exists, all or none. May wait for memory to
+    /// become free.
+    pub(crate) fn change(&self, settings: &[Setting]) -> Result<(), Error> {
+        change(&self.path, settings)
     }
 
     /// The limits that an update may leave as they are.
@@ -100,24 +101,6 @@ impl Cgroup {
             }
         }
         Ok(())
-    }
-
-    fn set(&self, setting: &Setting) -> Result<(), Error> {
-        // Only existing files: the name comes from the specification.
-        match fs::OpenOptions::new()
-            .write(true)
-            .open(self.path.join(&setting.file))
-            .and_then(|mut file| io::Write::write_all(&mut file, setting.value.as_bytes()))
-        {
-            Err(e) if e.kind() == io::ErrorKind::NotFound && setting.absent == Absent::Kept => {
-                Ok(())
-            }
-            result => result.map_err(|source| Error::Limit {
-                file: setting.file.clone(),
-                value: setting.value.clone(),
-                source,
-            }),
-        }
     }
 
     /// The directory, to clone processes into.
@@ -179,6 +162,44 @@ impl Drop for Cgroup {
             runtime.spawn(async move { remove(&path).await });
         }
     }
+}
+
+fn set(cgroup: &Path, setting: &Setting) -> Result<(), Error> {
+    // Only existing files: the name comes from the specification.
+    match write(&cgroup.join(&setting.file), &setting.value) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound && setting.absent == Absent::Kept => Ok(()),
+        result => result.map_err(|source| Error::Limit {
+            file: setting.file.clone(),
+            value: setting.value.clone(),
+            source,
+        }),
+    }
+}
+
+fn write(file: &Path, text: &str) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).open(file)?;
+    io::Write::write_all(&mut file, text.as_bytes())
+}
+
+/// Writes these files. If one refuses, those before it get back what they held: of files
+/// with a line for each device, the lines that were there.
+fn change(cgroup: &Path, settings: &[Setting]) -> Result<(), Error> {
+    let mut before: Vec<(PathBuf, String)> = Vec::new();
+    for setting in settings {
+        let file = cgroup.join(&setting.file);
+        let held = fs::read_to_string(&file).unwrap_or_default();
+        if let Err(error) = set(cgroup, setting) {
+            for (file, held) in before.into_iter().rev() {
+                for line in held.lines() {
+                    // The first refusal is the one to be told.
+                    let _ = write(&file, line);
+                }
+            }
+            return Err(error);
+        }
+        before.push((file, held));
+    }
+    Ok(())
 }
 
 fn kill(path: &Path) -> io::Result<()> {
@@ -304,5 +325,33 @@ mod tests {
         assert_eq!(value(text, "oom"), Some(3));
         assert_eq!(value(text, "oo"), None);
         assert_eq!(value("populated x\n", "populated"), None);
+    }
+
+    #[test]
+    fn a_change_that_is_refused_in_its_middle_changes_nothing_ta_66() {
+        let cgroup = tempfile::tempdir().unwrap();
+        let file = |name: &str| cgroup.path().join(name);
+        for (name, text) in [("cpu.max", "50000 100000\n"), ("cpu.weight", "100\n")] {
+            fs::write(file(name), text).unwrap();
+        }
+        let setting = |file: &str, value: &str| Setting {
+            file: file.into(),
+            value: value.into(),
+            absent: Absent::Refused,
+        };
+        let mut settings = vec![
+            setting("cpu.max", "20000 100000\n"),
+            setting("cpu.weight", "200\n"),
+            setting("memory.max", "1000000\n"),
+        ];
+        let error = change(cgroup.path(), &settings).unwrap_err();
+        assert!(matches!(error, Error::Limit { file, .. } if file == "memory.max"));
+        let held = |name: &str| fs::read_to_string(file(name)).unwrap();
+        assert_eq!(held("cpu.max"), "50000 100000\n");
+        assert_eq!(held("cpu.weight"), "100\n");
+        settings.pop();
+        change(cgroup.path(), &settings).unwrap();
+        assert_eq!(held("cpu.max"), "20000 100000\n");
+        assert_eq!(held("cpu.weight"), "200\n");
     }
 }

@@ -19,7 +19,7 @@ use std::{
         unix::net::UnixListener as StdListener,
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex},
     task::{Context, Poll},
     time::Duration,
 };
@@ -38,6 +38,7 @@ use tokio::{
 };
 
 use crate::{
+    container::lock,
     error::{Doing, Error},
     streams::Streams,
 };
@@ -210,10 +211,6 @@ impl Sockets {
         let now = Timespec::default();
         poll(&mut listeners, Some(&now)).is_ok_and(|ready| ready > 0)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().expect("no holder of the lock panics")
 }
 
 /// Listens at `name` in a directory. Nobody can connect before the file says who may.

@@ -56,7 +56,7 @@ impl Containers {
                 return Err(Error::InUse { limit, used });
             }
         }
-        blocking(move || cgroup.set_all(&plan.settings)).await??;
+        blocking(move || cgroup.change(&plan.settings)).await??;
         let remarks = checked.notes.iter().filter(|note| note.is_remark());
         Ok(remarks.map(ToString::to_string).collect())
     }
