@@ -13,6 +13,7 @@ pub use inside::{
     command::{Command, Outcome, Running},
     image,
     leaks::{LEFT_BEHIND, LeakCheck},
+    process,
     reader::Reader,
     terminal::Terminal,
     volume,

@@ -4,6 +4,7 @@ pub mod bundle;
 pub mod command;
 pub mod image;
 pub mod leaks;
+pub mod process;
 pub mod reader;
 pub mod terminal;
 pub mod volume;

@@ -2,34 +2,20 @@
 
 use std::{
     fs,
-    future::Future,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use bulkhead_tests::bundle;
-use containerd_shim_protos::{
-    api::{
-        CreateTaskRequest, DeleteRequest, KillRequest, Mount, ShutdownRequest, StartRequest,
-        WaitRequest,
-    },
-    shim_async::{Client, TaskClient},
-};
+use containerd_shim_protos::api::{CreateTaskRequest, CreateTaskResponse, Mount};
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::runtime::Runtime;
-use ttrpc::context::with_duration;
 
-const BINARY: &str = "containerd-shim-bulkhead-v2";
-const NAMESPACE: &str = "suite";
-
-/// Limit for a call.
-const LIMIT: std::time::Duration = std::time::Duration::from_secs(120);
+use crate::task::{BINARY, NAMESPACE, TASK_V3, Task};
 
 /// A shim and its one container. Dropped, what is left of it is deleted.
 pub(crate) struct Shim {
-    runtime: Runtime,
-    connection: Client,
+    pub(crate) task: Task,
     /// Of the container.
     pub(crate) id: String,
     dir: TempDir,
@@ -54,16 +40,8 @@ impl Shim {
         assert!(answer.status.success(), "{answer:?}");
         assert!(answer.stderr.is_empty(), "{answer:?}");
         let address = String::from_utf8(answer.stdout).expect("an address");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        let connection = runtime
-            .block_on(Client::connect(&address))
-            .expect("the shim listens");
         Shim {
-            connection,
-            runtime,
+            task: Task::connect(&address, TASK_V3, id),
             id: id.into(),
             dir,
         }
@@ -72,21 +50,6 @@ impl Shim {
     /// The container's bundle.
     pub(crate) fn bundle(&self) -> &Path {
         self.dir.path()
-    }
-
-    /// The connection to the shim.
-    pub(crate) fn connection(&self) -> Client {
-        self.connection.clone()
-    }
-
-    /// The Task service.
-    pub(crate) fn task(&self) -> TaskClient {
-        TaskClient::new(self.connection())
-    }
-
-    /// Waits for a call.
-    pub(crate) fn block_on<T>(&self, call: impl Future<Output = T>) -> T {
-        self.runtime.block_on(call)
     }
 
     /// Where output goes.
@@ -110,66 +73,34 @@ impl Shim {
             stderr: output,
             ..CreateTaskRequest::default()
         };
-        let task = self.task();
-        let answer = task.create(with_duration(LIMIT), &request);
-        self.block_on(answer).map(|answer| answer.pid)
+        let answer = self.task.call::<CreateTaskResponse>("Create", &request);
+        answer.map(|answer| answer.pid)
     }
 
     /// Lets its program run.
     pub(crate) fn start_program(&self) -> ttrpc::Result<()> {
-        let request = StartRequest {
-            id: self.id.clone(),
-            ..StartRequest::default()
-        };
-        let task = self.task();
-        self.block_on(task.start(with_duration(LIMIT), &request))
-            .map(drop)
+        self.task.start("").map(drop)
     }
 
     /// Waits for the end of its program; answers the exit code.
     pub(crate) fn wait(&self) -> ttrpc::Result<u32> {
-        let request = WaitRequest {
-            id: self.id.clone(),
-            ..WaitRequest::default()
-        };
-        let task = self.task();
-        let answer = self.block_on(task.wait(with_duration(LIMIT), &request));
-        answer.map(|answer| answer.exit_status)
+        self.task.wait("").map(|answer| answer.exit_status)
     }
 
     /// Sends SIGKILL.
     pub(crate) fn kill(&self) -> ttrpc::Result<()> {
-        let request = KillRequest {
-            id: self.id.clone(),
-            signal: 9,
-            ..KillRequest::default()
-        };
-        let task = self.task();
-        let answer = task.kill(with_duration(LIMIT), &request);
-        self.block_on(answer).map(drop)
+        self.task.kill("", false).map(drop)
     }
 
     /// Deletes the container; answers the exit code.
     pub(crate) fn delete(&self) -> ttrpc::Result<u32> {
-        let request = DeleteRequest {
-            id: self.id.clone(),
-            ..DeleteRequest::default()
-        };
-        let task = self.task();
-        let answer = task.delete(with_duration(LIMIT), &request);
-        self.block_on(answer).map(|answer| answer.exit_status)
+        self.task.delete("").map(|answer| answer.exit_status)
     }
 
     /// Ends the shim.
     pub(crate) fn shutdown(self) {
-        let request = ShutdownRequest {
-            id: self.id.clone(),
-            ..ShutdownRequest::default()
-        };
-        let task = self.task();
-        let answer = task.shutdown(with_duration(LIMIT), &request);
         // It may be gone before it answers.
-        let _ = self.block_on(answer);
+        let _ = self.task.shutdown();
     }
 }
 

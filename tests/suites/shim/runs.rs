@@ -15,7 +15,7 @@ use crate::{
     pod::Pod,
     process::Streams,
     root::{PATTERN, Root, config, forever, write_pattern},
-    task::{NAMESPACE, TASK_V2, TASK_V3},
+    task::{NAMESPACE, TASK_V3},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -42,7 +42,7 @@ fn a_container_runs_from_start_to_kill_ss_01() {
 
 #[test]
 fn the_service_of_version_2_is_on_the_same_socket_ss_01() {
-    lives_and_is_killed(TASK_V2);
+    lives_and_is_killed("containerd.task.v2.Task");
 }
 
 #[test]

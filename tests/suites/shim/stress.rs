@@ -3,7 +3,9 @@
 //! An emulated host moves some megabytes a second: the streams of execs are 16 times
 //! smaller than on hardware, and so is what the shim's memory may grow by.
 
-use std::{env, fs, io::Write, thread, time::Duration};
+use std::{env, io::Write, thread, time::Duration};
+
+use bulkhead_tests::process::resident;
 
 use crate::{
     output::{pattern, same, within},
@@ -79,17 +81,6 @@ fn round_trip(pod: &Pod, length: usize) {
     let bytes = pattern(length);
     let exec = pod.exec(&process(&["cat"]), Streams::All);
     is_whole(&exec, &bytes, &bytes);
-}
-
-/// Memory of a process, in KiB.
-fn resident(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    line.unwrap()
-        .trim()
-        .trim_end_matches(" kB")
-        .parse()
-        .unwrap()
 }
 
 #[test]

@@ -18,9 +18,6 @@ pub(crate) const NAMESPACE: &str = "suite";
 /// The Task service under the name of version 3.
 pub(crate) const TASK_V3: &str = "containerd.task.v3.Task";
 
-/// The same under that of version 2.
-pub(crate) const TASK_V2: &str = "containerd.task.v2.Task";
-
 /// Limit for a call.
 const LIMIT: Duration = Duration::from_secs(120);
 
