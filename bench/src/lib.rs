@@ -75,6 +75,68 @@ impl Drop for Running {
     }
 }
 
+/// The runtimes of containerd: ours, and the one to compare with.
+pub const OURS: &str = "io.containerd.bulkhead.v2";
+/// See [`OURS`].
+pub const RUNC: &str = "io.containerd.runc.v2";
+/// The small image in containerd.
+pub const IMAGE: &str = "localhost/lab/busybox:latest";
+/// A program that does nothing.
+pub const SLEEP: [&str; 2] = ["sleep", "100000"];
+
+/// A container of `ctr`; removed when dropped.
+#[derive(Debug)]
+pub struct Task(&'static str);
+
+impl Task {
+    /// Starts one that sleeps.
+    ///
+    /// # Errors
+    ///
+    /// `ctr` fails.
+    pub fn start(id: &'static str, runtime: &str) -> Result<Task> {
+        let run = ["ctr", "run", "--detach", "--runtime", runtime, IMAGE, id];
+        let task = Task(id);
+        output(&[&run[..], &SLEEP].concat())?;
+        Ok(task)
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        for line in [
+            &["ctr", "task", "rm", "--force", self.0][..],
+            &["ctr", "container", "rm", self.0],
+        ] {
+            let _ = output(line);
+        }
+    }
+}
+
+/// Resident KiB of a process: (guest memory, everything else). Guest memory is
+/// every mapping of at least `least` KiB.
+///
+/// # Errors
+///
+/// The process is gone.
+pub fn resident(pid: u32, least: u64) -> Result<(u64, u64)> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let (mut guest, mut rest, mut size) = (0, 0, 0);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(key), Some(value)) = (words.next(), words.next()) else {
+            continue;
+        };
+        match key {
+            "Size:" => size = value.parse::<u64>()?,
+            "Rss:" if size >= least => guest += value.parse::<u64>()?,
+            "Rss:" => rest += value.parse::<u64>()?,
+            _ => {}
+        }
+    }
+    Ok((guest, rest))
+}
+
 /// Runs a command that must succeed; milliseconds from its start to its end.
 ///
 /// # Errors

@@ -245,11 +245,12 @@ pub(crate) fn lab(wanted: Lab) -> Result<ExitCode> {
 }
 
 /// What can be measured, and the time that a round of it may take on this machine.
-const BENCHES: [(&str, Duration); 4] = [
+const BENCHES: [(&str, Duration); 5] = [
     ("boot", Duration::from_secs(120)),
     ("exec", Duration::from_secs(600)),
     ("files", Duration::from_secs(1800)),
     ("syscalls", Duration::from_secs(900)),
+    ("task", Duration::from_secs(600)),
 ];
 
 /// `cargo xtask bench`.

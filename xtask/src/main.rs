@@ -44,9 +44,13 @@ enum Task {
     Test {
         /// Run only the tests whose names contain this text
         filter: Option<String>,
-        /// Also what takes long: are builds elsewhere, kernel and all, byte-identical?
-        #[arg(long, conflicts_with = "filter")]
+        /// Also what takes long: the tests that say so, and, without a filter, whether
+        /// builds elsewhere, kernel and all, are byte-identical
+        #[arg(long)]
         full: bool,
+        /// Also the suites of containerd with each version of it that is pinned
+        #[arg(long)]
+        matrix: bool,
     },
     /// Build the guest's files again in another folder and compare the bytes
     Reproduce {
@@ -58,7 +62,7 @@ enum Task {
     Lab(lab::Lab),
     /// Run a benchmark in the lab host, under the deterministic clock
     Bench {
-        /// Which one: boot, exec, files, or the system calls that filters allow and threads make: syscalls
+        /// Which one: boot, exec, files, task, or the system calls that filters allow and threads make: syscalls
         name: String,
         /// How many rounds
         #[arg(default_value_t = 5)]
@@ -101,9 +105,13 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Run { tty, command } => lab::demo(tty, &command),
-        Task::Test { filter, full } => {
-            let code = test::all(filter.as_deref())?;
-            if full {
+        Task::Test {
+            filter,
+            full,
+            matrix,
+        } => {
+            let code = test::all(filter.as_deref(), test::Extent { full, matrix })?;
+            if full && filter.is_none() {
                 reproduce::run(true, &progress::Bar::new())?;
             }
             Ok(code)

@@ -19,7 +19,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_bench::{Goals, KVM_COUNTERS, Running, head, kvm_counters, median, row};
+use bulkhead_bench::{Goals, KVM_COUNTERS, Running, head, kvm_counters, median, resident, row};
 use bulkhead_shim::{
     config::Config,
     guest::Guest,
@@ -258,7 +258,7 @@ fn measured(start: Instant, before: &BTreeMap<&'static str, u64>, monitor: u32) 
         .into_iter()
         .map(|(name, after)| (name, after.saturating_sub(before[name])))
         .collect();
-    let (guest_kib, overhead_kib) = resident(monitor)?;
+    let (guest_kib, overhead_kib) = resident(monitor, u64::from(MEMORY_MIB) * 512)?;
     let mut threads = Vec::new();
     for entry in fs::read_dir(format!("/proc/{monitor}/task"))? {
         threads.push(entry?.file_name().to_string_lossy().parse()?);
@@ -270,24 +270,4 @@ fn measured(start: Instant, before: &BTreeMap<&'static str, u64>, monitor: u32) 
         guest_kib,
         threads,
     })
-}
-
-/// Resident KiB of a process: (guest memory, everything else). Guest memory is
-/// every mapping of at least half the guest's size.
-fn resident(pid: u32) -> Result<(u64, u64)> {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let (mut guest, mut rest, mut size) = (0, 0, 0);
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let (Some(key), Some(value)) = (words.next(), words.next()) else {
-            continue;
-        };
-        match key {
-            "Size:" => size = value.parse::<u64>()?,
-            "Rss:" if size >= u64::from(MEMORY_MIB) * 512 => guest += value.parse::<u64>()?,
-            "Rss:" => rest += value.parse::<u64>()?,
-            _ => {}
-        }
-    }
-    Ok((guest, rest))
 }

@@ -9,40 +9,15 @@
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_bench::{Goals, Running, head, kvm_counters, median, output, row, timed};
+use bulkhead_bench::{
+    Goals, OURS, RUNC, Running, SLEEP, Task, head, kvm_counters, median, output, row, timed,
+};
 
-/// The image, as a layout and in containerd.
+/// The image, as a layout.
 const LAYOUT: &str = "/usr/share/lab/images/busybox";
-const IMAGE: &str = "localhost/lab/busybox:latest";
-
-const OURS: &str = "io.containerd.bulkhead.v2";
-const SLEEP: [&str; 2] = ["sleep", "100000"];
 
 /// At most so much of runc's time, alone and behind containerd. crun is there to be seen.
 const GOAL: f64 = 1.0;
-
-/// A container of `ctr`; removed when dropped.
-struct Task(&'static str);
-
-impl Task {
-    fn start(id: &'static str, runtime: &str) -> Result<Task> {
-        let run = ["ctr", "run", "--detach", "--runtime", runtime, IMAGE, id];
-        let task = Task(id);
-        output(&[&run[..], &SLEEP].concat())?;
-        Ok(task)
-    }
-}
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        for line in [
-            &["ctr", "task", "rm", "--force", self.0][..],
-            &["ctr", "container", "rm", self.0],
-        ] {
-            let _ = output(line);
-        }
-    }
-}
 
 /// A container of an OCI runtime; removed when dropped.
 struct Bundle(&'static str, tempfile::TempDir);
@@ -111,7 +86,7 @@ fn main() -> Result<()> {
         "touch /host/bench-exec-ready; sleep 100000",
     ]))?;
     let _ours = Task::start("bench-ours", OURS)?;
-    let _runc = Task::start("bench-runc", "io.containerd.runc.v2")?;
+    let _runc = Task::start("bench-runc", RUNC)?;
     let _bare = [Bundle::start("runc")?, Bundle::start("crun")?];
     while !ready.exists() {
         std::thread::yield_now();

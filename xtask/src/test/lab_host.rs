@@ -58,6 +58,9 @@ const EVIDENCE: &str = include_str!("../evidence.sh");
 /// A test that waits for a lab host.
 #[derive(Debug)]
 pub(super) struct Planned {
+    /// Its executable.
+    program: String,
+    /// What its suite is called.
     suite: String,
     test: String,
     /// The tries before, of which none told anything of the test.
@@ -67,21 +70,30 @@ pub(super) struct Planned {
 impl Planned {
     pub(super) fn new(suite: &str, test: &str) -> Planned {
         Planned {
+            program: suite.to_owned(),
             suite: suite.to_owned(),
             test: test.to_owned(),
             lost: Vec::new(),
         }
     }
 
+    /// The same test, told apart, for a lab host with this containerd.
+    pub(super) fn with(mut self, containerd: &str) -> Planned {
+        self.suite = format!("{} with {containerd}", self.program);
+        self
+    }
+
     fn report(self, report: &Report, verdict: Verdict, time: Duration) {
-        let Planned { suite, test, lost } = self;
+        let Planned {
+            suite, test, lost, ..
+        } = self;
         report.add_after(&suite, &test, lost, verdict, time);
     }
 
     /// Where the evidence of this try lies.
     fn place(&self, evidence: &Path) -> PathBuf {
         let place = evidence
-            .join(&self.suite)
+            .join(self.suite.replace(' ', "-"))
             .join(self.test.replace("::", "-"));
         place.join(format!("try-{}", self.lost.len() + 1))
     }
@@ -119,13 +131,16 @@ struct Run<'a> {
     planned: Mutex<Vec<Planned>>,
     report: &'a Report,
     evidence: PathBuf,
+    /// The long ones too.
+    full: bool,
     clock: Watch,
 }
 
-/// Runs them all.
+/// Runs them all; those that are marked as ignored only if the run is a full one.
 pub(super) fn run(
     ready: &lab::Ready,
     mut planned: Vec<Planned>,
+    full: bool,
     report: &Report,
     bar: Bar,
 ) -> Result<()> {
@@ -139,6 +154,7 @@ pub(super) fn run(
         planned: Mutex::new(planned),
         report,
         evidence: lab::evidence_dir()?,
+        full,
         clock: Watch::new(),
     };
     // What must be made first is made once, and shown.
@@ -194,7 +210,7 @@ impl Run<'_> {
                 None => self.ready.session(Clock::Wall, &Quiet)?,
             };
             let began = Instant::now();
-            let ended = attempt(&mut host, &planned, &self.evidence)?;
+            let ended = self.attempt(&mut host, &planned)?;
             let time = began.elapsed();
             tell(&planned, &ended, time, &self.evidence)?;
             let (verdict, why, lost) = match ended {
@@ -218,6 +234,47 @@ impl Run<'_> {
             }
             planned.lost.push(Lost { why, stood_still });
         }
+    }
+
+    /// Runs a test once, with a look at the lab host before and after it.
+    fn attempt(&self, session: &mut Session, planned: &Planned) -> Result<Try> {
+        let program = format!("/lab/suites/{}", planned.program);
+        let around = ["/lab/labd", "around", &program, "--exact", &planned.test];
+        let rest = ["--show-output", "--test-threads=1"];
+        let ignored = self.full.then_some("--include-ignored");
+        let words = around.into_iter().chain(rest).chain(ignored);
+        let mut job = Job::new(words).deadline(TEST_DEADLINE);
+        if let Ok(rounds) = env::var(ROUNDS) {
+            let number: u32 = rounds.parse().context("BULKHEAD_ROUNDS is no number")?;
+            job = job
+                .env(ROUNDS, &rounds)
+                .deadline(TEST_DEADLINE * number.div_ceil(USUAL_ROUNDS).max(1));
+        }
+        let place = planned.place(&self.evidence);
+        let output = match session.output(&job) {
+            Ok(output) => output,
+            Err(error) => {
+                fs::create_dir_all(&place)?;
+                fs::copy(session.console(), place.join("console"))?;
+                return Ok(Try::Lost(format!("{error:#}")));
+            }
+        };
+        let told = libtest::read(&String::from_utf8_lossy(&output.stdout));
+        let why = match (output.exit, told.as_slice()) {
+            (Exit::Code(0), [test]) if !matches!(test.verdict, Verdict::Failed(_)) => {
+                return Ok(Try::Ended(test.verdict.clone()));
+            }
+            (Exit::Code(LEFT_BEHIND), _) => "it left something behind".to_owned(),
+            (Exit::Code(code), _) => format!("exit code {code}"),
+            (Exit::Deadline, _) => format!("killed after {} s", TEST_DEADLINE.as_secs()),
+        };
+        let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.push_str(&String::from_utf8_lossy(&output.stderr));
+        text.push_str(&why);
+        if let Err(error) = keep_evidence(session, &output, &place) {
+            text.push_str(&format!("; the evidence is incomplete: {error:#}"));
+        }
+        Ok(Try::Ended(Verdict::Failed(text)))
     }
 }
 
@@ -243,45 +300,6 @@ fn tell(planned: &Planned, ended: &Try, time: Duration, evidence: &Path) -> Resu
     // In one piece, for others write as well.
     stdout().write_all(text.as_bytes())?;
     Ok(())
-}
-
-/// Runs a test once, with a look at the lab host before and after it.
-fn attempt(session: &mut Session, planned: &Planned, evidence: &Path) -> Result<Try> {
-    let program = format!("/lab/suites/{}", planned.suite);
-    let around = ["/lab/labd", "around", &program, "--exact", &planned.test];
-    let rest = ["--show-output", "--test-threads=1"];
-    let mut job = Job::new(around.into_iter().chain(rest)).deadline(TEST_DEADLINE);
-    if let Ok(rounds) = env::var(ROUNDS) {
-        let number: u32 = rounds.parse().context("BULKHEAD_ROUNDS is no number")?;
-        job = job
-            .env(ROUNDS, &rounds)
-            .deadline(TEST_DEADLINE * number.div_ceil(USUAL_ROUNDS).max(1));
-    }
-    let place = planned.place(evidence);
-    let output = match session.output(&job) {
-        Ok(output) => output,
-        Err(error) => {
-            fs::create_dir_all(&place)?;
-            fs::copy(session.console(), place.join("console"))?;
-            return Ok(Try::Lost(format!("{error:#}")));
-        }
-    };
-    let told = libtest::read(&String::from_utf8_lossy(&output.stdout));
-    let why = match (output.exit, told.as_slice()) {
-        (Exit::Code(0), [test]) if !matches!(test.verdict, Verdict::Failed(_)) => {
-            return Ok(Try::Ended(test.verdict.clone()));
-        }
-        (Exit::Code(LEFT_BEHIND), _) => "it left something behind".to_owned(),
-        (Exit::Code(code), _) => format!("exit code {code}"),
-        (Exit::Deadline, _) => format!("killed after {} s", TEST_DEADLINE.as_secs()),
-    };
-    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
-    text.push_str(&String::from_utf8_lossy(&output.stderr));
-    text.push_str(&why);
-    if let Err(error) = keep_evidence(session, &output, &place) {
-        text.push_str(&format!("; the evidence is incomplete: {error:#}"));
-    }
-    Ok(Try::Ended(Verdict::Failed(text)))
 }
 
 /// Saves what tells why a test failed: its output, the lab host's console, and

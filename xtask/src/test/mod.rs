@@ -22,6 +22,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_guest::Progress;
+use bulkhead_tests::lab::programs::{CONTAINERD, containerds};
 
 use self::report::Report;
 use crate::{build, lab, progress::Bar, tools};
@@ -29,8 +30,20 @@ use crate::{build, lab, progress::Bar, tools};
 /// Below the target directory: the results for machines.
 const JUNIT: &str = "test-results/junit.xml";
 
+/// The suites that containerd's version could make a difference for.
+const OF_CONTAINERD: [&str; 2] = ["containerd", "matrix"];
+
+/// How much is run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Extent {
+    /// Those tests of the lab host's suites too that are ignored, for they take long.
+    pub(crate) full: bool,
+    /// Suites of containerd with each of those that are pinned, not only with the newest.
+    pub(crate) matrix: bool,
+}
+
 /// Runs everything; with a filter, only the tests whose names contain it.
-pub(crate) fn all(filter: Option<&str>) -> Result<ExitCode> {
+pub(crate) fn all(filter: Option<&str>, extent: Extent) -> Result<ExitCode> {
     let bar = Bar::new();
     crate::packages::ensure_installed(&bar)?;
     if filter.is_none() {
@@ -50,13 +63,17 @@ pub(crate) fn all(filter: Option<&str>) -> Result<ExitCode> {
     );
     let prefix = lab::prefix(&bar)?;
     let testers = tools::testers(&bar)?;
-    let mut ready = lab::Ready::new(Some(&prefix), &bar)?.with("tools", testers.file("bin"));
-    for program in programs.iter().filter(|program| program.runs_in_the_lab()) {
-        ready = ready.with(&format!("suites/{}", program.name), &program.path);
-    }
-    // What the agent's own tests start as a container's helper.
-    let agent = build::target_dir().join("debug/bulkhead-agent");
-    ready = ready.with("suites/bulkhead-agent", agent);
+    let ready = |containerd: &str, bar: &Bar| -> Result<lab::Ready> {
+        let mut ready = lab::Ready::with_containerd(containerd, Some(&prefix), bar)?
+            .with("tools", testers.file("bin"));
+        for program in programs.iter().filter(|program| program.runs_in_the_lab()) {
+            ready = ready.with(&format!("suites/{}", program.name), &program.path);
+        }
+        // What the agent's own tests start as a container's helper.
+        let agent = build::target_dir().join("debug/bulkhead-agent");
+        Ok(ready.with("suites/bulkhead-agent", agent))
+    };
+    let newest = ready(CONTAINERD, &bar)?;
     drop(bar);
 
     let report = Report::default();
@@ -65,10 +82,23 @@ pub(crate) fn all(filter: Option<&str>) -> Result<ExitCode> {
         here::documentation(&report)?;
     }
     let mut planned = elsewhere;
-    for program in suites {
+    for program in suites.clone() {
         planned.extend(lab_host::plan(program, filter)?);
     }
-    lab_host::run(&ready, planned, &report, Bar::new())?;
+    lab_host::run(&newest, planned, extent.full, &report, Bar::new())?;
+    let others = containerds()?.into_iter().filter(|it| it != CONTAINERD);
+    for containerd in others.filter(|_| extent.matrix) {
+        let mut planned = Vec::new();
+        for program in suites.clone() {
+            if OF_CONTAINERD.contains(&&*program.name) {
+                let tests = lab_host::plan(program, filter)?.into_iter();
+                planned.extend(tests.map(|test| test.with(&containerd)));
+            }
+        }
+        let bar = Bar::new();
+        let ready = ready(&containerd, &bar)?;
+        lab_host::run(&ready, planned, extent.full, &report, bar)?;
+    }
     report.print()?;
     let junit = build::target_dir().join(JUNIT);
     report.write_junit(&junit)?;
