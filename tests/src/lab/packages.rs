@@ -34,6 +34,8 @@ pub const LAB_HOST: &[&str] = &[
     "crun",                        // a second OCI runtime to compare with
     "curl",                        // a client for network tests
     "dbus",                        // systemctl
+    "docker-cli",                  // the client of the next
+    "docker.io",                   // an engine that tests start
     "e2fsprogs",                   // disks for block devices in tests
     "ethtool",                     // offloads of taps
     "fio",                         // throughput
@@ -85,8 +87,11 @@ pub const DEBIAN: &[&str] = &[
     "attr",            // extended attributes on it
     "gcc",             // building is a real load
     "libc6-dev",       // for gcc
+    "nginx",           // a server of files
+    "postgresql",      // a server that wants every write kept
     "procps",          // ps
     "python3-minimal", // an interpreter with many files
     "redis-server",    // a server
     "redis-tools",     // its client
+    "systemd-sysv",    // a first process that owns its cgroups
 ];

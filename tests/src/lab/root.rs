@@ -71,6 +71,12 @@ const FILES: &[(&str, u32, &str)] = &[
         0o644,
         include_str!("guest/containerd.service"),
     ),
+    // Tests that want it write its settings first.
+    (
+        "etc/systemd/system/docker.service.d/lab.conf",
+        0o644,
+        "[Unit]\nConditionPathExists=/etc/docker/daemon.json\n",
+    ),
     // A unit that fails at boot is seen on the console.
     (
         "etc/systemd/journald.conf.d/lab.conf",

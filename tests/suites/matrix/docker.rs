@@ -1,0 +1,215 @@
+//! Docker: its own flags, and its verbs in the order in which people use them.
+
+use std::fs;
+
+use bulkhead_tests::{BUSYBOX, Command, volume::volume};
+
+use crate::case::{Engine, RUNTIMES, case, compare, shell};
+
+/// The lab host starts no daemon without it.
+const SETTINGS: &str = "/etc/docker/daemon.json";
+
+/// A Docker daemon that knows the image as `busybox`; stopped when dropped.
+struct Daemon;
+
+impl Daemon {
+    fn start() -> Daemon {
+        let settings = r#"{"bridge": "none", "iptables": false, "ip6tables": false}"#;
+        fs::create_dir_all("/etc/docker").unwrap();
+        fs::write(SETTINGS, settings).unwrap();
+        let start = ["start", "docker.service"];
+        Command::new("systemctl", start).run().success();
+        let daemon = Daemon;
+        let blobs = fs::read_dir(format!("{BUSYBOX}/blobs/sha256")).unwrap();
+        let layer = blobs
+            .flatten()
+            .max_by_key(|blob| blob.metadata().unwrap().len());
+        let layer = layer.unwrap().path();
+        let import = ["import", "--change", "ENV PATH=/bin"];
+        let import = import
+            .into_iter()
+            .chain([layer.to_str().unwrap(), "busybox"]);
+        Command::new("docker", import).run().success();
+        daemon
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let stop = ["stop", "docker.service"];
+        let _ = Command::new("systemctl", stop).run();
+        let _ = fs::remove_file(SETTINGS);
+    }
+}
+
+#[test]
+fn flags_of_docker_do_what_they_do_with_runc() {
+    let _daemon = Daemon::start();
+    let (dir, _) = volume();
+    let place = dir.path().to_str().unwrap();
+    fs::write(dir.path().join("file"), "content\n").unwrap();
+    let (rw, ro) = (format!("-v={place}:/mnt"), format!("-v={place}:/mnt:ro"));
+    const STATUS: &str =
+        "grep -e ^Cap -e ^NoNewPrivs -e ^Seccomp: -e ^Uid -e ^Groups /proc/self/status";
+    const GROUP: &str = "cd /sys/fs/cgroup; cat memory.max memory.swap.max cpu.max pids.max";
+    let input = dir.path().join("input");
+    fs::write(&input, "a line\n".repeat(1000)).unwrap();
+    compare(
+        Engine::Docker,
+        [
+            case("success", ["true"]),
+            shell(
+                "an exit code and two streams",
+                "echo out; echo err >&2; exit 7",
+            ),
+            case("no such program", ["nothing-of-that-name"]).fails("not found"),
+            case("a file that is no program", ["/etc/passwd"]).fails("permission denied"),
+            shell("a killed child", "sh -c 'kill -KILL $$'; exit $?"),
+            shell("environment", "env | grep -v HOSTNAME | sort").with([
+                "-e",
+                "A=b c",
+                "-e",
+                "PATH=/bin",
+            ]),
+            shell("directory", "pwd; ls -ld .").with(["-w", "/made/for/it"]),
+            shell("a user", "id; echo $HOME").with(["-u", "user"]),
+            shell("user and group", "id").with(["-u", "1000:7", "--group-add", "9"]),
+            case("a user who is nobody", ["id"])
+                .with(["-u", "stranger"])
+                .fails("stranger"),
+            shell("name", "hostname; cat /etc/hostname").with(["-h", "other"]),
+            shell(
+                "what is mounted",
+                "awk '$2 != \"/\" { print $2, $3, $4 }' /proc/mounts | sed 's/,size=[0-9]*k//; s/,inode64//' | grep -v ^/etc | sort",
+            ),
+            shell(
+                "files of the engine",
+                "cat /etc/resolv.conf | wc -l; grep -c localhost /etc/hosts; echo x > /etc/hosts; echo $?",
+            ),
+            shell(
+                "a volume",
+                "cat /mnt/file; echo x > /mnt/new; rm /mnt/new; echo $?",
+            )
+            .with([&*rw]),
+            shell("a read-only volume", "cat /mnt/file; touch /mnt/new").with([&*ro]),
+            shell("a volume of the engine", "echo x > /v/f; cat /v/f").with(["-v", "/v"]),
+            shell(
+                "tmpfs",
+                "stat -c '%a' /t; df -k /t | tail -1 | awk '{ print $2 }'",
+            )
+            .with(["--tmpfs", "/t:size=1m,mode=1700"]),
+            shell("a read-only root", "touch /x; touch /run/x; echo $?")
+                .with(["--read-only", "--tmpfs=/run"]),
+            shell(
+                "memory in /dev/shm",
+                "df -k /dev/shm | tail -1 | awk '{ print $2 }'",
+            )
+            .with(["--shm-size=8m"]),
+            shell("rights", STATUS),
+            shell("rights added and dropped", STATUS).with(["--cap-drop=ALL", "--cap-add=CHOWN"]),
+            shell("no new privileges", STATUS).with(["--security-opt=no-new-privileges"]),
+            shell("no filter", STATUS).with(["--security-opt=seccomp=unconfined"]),
+            shell("everything allowed", STATUS).with(["--privileged"]),
+            shell("limits", GROUP).with(["-m=64m", "--cpus=0.5", "--pids-limit=50"]),
+            shell("limits of a process", "ulimit -n; ulimit -Hn; ulimit -c")
+                .with(["--ulimit=nofile=100:200", "--ulimit=core=0"]),
+            shell(
+                "sysctl",
+                "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shmmni",
+            )
+            .with(["--sysctl=kernel.shmmni=99"]),
+            shell(
+                "a first process that reaps",
+                "cat /proc/1/comm; sh -c 'exit 5'; exit $?",
+            )
+            .with(["--init"]),
+            shell("an entry", "echo $0").with(["--entrypoint=/bin/sh"]),
+            case("an input", ["wc", "-l"]).with(["-i"]).input(&input),
+            shell("labels and annotations", "echo").with(["--label=a=b", "--annotation=c=d"]),
+            shell("another root of cgroups", "cat /proc/self/cgroup").with(["--cgroupns=private"]),
+            shell("score", "cat /proc/self/oom_score_adj").with(["--oom-score-adj=500"]),
+            shell("devices", "cd /dev; ls | sort"),
+        ],
+    );
+}
+
+/// A program that ends with 3 when it is told to; `@up` in a step.
+const UP: &str = "trap 'exit 3' TERM; echo up; while :; do sleep 1; done";
+
+/// What a step gives: its exit code, what it prints, and the state of the container then.
+fn step(words: &str) -> String {
+    let words = words.split(' ');
+    let words: Vec<&str> = words
+        .map(|word| if word == "@up" { UP } else { word })
+        .collect();
+    let out = Command::new("docker", &words).run();
+    let format = "{{.State.Status}} {{.State.Running}} {{.State.Paused}} {{.State.ExitCode}} {{.State.OOMKilled}} {{.RestartCount}}";
+    let state = Command::new("docker", ["inspect", "-f", format, "it"]).run();
+    // Ids are random, and statistics are theirs.
+    let silent = ["run", "stats", "commit", "top"];
+    let printed = if silent.contains(&words[0]) {
+        ""
+    } else {
+        &*out.stdout
+    };
+    format!("{words:?}: {} {printed:?} {}", out.code, state.stdout)
+}
+
+#[test]
+fn verbs_of_docker_do_what_they_do_with_runc() {
+    let _daemon = Daemon::start();
+    let steps = [
+        "run -d --runtime {} --network=none --name it busybox sh -c @up",
+        "exec it echo hello",
+        "exec -w /tmp -e A=b -u 1000 it sh -c pwd;id;echo${IFS}$A",
+        "exec it false",
+        "exec it no-such-program",
+        "exec -d it sleep 1000",
+        "top it",
+        "logs it",
+        "stats --no-stream it",
+        "pause it",
+        "exec it true",
+        "pause it",
+        "unpause it",
+        "unpause it",
+        "update --memory 64m --memory-swap 64m it",
+        "exec it cat /sys/fs/cgroup/memory.max",
+        "cp /etc/hostname it:/tmp/copied",
+        "exec it cat /tmp/copied",
+        "rename it other",
+        "rename other it",
+        "start it",
+        "stop it",
+        "wait it",
+        "start it",
+        "restart -t 1 it",
+        "kill -s USR1 it",
+        "kill it",
+        "wait it",
+        "kill it",
+        "start it",
+        "rm it",
+        "rm -f it",
+        "run -d --runtime {} --network=none --name it --restart on-failure:2 busybox false",
+        "wait it",
+        "rm -f it",
+        "run --runtime {} --network=none --name it -m 32m busybox tail /dev/zero",
+        "rm it",
+        "create --runtime {} --network=none --name it busybox no-such-program",
+        "start it",
+        "rm it",
+    ];
+    let [ours, theirs] = RUNTIMES.map(|runtime| -> Vec<String> {
+        let told = steps.iter().map(|words| {
+            let told = step(&words.replace("{}", runtime));
+            told.replace(runtime, "RUNTIME")
+        });
+        let told = told.collect();
+        let _ = Command::new("docker", ["rm", "--force", "it"]).run();
+        told
+    });
+    let differ: Vec<_> = ours.iter().zip(&theirs).filter(|(a, b)| a != b).collect();
+    eprintln!("{} steps, {} of them differ", steps.len(), differ.len());
+    assert!(differ.is_empty(), "ours, runc's: {differ:#?}");
+}
