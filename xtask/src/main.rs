@@ -10,6 +10,8 @@ mod lab;
 mod packages;
 mod progress;
 mod reproduce;
+#[cfg(test)]
+mod sources;
 mod test;
 #[cfg(test)]
 mod tidy;
