@@ -1,12 +1,14 @@
 //! What is written about the source is true of the source.
 //!
 //! Tests only: a name in ARCHITECTURE.md that is gone, an id at the end of a test's name
-//! that `docs/rules.md` does not explain, or one explained that no test has.
+//! that neither `docs/rules.md` nor `docs/contract.md` explains, an id that is explained
+//! and that no test has, or a rule of which nobody says whether it is met.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
 use crate::{
     build::workspace,
+    rules::Contract,
     sources::{self, files, ids},
 };
 
@@ -46,6 +48,12 @@ fn explained() -> BTreeSet<String> {
         }
     }
     known
+}
+
+/// The ids that `docs/contract.md` explains.
+fn ruled() -> BTreeSet<String> {
+    let contract = Contract::of_the_workspace().unwrap();
+    contract.ids().map(str::to_owned).collect()
 }
 
 /// The ids of all tests, each with its test.
@@ -99,13 +107,16 @@ fn the_map_names_only_what_exists() {
 
 #[test]
 fn every_id_in_the_name_of_a_test_is_explained() {
-    let known = explained();
+    let known = &explained() | &ruled();
     let unknown = of_tests().into_iter().filter(|(id, _)| !known.contains(id));
     let unknown: BTreeSet<_> = unknown.collect();
-    assert!(
-        unknown.is_empty(),
-        "docs/rules.md does not explain {unknown:#?}"
-    );
+    assert!(unknown.is_empty(), "nobody explains {unknown:#?}");
+}
+
+#[test]
+fn every_id_is_explained_in_one_place() {
+    let both = &explained() & &ruled();
+    assert!(both.is_empty(), "both documents explain {both:?}");
 }
 
 #[test]
@@ -113,4 +124,10 @@ fn every_id_that_is_explained_has_a_test() {
     let tested: BTreeSet<String> = of_tests().into_iter().map(|(id, _)| id).collect();
     let idle: Vec<String> = explained().difference(&tested).cloned().collect();
     assert!(idle.is_empty(), "no test carries {idle:?}");
+}
+
+#[test]
+fn every_rule_has_a_test_or_a_line_that_says_why_not() {
+    let faults = Contract::of_the_workspace().unwrap().faults();
+    assert!(faults.is_empty(), "docs/contract.md: {faults:#?}");
 }
