@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_is_what_a_specification_may_say() {
+    fn what_is_told_is_what_a_specification_may_say_lc_58() {
         let told = features();
         let namespaces: Vec<Value> = told["linux"]["namespaces"]
             .as_array()

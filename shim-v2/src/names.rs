@@ -195,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_that_could_leave_their_directory_are_refused_b18() {
+    fn ids_that_could_leave_their_directory_are_refused_b18_lc_12() {
         let long = "a".repeat(129);
         for bad in [
             "", "../../x", ".", "..", "a/b", "-a", ".a", "a\0", "a b", "%n", "ä", "a\n", &long,
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_group_is_the_first_annotation_that_is_present_lc_34() {
+    fn the_group_is_the_first_annotation_that_is_present_lc_34_lc_35_lc_36() {
         let id = ContainerId::new("c1").unwrap();
         let check = |annotations: Value, group: &str, role: Role| {
             let spec = json!({ "annotations": annotations });

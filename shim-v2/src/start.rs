@@ -394,7 +394,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_input_tells_who_calls_and_what_is_set_lc_20() {
+    fn the_input_tells_who_calls_and_what_is_set_lc_18_lc_19_lc_20() {
         let options = Any {
             type_url: "runtimeoptions.v1.Options".into(),
             value: b"\x12\x02/x".to_vec(),

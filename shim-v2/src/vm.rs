@@ -392,7 +392,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_vm_is_as_large_as_its_container_and_the_guest_itself_b11() {
+    fn a_vm_is_as_large_as_its_container_and_the_guest_itself_b11_cl_13() {
         let config = Config::default();
         let size = |cpus, memory| Size::of(Limits { cpus, memory }, &config, 8, 16_384);
         assert_eq!(

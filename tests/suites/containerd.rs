@@ -136,7 +136,7 @@ fn a_container_survives_its_client_and_can_be_attached_to() {
 }
 
 #[test]
-fn an_exit_is_told_though_containerd_was_away_for_long() {
+fn an_exit_is_told_though_containerd_was_away_for_long_tt_08_lc_29_lc_64() {
     let run = [
         "run",
         "--runtime",

@@ -82,7 +82,7 @@ fn a_read_only_volume_refuses_writes() {
 }
 
 #[test]
-fn a_guest_that_mounts_it_writable_cannot_write_to_a_read_only_volume_b64() {
+fn a_guest_that_mounts_it_writable_cannot_write_to_a_read_only_volume_b64_fs_29() {
     let dir = tempfile::tempdir().unwrap();
     let volume = tempfile::tempdir().unwrap();
     fs::write(volume.path().join("f"), "kept").unwrap();
@@ -108,7 +108,7 @@ fn a_guest_that_mounts_it_writable_cannot_write_to_a_read_only_volume_b64() {
 }
 
 #[test]
-fn a_single_file_volume_does_not_show_its_siblings() {
+fn a_single_file_volume_does_not_show_its_siblings_fs_20() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("shown"), "shown").unwrap();
     fs::write(dir.path().join("secret"), "secret").unwrap();
@@ -268,7 +268,7 @@ fn fsx_finds_no_fault_in_100_000_operations_second_half_g8() {
 }
 
 #[test]
-fn locks_exclude_between_containers_and_the_host() {
+fn locks_exclude_between_containers_and_the_host_fs_33() {
     let (dir, volume) = volume();
     let lock = dir.path().join("lock");
     fs::write(&lock, "").unwrap();
@@ -402,7 +402,7 @@ print(open('/v/new').read(), oct(os.stat('/v/new').st_mode))";
 }
 
 #[test]
-fn access_control_lists_hold_on_volume_and_root() {
+fn access_control_lists_hold_on_volume_and_root_fs_34() {
     let (_dir, volume) = volume();
     let line = "for place in /v /root; do cd $place; echo aaa > f; chmod 640 f; setfacl -m u:1000:r f
         sed -i s/a/b/ f; echo $(stat -c %a f) $(cat f) $(getfacl -nc f 2>&1 | grep user:1000); done";

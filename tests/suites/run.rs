@@ -169,7 +169,7 @@ fn sixty_four_mebibytes_pass_in_and_out_unchanged() {
 }
 
 #[test]
-fn output_of_a_command_that_exits_at_once_is_complete() {
+fn output_of_a_command_that_exits_at_once_is_complete_io_12() {
     for _ in 0..5 {
         assert_eq!(
             sh("head -c 1000000 /dev/zero | tr '\\0' x").success().len(),
@@ -259,7 +259,7 @@ fn a_signal_to_the_launcher_reaches_the_command() {
 }
 
 #[test]
-fn a_read_only_root_refuses_writes_and_volumes_take_them() {
+fn a_read_only_root_refuses_writes_and_volumes_take_them_fs_08() {
     let line = "touch /f 2>&1; mkdir /d 2>&1; touch /tmp/f 2>&1; echo x > /data/f && cat /data/f";
     let dir = tempfile::tempdir().unwrap();
     let volume = format!("{}:/data", dir.path().display());

@@ -91,7 +91,7 @@ fn restart_containerd() {
 }
 
 #[test]
-fn a_logging_program_gets_every_byte_of_a_container_io_18() {
+fn a_logging_program_gets_every_byte_of_a_container_io_18_io_19() {
     let (dir, uri) = logger(
         "{ echo $CONTAINER_ID in $CONTAINER_NAMESPACE; echo $(ls /proc/self/fd)
            readlink /proc/self/ns/mnt; } >$2/who

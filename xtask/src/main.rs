@@ -10,6 +10,8 @@ mod lab;
 mod packages;
 mod progress;
 mod reproduce;
+mod rules;
+mod sources;
 mod test;
 #[cfg(test)]
 mod tidy;
@@ -85,6 +87,12 @@ enum Task {
         #[arg(long)]
         clear: bool,
     },
+    /// Show what callers expect of the runtime, rule by rule: is it met, and by which tests
+    Rules {
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
     /// Check licences and advisories of the dependencies with cargo-deny
     Deny,
 }
@@ -128,6 +136,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Cache { keep, clear } => {
             cache::show(if clear { Some(0) } else { keep }).map(|()| ExitCode::SUCCESS)
         }
+        Task::Rules { json } => rules::show(json).map(|()| ExitCode::SUCCESS),
         Task::Deny => tools::deny(tools::Advisories::Checked, &progress::Bar::new())
             .map(|()| ExitCode::SUCCESS),
     }

@@ -1,44 +1,16 @@
 //! What is written about the source is true of the source.
 //!
 //! Tests only: a name in ARCHITECTURE.md that is gone, an id at the end of a test's name
-//! that `docs/rules.md` does not explain, or one explained that no test has.
+//! that neither `docs/rules.md` nor `docs/contract.md` explains, an id that is explained
+//! and that no test has, or a rule of which nobody says whether it is met.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    path::{Path, PathBuf},
+use std::{collections::BTreeSet, fs, path::Path};
+
+use crate::{
+    build::workspace,
+    rules::Contract,
+    sources::{self, files, ids},
 };
-
-use crate::build::workspace;
-
-/// The families of ids with a dash, as they stand in names: `ta_12` or `ta12`.
-const FAMILIES: [&str; 11] = [
-    "TT", "LC", "TA", "IO", "FS", "SS", "OC", "CL", "SX", "NW", "K8",
-];
-
-/// The families of ids without one.
-const LETTERS: [&str; 3] = ["B", "F", "G"];
-
-/// All files below the workspace that end so, without what is built.
-fn files(ending: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut folders = vec![workspace().to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let entry = entry.unwrap();
-            let (path, name) = (entry.path(), entry.file_name());
-            let name = name.to_str().unwrap();
-            if entry.file_type().unwrap().is_dir() {
-                if !name.starts_with('.') && name != "target" {
-                    folders.push(path);
-                }
-            } else if name.ends_with(ending) {
-                found.push(path);
-            }
-        }
-    }
-    found
-}
 
 /// What stands between back quotes, outside of fenced blocks.
 fn quoted(text: &str) -> Vec<&str> {
@@ -48,84 +20,19 @@ fn quoted(text: &str) -> Vec<&str> {
         if line.starts_with("```") {
             fenced = !fenced;
         } else if !fenced {
-            names.extend(line.split('`').skip(1).step_by(2));
+            names.extend(sources::quoted(line));
         }
     }
     names
-}
-
-/// The names of functions that are tests, or look like it: sentences.
-fn tests() -> BTreeSet<String> {
-    let mut names = BTreeSet::new();
-    for path in files(".rs") {
-        let text = fs::read_to_string(&path).unwrap();
-        let mut lines = text.lines().peekable();
-        while let Some(line) = lines.next() {
-            let line = line.trim();
-            if !(line.starts_with("#[test]") || line.starts_with("#[tokio::test")) {
-                continue;
-            }
-            while let Some(next) = lines.peek() {
-                let next = next.trim();
-                if let Some(rest) = next.split("fn ").nth(1) {
-                    let end = rest.find(['(', '<']).unwrap_or(rest.len());
-                    names.insert(rest[..end].to_owned());
-                    break;
-                }
-                lines.next();
-            }
-        }
-    }
-    names
-}
-
-/// The ids at the end of a test's name: `_b59_ta_12` gives B59 and TA-12.
-fn ids(name: &str) -> Vec<String> {
-    let parts: Vec<&str> = name.split('_').collect();
-    let mut ids = Vec::new();
-    let mut end = parts.len();
-    while end > 0 {
-        let part = parts[end - 1];
-        let digits = part.trim_start_matches(|c: char| c.is_ascii_lowercase());
-        let letters = part[..part.len() - digits.len()].to_uppercase();
-        if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-            break;
-        }
-        if LETTERS.contains(&&*letters) {
-            ids.push(format!("{letters}{digits}"));
-            end -= 1;
-        } else if FAMILIES.contains(&&*letters) {
-            ids.push(format!("{letters}-{digits:0>2}"));
-            end -= 1;
-        } else if letters.is_empty()
-            && end > 1
-            && let family = parts[end - 2].to_uppercase()
-            && FAMILIES.contains(&&*family)
-        {
-            ids.push(format!("{family}-{digits:0>2}"));
-            end -= 2;
-        } else {
-            break;
-        }
-    }
-    ids
 }
 
 /// The ids that the tables of `docs/rules.md` explain; `B43 … B48` stands for all
 /// between.
 fn explained() -> BTreeSet<String> {
     let text = fs::read_to_string(workspace().join("docs/rules.md")).unwrap();
-    let tables = text.split("\n## ").skip(1);
     let mut known = BTreeSet::new();
-    for line in tables
-        .flat_map(str::lines)
-        .filter(|line| line.starts_with("| "))
-    {
-        let cell = line[2..].split(" |").next().unwrap_or_default();
-        if cell == "id" || cell.starts_with("---") {
-            continue;
-        }
-        for part in cell.split(", ") {
+    for cells in sources::rows(&text) {
+        for part in cells[0].split(", ") {
             match part.split_once(" … ") {
                 Some((first, last)) => {
                     let letters = first.trim_end_matches(|c: char| c.is_ascii_digit());
@@ -143,10 +50,25 @@ fn explained() -> BTreeSet<String> {
     known
 }
 
+/// The ids that `docs/contract.md` explains.
+fn ruled() -> BTreeSet<String> {
+    let contract = Contract::of_the_workspace().unwrap();
+    contract.ids().map(str::to_owned).collect()
+}
+
+/// The ids of all tests, each with its test.
+fn of_tests() -> Vec<(String, String)> {
+    let tests = sources::tests().unwrap();
+    tests
+        .keys()
+        .flat_map(|name| ids(name).into_iter().map(|id| (id, name.clone())))
+        .collect()
+}
+
 #[test]
 fn the_map_names_only_what_exists() {
     let map = fs::read_to_string(workspace().join("ARCHITECTURE.md")).unwrap();
-    let sources = files(".rs");
+    let sources = files(".rs").unwrap();
     let all: String = sources
         .iter()
         .map(|path| fs::read_to_string(path).unwrap())
@@ -185,37 +107,27 @@ fn the_map_names_only_what_exists() {
 
 #[test]
 fn every_id_in_the_name_of_a_test_is_explained() {
-    let known = explained();
-    let mut unknown: Vec<String> = tests()
-        .iter()
-        .flat_map(|name| {
-            ids(name)
-                .into_iter()
-                .map(move |id| format!("{id} ({name})"))
-        })
-        .filter(|text| !known.contains(text.split(' ').next().unwrap_or_default()))
-        .collect();
-    unknown.sort();
-    assert!(
-        unknown.is_empty(),
-        "docs/rules.md does not explain {unknown:#?}"
-    );
+    let known = &explained() | &ruled();
+    let unknown = of_tests().into_iter().filter(|(id, _)| !known.contains(id));
+    let unknown: BTreeSet<_> = unknown.collect();
+    assert!(unknown.is_empty(), "nobody explains {unknown:#?}");
+}
+
+#[test]
+fn every_id_is_explained_in_one_place() {
+    let both = &explained() & &ruled();
+    assert!(both.is_empty(), "both documents explain {both:?}");
 }
 
 #[test]
 fn every_id_that_is_explained_has_a_test() {
-    let tested: BTreeSet<String> = tests().iter().flat_map(|name| ids(name)).collect();
+    let tested: BTreeSet<String> = of_tests().into_iter().map(|(id, _)| id).collect();
     let idle: Vec<String> = explained().difference(&tested).cloned().collect();
     assert!(idle.is_empty(), "no test carries {idle:?}");
 }
 
 #[test]
-fn ids_are_read_from_the_end_of_a_name() {
-    assert_eq!(ids("a_name_b59"), ["B59"]);
-    assert_eq!(ids("a_name_b59_f3"), ["F3", "B59"]);
-    assert_eq!(ids("a_name_ta_12_ss_9"), ["SS-09", "TA-12"]);
-    assert_eq!(ids("a_name_lc43"), ["LC-43"]);
-    assert_eq!(ids("a_name_k8_03"), ["K8-03"]);
-    assert!(ids("memory_of_64").is_empty());
-    assert!(ids("a_u64").is_empty());
+fn every_rule_has_a_test_or_a_line_that_says_why_not() {
+    let faults = Contract::of_the_workspace().unwrap().faults();
+    assert!(faults.is_empty(), "docs/contract.md: {faults:#?}");
 }

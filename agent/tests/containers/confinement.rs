@@ -14,7 +14,7 @@ fn add_mount(spec: &mut Value, mount: Value) {
 }
 
 #[test]
-fn a_container_has_namespaces_of_its_own() {
+fn a_container_has_namespaces_of_its_own_ta_28() {
     block_on(async |host: &mut Host| {
         let script = "echo $$; hostname; grep 0: /proc/self/cgroup | head -n1; pwd";
         let seen = output(host, script, |spec| {
@@ -70,7 +70,7 @@ fn devices_and_their_links_are_there_and_no_others_can_be_used() {
 }
 
 #[test]
-fn mounts_have_their_options_and_masked_paths_show_nothing_b15() {
+fn mounts_have_their_options_and_masked_paths_show_nothing_b15_fs_19() {
     block_on(async |host: &mut Host| {
         let source = host.directory.path().join("volume");
         std::fs::create_dir_all(source.join("sub")).unwrap();

@@ -10,7 +10,7 @@ fn add_mount(spec: &mut Value, mount: Value) {
 }
 
 #[test]
-fn a_container_runs_its_program_and_reports_its_exit() {
+fn a_container_runs_its_program_and_reports_its_exit_ta_34_ta_46() {
     block_on(async |host: &mut Host| {
         let ran = host
             .run(busybox_spec([
@@ -37,7 +37,7 @@ fn a_container_runs_its_program_and_reports_its_exit() {
 }
 
 #[test]
-fn a_program_that_cannot_be_executed_is_named_in_the_known_words() {
+fn a_program_that_cannot_be_executed_is_named_in_the_known_words_ta_21_cl_10() {
     block_on(async |host: &mut Host| {
         let check = async |program: &str, expected: &str| {
             assert_eq!(refusal(host, busybox_spec([program])).await, expected);

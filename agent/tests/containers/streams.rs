@@ -98,7 +98,7 @@ fn a_writer_finds_its_pipe_closed_if_that_is_wanted_io_20() {
 }
 
 #[test]
-fn closing_the_input_ends_it() {
+fn closing_the_input_ends_it_io_17() {
     block_on(async |host: &mut Host| {
         let (stdio, [mut stdin, mut stdout, _stderr]) = host.pipes().await;
         let id = host.create(busybox_spec(["cat"]), stdio).await.unwrap();
@@ -114,7 +114,7 @@ fn closing_the_input_ends_it() {
 }
 
 #[test]
-fn a_terminal_is_the_console_and_can_be_resized() {
+fn a_terminal_is_the_console_and_can_be_resized_ta_54() {
     block_on(async |host: &mut Host| {
         let script = "tty; stty size; ls -l /dev/console | tr -s ' ' | grep -c '136,'; \
             read line; stty size; echo got $line";

@@ -158,7 +158,7 @@ fn of_a_variable_that_is_given_twice_the_program_sees_the_last() {
 }
 
 #[test]
-fn a_creation_that_fails_early_says_why_each_time() {
+fn a_creation_that_fails_early_says_why_each_time_ta_28() {
     block_on(async |host: &mut Host| {
         let process = {
             let mut process = busybox_spec(["true"])["process"].clone();

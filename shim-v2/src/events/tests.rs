@@ -99,7 +99,7 @@ fn publish_three(publisher: &Publisher) {
 }
 
 #[tokio::test]
-async fn events_arrive_in_order_although_containerd_refuses_some_lc_75() {
+async fn events_arrive_in_order_although_containerd_refuses_some_lc_75_tt_05() {
     let dir = tempfile::tempdir().unwrap();
     let containerd = Taker::new(2);
     let _server = containerd.serve(&address(&dir)).await;

@@ -94,7 +94,7 @@ async fn only_fifos_are_opened_b20() {
 }
 
 #[tokio::test]
-async fn output_reaches_a_reader_that_comes_late_and_ends_with_the_guests() {
+async fn output_reaches_a_reader_that_comes_late_and_ends_with_the_guests_ta_37_io_07() {
     let guest = Guest::new();
     let stdio = Stdio {
         stdout: guest.fifo("out"),
@@ -155,7 +155,7 @@ async fn a_stalled_reader_stalls_the_guest_and_nothing_is_buffered_io_10() {
 }
 
 #[tokio::test]
-async fn stdin_ends_only_after_close_io_and_with_all_that_was_written_ta_55() {
+async fn stdin_ends_only_after_close_io_and_with_all_that_was_written_ta_55_ta_56_io_08() {
     let guest = Guest::new();
     let stdio = Stdio {
         stdin: guest.fifo("in"),

@@ -18,7 +18,7 @@ use super::*;
 use crate::io::Stdio;
 
 #[test]
-fn every_step_of_a_life_has_its_event_in_order_lc_73() {
+fn every_step_of_a_life_has_its_event_in_order_lc_72_lc_73_ta_41() {
     run(async |bench| {
         bench.running("c").await;
         bench.executing("c/e").await;
@@ -128,7 +128,7 @@ fn delete_of_an_exec_that_is_being_started_waits_and_loses_no_process() {
 }
 
 #[test]
-fn delete_of_an_exec_that_was_never_started_ends_its_waiters() {
+fn delete_of_an_exec_that_was_never_started_ends_its_waiters_ta_30() {
     run(async |bench| {
         bench.running("c").await;
         bench.add("c/e", Stdio::default()).unwrap();
@@ -233,7 +233,7 @@ fn an_exec_whose_container_ends_during_its_start_is_taken_back() {
 }
 
 #[test]
-fn a_program_that_cannot_be_executed_is_a_failed_start_ta_25() {
+fn a_program_that_cannot_be_executed_is_a_failed_start_ta_22_ta_25() {
     run(async |bench| {
         bench.running("c").await;
         let missing = Kind::PROGRAM_NOT_FOUND;
@@ -412,7 +412,7 @@ fn a_slow_reader_gets_the_rest_of_what_a_deleted_container_wrote_ta_35() {
 }
 
 #[test]
-fn a_hundred_execs_at_once_lose_no_output() {
+fn a_hundred_execs_at_once_lose_no_output_ta_29() {
     run(async |bench| {
         bench.running("c").await;
         let execs = (0..100).map(|number| async move {

@@ -27,7 +27,7 @@ fn any(_: State) -> Result<(), Refusal> {
 }
 
 #[tokio::test]
-async fn an_end_is_recorded_once_and_told_to_every_waiter() {
+async fn an_end_is_recorded_once_and_told_to_every_waiter_lc_74_ta_31() {
     let (process, events) = process(None);
     let mut waiters = pin!(unconstrained(join_all((0..1000).map(|_| process.exit()))));
     // All of them wait before there is anything to be told.
@@ -66,7 +66,7 @@ fn an_end_that_overtakes_the_start_is_told_after_it_lc_73() {
 }
 
 #[test]
-fn a_failed_start_leaves_an_init_that_can_be_deleted_and_an_exec_that_has_ended_ta_25() {
+fn a_failed_start_leaves_an_init_that_can_be_deleted_and_an_exec_that_has_ended_ta_24_ta_25() {
     let (init, events) = process(None);
     drop(init.begin(any).unwrap());
     assert_eq!(init.state(), State::Registered);

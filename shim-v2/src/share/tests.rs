@@ -39,7 +39,7 @@ fn volume(source: PathBuf, read_only: bool) -> Volume {
 }
 
 #[test]
-fn a_container_sees_its_root_and_volumes_and_leaves_nothing() {
+fn a_container_sees_its_root_and_volumes_and_leaves_nothing_fs_02_fs_13() {
     in_namespace(|dir| {
         let top = dir.join("share");
         let bundle = dir.join("bundle");
@@ -136,7 +136,7 @@ fn a_volume_shows_other_ids_than_those_on_disk_fs_30() {
 }
 
 #[test]
-fn an_overlay_of_many_layers_is_mounted_in_one_piece() {
+fn an_overlay_of_many_layers_is_mounted_in_one_piece_fs_05_fs_07() {
     in_namespace(|dir| {
         // The upper directory cannot lie on an overlay, as /tmp may.
         let work = dir.join("work");

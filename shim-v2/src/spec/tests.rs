@@ -169,7 +169,7 @@ fn what_the_agent_would_refuse_is_refused_before_there_is_a_virtual_machine() {
 }
 
 #[test]
-fn namespaces_of_the_host_are_refused_except_the_network_b6() {
+fn namespaces_of_the_host_are_refused_except_the_network_b6_cl_07() {
     for kind in ["pid", "ipc", "uts", "user", "cgroup", "mount", "time"] {
         let spec = json!([{"type": kind, "path": "/proc/7/ns/pid"}]);
         refused("linux.namespaces", spec, "linux.namespaces[0].path");
@@ -336,7 +336,7 @@ fn sockets_that_cannot_be_are_refused_ss_21() {
 }
 
 #[test]
-fn bind_mounts_become_volumes_of_the_share_fs_17() {
+fn bind_mounts_become_volumes_of_the_share_fs_17_fs_27() {
     let mounts = json!([
         {"destination": "/proc", "type": "proc", "source": "proc"},
         {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "rprivate", "ro"]},

@@ -77,7 +77,7 @@ impl Served {
 }
 
 #[test]
-fn state_tells_every_step_of_a_life_ta_08() {
+fn state_tells_every_step_of_a_life_ta_06_ta_08() {
     run(async |bench| {
         let served = serve(bench).await;
         let connect = ConnectRequest {
@@ -179,7 +179,7 @@ fn a_create_whose_caller_goes_away_is_finished_and_can_be_deleted_tt_04() {
 }
 
 #[test]
-fn the_process_of_an_exec_is_json_whatever_its_type_says_tt_09() {
+fn the_process_of_an_exec_is_json_whatever_its_type_says_tt_09_ta_26() {
     run(async |bench| {
         let served = serve(bench).await;
         bench.running("c").await;
@@ -209,7 +209,7 @@ fn the_process_of_an_exec_is_json_whatever_its_type_says_tt_09() {
 }
 
 #[test]
-fn shutdown_waits_for_the_last_container_and_gives_the_socket_up_first_ta_71() {
+fn shutdown_waits_for_the_last_container_and_gives_the_socket_up_first_ta_71_ta_72() {
     run(async |bench| {
         let served = serve(bench).await;
         bench.running("c").await;

@@ -16,7 +16,7 @@ use serde_json::json;
 use crate::support::*;
 
 #[test]
-fn a_shim_at_its_end_takes_nothing_from_its_successor() {
+fn a_shim_at_its_end_takes_nothing_from_its_successor_ta_07() {
     Host::with(async |host: &Host| {
         let bundle = host.bundle("c1");
         let mut task = connect(&host.start(&bundle, "c1")).await;
@@ -222,7 +222,7 @@ fn delete_unmounts_the_root_that_containerd_could_not_lc_52() {
 }
 
 #[test]
-fn a_burst_of_connections_is_answered_for_every_id_lc_62() {
+fn a_burst_of_connections_is_answered_for_every_id_lc_62_ta_70() {
     Host::with(async |host: &Host| {
         let bundle = host.bundle("c1");
         let address = host.start(&bundle, "c1");

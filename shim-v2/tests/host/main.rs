@@ -245,7 +245,7 @@ fn a_member_without_its_sandbox_is_refused_lc_37() {
 }
 
 #[test]
-fn bad_ids_are_refused_at_start_b18() {
+fn bad_ids_are_refused_at_start_b18_lc_23() {
     Host::with(async |host: &Host| {
         for id in ["../../x", "a b", &"x".repeat(5000)] {
             let output = host.run(host.dir.path(), id, "start");
@@ -364,7 +364,7 @@ fn requests_that_make_no_sense_get_their_codes_ta_16() {
 }
 
 #[test]
-fn both_names_of_the_service_are_served_and_no_other_tt_07() {
+fn both_names_of_the_service_are_served_and_no_other_tt_07_ta_01() {
     Host::with(async |host: &Host| {
         let bundle = host.bundle("c1");
         let address = host.start(&bundle, "c1");

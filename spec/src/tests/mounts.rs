@@ -148,7 +148,7 @@ fn the_kernels_trees_are_not_covered_b33() {
 }
 
 #[test]
-fn mounts_are_private_only_b34() {
+fn mounts_are_private_only_b34_fs_28() {
     for option in ["shared", "rshared"] {
         refused("mounts", mount(&["rbind", option]), "mounts[0].options[1]");
     }

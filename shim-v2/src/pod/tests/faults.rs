@@ -7,7 +7,7 @@ use super::{super::*, harness::run};
 use crate::io::Stdio;
 
 #[test]
-fn the_end_of_the_vm_ends_every_process_once_f22() {
+fn the_end_of_the_vm_ends_every_process_once_f22_lc_68_ta_33() {
     run(async |bench| {
         bench.running("c").await;
         bench.executing("c/e").await;
@@ -158,7 +158,7 @@ fn a_hung_agent_is_found_out_and_its_pod_ends_f52() {
 }
 
 #[test]
-fn an_agent_that_nobody_asks_is_found_out_too_f52() {
+fn an_agent_that_nobody_asks_is_found_out_too_f52_lc_69() {
     run(async |bench| {
         bench.running("c").await;
         bench.agent.hold("Ping");
@@ -173,7 +173,7 @@ fn an_agent_that_nobody_asks_is_found_out_too_f52() {
 }
 
 #[test]
-fn an_agent_that_is_slow_now_and_then_is_left_alone_f52() {
+fn an_agent_that_is_slow_now_and_then_is_left_alone_f52_lc_69() {
     run(async |bench| {
         bench.running("c").await;
         for _ in 0..10 {

@@ -129,7 +129,7 @@ fn the_end_of_the_pod_runs_the_hooks_of_the_end() {
 }
 
 #[test]
-fn hooks_are_told_the_pid_of_the_container_oc_05_ta_09() {
+fn hooks_are_told_the_pid_of_the_container_oc_05_oc_09_ta_09() {
     run(async |bench| {
         let (told, network) = (bench.place.join("told"), bench.place.join("network"));
         let hook = |script: String| json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}]);

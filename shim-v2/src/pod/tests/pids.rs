@@ -28,7 +28,7 @@ fn murder(process: &OwnedFd) {
 }
 
 #[test]
-fn a_process_has_a_pid_of_its_own_from_its_making_until_its_end_was_told_ta_09() {
+fn a_process_has_a_pid_of_its_own_from_its_making_until_its_end_was_told_ta_09_ta_10() {
     run(async |bench| {
         let pid = bench.create("c").await.unwrap();
         let holder = bench.holder("c");
@@ -70,7 +70,7 @@ fn a_process_has_a_pid_of_its_own_from_its_making_until_its_end_was_told_ta_09()
 }
 
 #[test]
-fn whoever_kills_a_pid_kills_that_process_alone_ta_13() {
+fn whoever_kills_a_pid_kills_that_process_alone_ta_11_ta_13() {
     run(async |bench| {
         bench.running("c").await;
         bench.running("other").await;

@@ -425,7 +425,7 @@ fn a_directory_is_listed_whole_in_pieces_of_any_size_b36() {
 }
 
 #[test]
-fn extended_attributes_of_containers_pass_and_others_do_not_exist_b37() {
+fn extended_attributes_of_containers_pass_and_others_do_not_exist_b37_fs_34() {
     let mut guest = Guest::new();
     let (node, _) = guest.create("file", libc::O_RDWR, 0o644).unwrap();
     let set = |name: &str, value: &[u8]| {

@@ -265,7 +265,7 @@ fn both_halves_of_a_rename_have_one_cookie() {
 }
 
 #[test]
-fn a_link_that_is_replaced_as_the_kubelet_does_it_is_told() {
+fn a_link_that_is_replaced_as_the_kubelet_does_it_is_told_fs_21() {
     let mut watched = Watched::new(MARKS);
     watched.others("mkdir -p v/1 v/2; ln -s 1 v/..data");
     let (v, data) = (watched.look_up("v"), watched.look_up("v/..data"));
