@@ -297,6 +297,37 @@ pub(crate) fn ignore_sigpipe() {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
 }
 
+/// Has the signals that end a program end this process, also as the first one of its
+/// namespace, which the kernel keeps from those that nobody handles. The next program
+/// does not inherit it.
+pub(crate) fn end_on_signals() {
+    extern "C" fn end(signal: libc::c_int) {
+        // SAFETY: it may be called at any moment, and runs nothing else of this process.
+        unsafe { libc::_exit(128 + signal) }
+    }
+    const FATAL: [libc::c_int; 15] = [
+        libc::SIGHUP,
+        libc::SIGINT,
+        libc::SIGQUIT,
+        libc::SIGABRT,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGALRM,
+        libc::SIGTERM,
+        libc::SIGSTKFLT,
+        libc::SIGXCPU,
+        libc::SIGXFSZ,
+        libc::SIGVTALRM,
+        libc::SIGPROF,
+        libc::SIGIO,
+        libc::SIGPWR,
+    ];
+    for signal in FATAL {
+        // SAFETY: the handler calls nothing but _exit, which a handler may.
+        unsafe { libc::signal(signal, end as *const () as libc::sighandler_t) };
+    }
+}
+
 /// Gives SIGPIPE and the signal mask back what a program expects to find.
 pub(crate) fn reset_signals() -> io::Result<()> {
     // SAFETY: SIG_DFL is no handler of ours, and the signal's number is right.

@@ -94,6 +94,7 @@ pub(super) fn become_program(
     terminal: Option<Terminal>,
     root: &Root,
 ) -> Result<Infallible> {
+    sys::end_on_signals();
     let master = take_stdio(plan, stdio, terminal)?;
     set_attributes(plan)?;
     enter_cwd(root, &plan.cwd)?;

@@ -178,6 +178,28 @@ fn the_order_of_requests_is_kept_b25_b26() {
 }
 
 #[test]
+fn a_created_container_ends_by_any_signal_that_ends_programs_ta_44() {
+    block_on(async |host: &mut Host| {
+        for signal in [1, 2, 9, 10, 15] {
+            let spec = busybox_spec(["sleep", "1000"]);
+            let id = host.create(spec, Stdio::default()).await.unwrap();
+            host.kill(&id, "", signal).await.unwrap();
+            let exit = host.wait(&id, "").await.unwrap();
+            assert_eq!(exit.exit_status, 128 + signal);
+            host.delete(&id, "").await.unwrap();
+        }
+        // What the program then makes of them is its own affair.
+        let spec = busybox_spec(["sleep", "1000"]);
+        let id = host.create(spec, Stdio::default()).await.unwrap();
+        host.start_container(&id).await.unwrap();
+        host.kill(&id, "", 15).await.unwrap();
+        host.kill(&id, "", 9).await.unwrap();
+        assert_eq!(host.wait(&id, "").await.unwrap().exit_status, 137);
+        host.delete(&id, "").await.unwrap();
+    });
+}
+
+#[test]
 fn an_exec_joins_the_container_in_everything() {
     block_on(async |host: &mut Host| {
         let mut spec = busybox_spec(["sh", "-c", "mkdir /tmp/here; exec sleep 100"]);
