@@ -29,7 +29,7 @@ use rustix::fs::OFlags;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixStream, unix::pipe},
-    sync::watch,
+    sync::{Notify, watch},
     task::{AbortHandle, JoinSet},
     time::timeout,
 };
@@ -110,6 +110,8 @@ pub struct Streams {
     stdin_held: Mutex<Option<OwnedFd>>,
     /// True once stdin shall end.
     stdin_closing: watch::Sender<bool>,
+    /// From when on stdin is read.
+    stdin_begins: Arc<Notify>,
     stdin: Option<AbortHandle>,
     outputs: watch::Receiver<usize>,
     tasks: Mutex<JoinSet<()>>,
@@ -118,6 +120,8 @@ pub struct Streams {
 
 impl Streams {
     /// Opens what the caller named, connects each to the guest and begins to relay.
+    /// Stdin is not read before [`Streams::begin_stdin`]: callers learn of its end while
+    /// they hand it over, and cannot tell us before they have our answer to Create.
     /// Answers what the agent must be told, and the room that the streams take up
     /// until it has answered. `id` is that of the container, or of the exec.
     pub async fn open(
@@ -145,10 +149,12 @@ impl Streams {
         let room = dialer.reserve(u32::try_from(opened).unwrap_or(0)).await;
         let mut tasks = JoinSet::new();
         let mut stdin = None;
+        let stdin_begins = Arc::new(Notify::new());
         if let Some(input) = input {
             let (id, stream) = dialer.stream().await?;
             told.stdin = id;
-            stdin = Some(tasks.spawn(relay_in(input, stream)));
+            let begins = Arc::clone(&stdin_begins);
+            stdin = Some(tasks.spawn(relay_in(begins, input, stream)));
         }
         let (count, open) = watch::channel(0_usize);
         let count = Arc::new(count);
@@ -165,6 +171,7 @@ impl Streams {
         let streams = Streams {
             stdin_held: held.into(),
             stdin_closing,
+            stdin_begins,
             stdin,
             outputs: open,
             tasks: tasks.into(),
@@ -173,10 +180,16 @@ impl Streams {
         Ok((streams, told, room))
     }
 
+    /// Begins to read stdin: its process starts.
+    pub fn begin_stdin(&self) {
+        self.stdin_begins.notify_one();
+    }
+
     /// Lets stdin end once its writers are gone and what they wrote is delivered.
     pub fn close_stdin(&self) {
         lock(&self.stdin_held).take();
         self.stdin_closing.send_replace(true);
+        self.begin_stdin();
     }
 
     /// Waits until all output is delivered and closed, at most `limit`.
@@ -275,7 +288,8 @@ impl Input {
     }
 }
 
-async fn relay_in(mut input: Input, mut stream: UnixStream) {
+async fn relay_in(begins: Arc<Notify>, mut input: Input, mut stream: UnixStream) {
+    begins.notified().await;
     let mut buffer = Vec::with_capacity(BUFFER);
     let result: io::Result<()> = async {
         loop {

@@ -316,6 +316,11 @@ impl Process {
             }
             verdict.is_ok()
         });
+        if verdict.is_ok()
+            && let Some(streams) = self.streams()
+        {
+            streams.begin_stdin();
+        }
         verdict.map(|()| Start {
             process: self,
             failed: 255,
@@ -414,6 +419,9 @@ impl Process {
     pub fn attach(&self, streams: Streams) {
         if self.stdin_closed.load(Ordering::SeqCst) {
             streams.close_stdin();
+        }
+        if self.state() != State::Registered {
+            streams.begin_stdin();
         }
         *lock(&self.streams) = Some(Arc::new(streams));
     }

@@ -44,7 +44,7 @@ enum Task {
     },
     /// Run all tests: here, and in the lab host
     Test {
-        /// Run only the tests whose names contain this text
+        /// Run only the suite of this name, or the tests whose names contain this text
         filter: Option<String>,
         /// Also what takes long: the tests that say so, and, without a filter, whether
         /// builds elsewhere, kernel and all, are byte-identical

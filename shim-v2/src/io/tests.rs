@@ -167,6 +167,7 @@ async fn stdin_ends_only_after_close_io_and_with_all_that_was_written_ta_55_ta_5
     writer.write_all(b"one").await.unwrap();
     drop(writer);
     let mut text = [0; 3];
+    streams.begin_stdin();
     stream.read_exact(&mut text).await.unwrap();
     // The writer is gone, yet another one may come.
     let mut writer = pipe::OpenOptions::new().open_sender(&stdio.stdin).unwrap();
@@ -176,6 +177,25 @@ async fn stdin_ends_only_after_close_io_and_with_all_that_was_written_ta_55_ta_5
     let mut rest = Vec::new();
     stream.read_to_end(&mut rest).await.unwrap();
     assert_eq!(rest, b"two");
+}
+
+#[tokio::test]
+async fn stdin_is_not_read_before_its_process_starts() {
+    let guest = Guest::new();
+    let stdio = Stdio {
+        stdin: guest.fifo("in"),
+        ..Stdio::default()
+    };
+    let (streams, (_, mut stream)) = tokio::join!(guest.open(&stdio), guest.accept());
+    let (streams, _, _room) = streams.unwrap();
+    let mut writer = pipe::OpenOptions::new().open_sender(&stdio.stdin).unwrap();
+    let mut text = *b"early";
+    writer.write_all(&text).await.unwrap();
+    let nothing = Duration::from_millis(200);
+    assert!(timeout(nothing, stream.read_u8()).await.is_err());
+    streams.begin_stdin();
+    stream.read_exact(&mut text).await.unwrap();
+    assert_eq!(&text, b"early");
 }
 
 #[tokio::test]

@@ -28,7 +28,7 @@ pub(super) fn run(
         let began = Instant::now();
         let output = Command::new(&program.path)
             .arg("--show-output")
-            .args(filter)
+            .args(filter.filter(|text| program.name != *text))
             .current_dir(&program.directory)
             .stderr(Stdio::inherit())
             .output()

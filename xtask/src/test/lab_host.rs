@@ -120,7 +120,7 @@ pub(super) fn plan(program: &Program, filter: Option<&str>) -> Result<Vec<Planne
     Ok(String::from_utf8(output.stdout)?
         .lines()
         .filter_map(|line| line.strip_suffix(": test"))
-        .filter(|test| filter.is_none_or(|text| test.contains(text)))
+        .filter(|test| filter.is_none_or(|text| program.name == text || test.contains(text)))
         .map(|test| Planned::new(&program.name, test))
         .collect())
 }

@@ -42,7 +42,8 @@ pub(crate) struct Extent {
     pub(crate) matrix: bool,
 }
 
-/// Runs everything; with a filter, only the tests whose names contain it.
+/// Runs everything; with a filter, only the suite of that name, or the tests whose names
+/// contain it.
 pub(crate) fn all(filter: Option<&str>, extent: Extent) -> Result<ExitCode> {
     let bar = Bar::new();
     crate::packages::ensure_installed(&bar)?;
