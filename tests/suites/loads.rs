@@ -35,6 +35,7 @@ fn nginx_serves_files_over_loopback() {
 }
 
 #[test]
+#[ignore = "it takes minutes: cargo xtask test --full runs it"]
 fn postgres_keeps_what_it_was_told_through_a_crash() {
     let script = "
         cat > /tmp/it <<'END'
@@ -156,6 +157,7 @@ fn systemd_is_the_first_process_and_starts_its_units() {
 
 /// Docker's programs are those of the lab host, which is the same Debian.
 #[test]
+#[ignore = "it takes minutes: cargo xtask test --full runs it"]
 fn docker_runs_containers_in_a_pod() {
     let programs = "type=bind,src=/usr,dst=/host,options=rbind:ro";
     let image = format!("type=bind,src={BUSYBOX}/blobs/sha256,dst=/image,options=rbind:ro");
