@@ -17,7 +17,7 @@ use super::{
     abi::{Attributes, Body, set},
     caller::KillPrivileges,
     device::{self, Device},
-    file::{ACCESS_LIST, attribute, error, here, statx},
+    file::{ACCESS_LIST, attribute, error, here, seen_attribute, statx},
     node::Node,
     request::{Change, MAX_XATTR},
     share::{Shared, attributes},
@@ -154,10 +154,10 @@ impl Shared {
         kill_sgid: bool,
     ) -> io::Result<()> {
         self.writable()?;
-        attribute(name)?;
+        let host = attribute(name)?;
         let fd = self.table.node(number)?.fd()?;
         let flags = XattrFlags::from_bits(flags).ok_or_else(|| error(libc::EINVAL))?;
-        sys::setxattr(here(&*fd), name, value, flags)?;
+        sys::setxattr(here(&*fd), &*host, value, flags)?;
         self.did_to(number, libc::IN_ATTRIB);
         // The guest's kernel found that whoever sets the list must lose the bit;
         // the host's would let root keep it.
@@ -177,7 +177,7 @@ impl Shared {
     }
 
     pub(super) fn getxattr(&self, number: u64, name: &CStr, size: u32) -> io::Result<Body> {
-        attribute(name)?;
+        let name = &*attribute(name)?;
         let fd = self.table.node(number)?.fd()?;
         let mut body = Body::default();
         if size == 0 {
@@ -196,13 +196,10 @@ impl Shared {
         let mut all = vec![0; MAX_XATTR];
         let len = sys::listxattr(here(&*fd), &mut all[..])?;
         all.truncate(len);
-        let names: Vec<u8> = all
-            .split_inclusive(|&byte| byte == 0)
-            .filter(|name| {
-                CStr::from_bytes_with_nul(name).is_ok_and(|name| attribute(name).is_ok())
-            })
-            .flatten()
-            .copied()
+        let names = all.split(|&byte| byte == 0).filter(|name| !name.is_empty());
+        let names: Vec<u8> = names
+            .filter_map(seen_attribute)
+            .flat_map(|name| name.iter().copied().chain([0]))
             .collect();
         match size as usize {
             0 => {
@@ -217,9 +214,8 @@ impl Shared {
 
     pub(super) fn removexattr(&self, number: u64, name: &CStr) -> io::Result<()> {
         self.writable()?;
-        attribute(name)?;
         let fd = self.table.node(number)?.fd()?;
-        sys::removexattr(here(&*fd), name)?;
+        sys::removexattr(here(&*fd), &*attribute(name)?)?;
         self.did_to(number, libc::IN_ATTRIB);
         Ok(())
     }

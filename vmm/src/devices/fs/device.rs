@@ -37,6 +37,14 @@ pub(super) struct Device {
     pub(super) number: (u32, u32),
 }
 
+/// What says in an overlay's upper directory that a name is gone.
+pub(super) const WHITEOUT: Device = Device {
+    mode: libc::S_IFCHR,
+    uid: 0,
+    gid: 0,
+    number: (0, 0),
+};
+
 impl Device {
     fn text(self) -> String {
         let Device {

@@ -2,11 +2,12 @@
 
 use std::{ffi::CStr, io, mem::MaybeUninit, sync::Arc};
 
-use rustix::fs::{self as sys, OFlags, RawDir, RawDirEntry, SeekFrom};
+use rustix::fs::{self as sys, FileType, Mode, OFlags, RawDir, RawDirEntry, SeekFrom};
 
 use super::{
     abi::{Body, Dirent, ENTRY_OUT, Entry},
-    file::{error, statx_at},
+    device::{self, Device},
+    file::{error, statx, statx_at},
     node::Node,
     request::Piece,
     share::Shared,
@@ -80,6 +81,12 @@ impl Shared {
                     }
                 }
             }
+            if !plus
+                && entry.file_type() == FileType::RegularFile
+                && let Some(device) = listed_device(&node, entry.file_name())
+            {
+                dirent.kind = device.mode >> 12;
+            }
             body.dirent(&dirent);
         }
         Ok(body)
@@ -103,4 +110,15 @@ impl Shared {
             None => self.find(number, node, name).ok(),
         }
     }
+}
+
+/// The device node that a listed file stands for.
+fn listed_device(node: &Arc<Node>, name: &CStr) -> Option<Device> {
+    let dir = node.fd().ok()?;
+    if !device::may_be(&statx_at(&*dir, name).ok()?) {
+        return None;
+    }
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = sys::openat(&*dir, name, flags, Mode::empty()).ok()?;
+    device::read(&fd, &statx(&fd).ok()?)
 }

@@ -2,7 +2,8 @@
 //! guest may use, status.
 
 use std::{
-    ffi::CStr,
+    borrow::Cow,
+    ffi::{CStr, CString},
     io,
     os::fd::{AsFd, AsRawFd},
 };
@@ -37,18 +38,43 @@ pub(super) fn component(name: &CStr) -> io::Result<()> {
 /// The access control list that steers who may use a file.
 pub(super) const ACCESS_LIST: &CStr = c"system.posix_acl_access";
 
-/// Extended attributes that a container may have: its own, capabilities of
-/// programs, access control lists. Others do not exist here, neither to be read
-/// nor to be set: they steer the host's kernel, or this file server.
-pub(super) fn attribute(name: &CStr) -> io::Result<()> {
-    let allowed = match name.to_bytes() {
-        b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => true,
-        name => name.starts_with(b"user.") && name != super::device::NUMBER.to_bytes(),
-    };
-    if allowed {
-        Ok(())
-    } else {
-        Err(error(libc::EOPNOTSUPP))
+/// How the names begin of attributes that only this file server reads and sets.
+const OURS: &[u8] = b"user.bulkhead.";
+
+/// What they begin with in a guest that are the guest kernel's alone there, as those of
+/// overlays. On the host they would be the host kernel's, and take its privileges; here
+/// they are a user's, behind [`OURS`].
+const TRUSTED: &[u8] = b"trusted.";
+
+/// The host's name of an extended attribute that a container may have: its own,
+/// capabilities of programs, access control lists, and what its kernel trusts. Others do
+/// not exist here, neither to be read nor to be set: they steer the host's kernel, or
+/// this file server.
+pub(super) fn attribute(name: &CStr) -> io::Result<Cow<'_, CStr>> {
+    match name.to_bytes() {
+        b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => {
+            Ok(Cow::Borrowed(name))
+        }
+        bytes if bytes.starts_with(TRUSTED) => {
+            let name = CString::new([OURS, bytes].concat())?;
+            Ok(Cow::Owned(name))
+        }
+        bytes if bytes.starts_with(b"user.") && !bytes.starts_with(OURS) => Ok(Cow::Borrowed(name)),
+        _ => Err(error(libc::EOPNOTSUPP)),
+    }
+}
+
+/// The guest's name of an attribute of the host, without its end; nothing if a guest
+/// does not see it.
+pub(super) fn seen_attribute(name: &[u8]) -> Option<&[u8]> {
+    match name.strip_prefix(OURS) {
+        Some(trusted) => trusted.starts_with(TRUSTED).then_some(trusted),
+        None => {
+            let whole = CString::new(name).ok()?;
+            attribute(&whole)
+                .is_ok_and(|host| host.to_bytes() == name)
+                .then_some(name)
+        }
     }
 }
 

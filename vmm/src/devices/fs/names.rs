@@ -10,7 +10,7 @@ use rustix::{
 use super::{
     abi::{Body, OPEN_KILL_SUIDGID, unpack_device},
     caller::{self, KillPrivileges},
-    device::{self, Device},
+    device::{self, Device, WHITEOUT},
     file::{component, error},
     node::Node,
     request::Create,
@@ -155,6 +155,9 @@ impl Shared {
         Ok(())
     }
 
+    /// Renames a file. The whiteout that an overlay may want in its place is made
+    /// afterwards: the guest's kernel lets nobody into the directory meanwhile, and the
+    /// host's could only make one that is a device.
     pub(super) fn rename(
         &self,
         from: u64,
@@ -166,8 +169,15 @@ impl Shared {
         let (from_node, from_dir) = self.place(from, from_name)?;
         let (to_node, to_dir) = self.place(to, to_name)?;
         let flags = RenameFlags::from_bits(flags).ok_or_else(|| error(libc::EINVAL))?;
+        let whiteout = flags.contains(RenameFlags::WHITEOUT);
+        let flags = flags.difference(RenameFlags::WHITEOUT);
         let kept = self.keep_reachable(to, to_name);
         sys::renameat_with(&*from_dir, from_name, &*to_dir, to_name, flags)?;
+        if whiteout && let Err(error) = device::make(&*from_dir, from_name, WHITEOUT) {
+            let back = RenameFlags::NOREPLACE;
+            sys::renameat_with(&*to_dir, to_name, &*from_dir, from_name, back)?;
+            return Err(error);
+        }
         self.table.renamed(
             (from, &from_node),
             from_name,

@@ -453,8 +453,29 @@ fn extended_attributes_of_containers_pass_and_others_do_not_exist_b37_fs_34() {
     );
     let list = [100_u32.to_le_bytes(), [0; 4]].concat();
     assert_eq!(guest.call(LISTXATTR, node, &list).unwrap(), b"user.a\0");
+    // What the guest's kernel trusts is a user's on the host.
+    guest
+        .call(SETXATTR, node, &set("trusted.x", b"guest"))
+        .unwrap();
+    assert_eq!(
+        guest.call(GETXATTR, node, &get("trusted.x", 100)).unwrap(),
+        b"guest"
+    );
+    let mut value = [0; 9];
+    let path = guest.path("file");
+    let len = rustix::fs::getxattr(&path, "user.bulkhead.trusted.x", &mut value[..]).unwrap();
+    assert_eq!(&value[..len], b"guest");
+    let both = guest.call(LISTXATTR, node, &list).unwrap();
+    assert!(
+        both == b"user.a\0trusted.x\0" || both == b"trusted.x\0user.a\0",
+        "{both:?}"
+    );
+    guest
+        .call(REMOVEXATTR, node, &named(&[], "trusted.x"))
+        .unwrap();
     for name in [
-        "trusted.x",
+        "user.bulkhead.trusted.x",
+        "user.bulkhead.device",
         "security.selinux",
         "security.ima",
         "system.x",

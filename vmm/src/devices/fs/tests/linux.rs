@@ -349,6 +349,36 @@ fn a_device_node_that_a_container_makes_is_the_containers_device() {
 }
 
 #[test]
+fn an_overlay_may_have_its_upper_directory_on_the_share() {
+    for policy in BOTH {
+        let Some(linux) = Linux::new(policy) else {
+            return;
+        };
+        let out = linux.sh("
+            mkdir -p lower/d lower/e upper work merged
+            echo one > lower/d/one; echo two > lower/d/two; echo three > lower/e/three
+            mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
+            cd merged
+            rm d/one; ls d; mv d/two d/moved; ls d; cat d/moved
+            rm -r e; mkdir e; ls e; echo new > e/new; ls e
+            echo more >> d/moved; cat d/moved; cat ../lower/d/two
+            cd ..; umount merged
+            stat -c '%F %t %T' upper/d/one upper/d/two
+            mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
+            ls merged/d merged/e; umount merged
+        ");
+        let expected = "two\nmoved\ntwo\nnew\ntwo\nmore\ntwo\n\
+            character special file 0 0\ncharacter special file 0 0\n\
+            merged/d:\nmoved\n\nmerged/e:\nnew";
+        assert_eq!(out, expected, "{policy:?}");
+        let mut opaque = [0; 9];
+        let upper = linux.seen("upper/e");
+        let len = rustix::fs::getxattr(&upper, "trusted.overlay.opaque", &mut opaque[..]);
+        assert_eq!((len, opaque[0]), (Ok(1), b'y'));
+    }
+}
+
+#[test]
 fn a_tree_of_many_files_needs_few_descriptors_f44() {
     for policy in BOTH {
         let Some(linux) = Linux::with(policy, 200) else {
