@@ -7,16 +7,24 @@
 //! [`BUFFER`] bytes; a connection on which nothing is said holds no memory.
 
 use std::{
-    future::poll_fn,
+    future::{Future, poll_fn},
     mem::MaybeUninit,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, sleep},
+};
 
 /// Most bytes that are held in each direction.
 pub const BUFFER: usize = 32 << 10;
+
+/// How often it is looked whether a side that has ended its direction has gone since: of
+/// that nothing tells who neither reads nor writes.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Passes on what comes from either side until neither has anything for the other.
 /// Dropping it closes both.
@@ -26,6 +34,7 @@ where
     B: AsyncRead + AsyncWrite + Unpin,
 {
     let (mut there, mut back) = (Way::default(), Way::default());
+    let mut look = pin!(sleep(LOOK));
     poll_fn(|context| {
         let there_is_over = there.poll(context, &mut a, &mut b).is_ready();
         let back_is_over = back.poll(context, &mut b, &mut a).is_ready();
@@ -34,9 +43,15 @@ where
             // Who has gone takes nothing any more, whatever the other one has to say.
             (true, false) => is_gone(context, &mut a),
             (false, true) => is_gone(context, &mut b),
-            (false, false) => false,
+            (false, false) => return Poll::Pending,
         };
-        if over { Poll::Ready(()) } else { Poll::Pending }
+        if over {
+            return Poll::Ready(());
+        }
+        while look.as_mut().poll(context).is_ready() {
+            look.as_mut().reset(Instant::now() + LOOK);
+        }
+        Poll::Pending
     })
     .await;
 }
@@ -208,6 +223,17 @@ mod tests {
     #[tokio::test]
     async fn the_end_of_a_side_is_not_hidden_by_a_silent_other_side_ss_43() {
         let (left, mut right, relaying) = pair();
+        drop(left);
+        ends(relaying).await;
+        assert!(right.write_all(b"x").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_side_that_goes_after_it_has_ended_its_direction_is_missed_ss_43() {
+        let (mut left, mut right, relaying) = pair();
+        left.shutdown().await.unwrap();
+        // Its end has been passed on; only then it goes.
+        assert_eq!(right.read(&mut [0]).await.unwrap(), 0);
         drop(left);
         ends(relaying).await;
         assert!(right.write_all(b"x").await.is_err());
