@@ -372,6 +372,7 @@ fn a_copy_whose_caller_stalls_or_goes_leaves_the_others_alone_and_nothing_behind
     let shim = sleeper("cancel");
     shim.sh("dd if=/dev/zero of=/data/big bs=1M count=8");
     let tar = archive([("f", &pattern(1 << 20)[..])]);
+    let caller = shim.caller();
     for round in 0..2 {
         let gone = shim.caller();
         block_on(async {
@@ -389,7 +390,6 @@ fn a_copy_whose_caller_stalls_or_goes_leaves_the_others_alone_and_nothing_behind
                 assert!(half.pour(&tar[..300_000]).await);
                 taken.grant(100_000).await;
                 taken.hear().await.expect("a part");
-                let caller = shim.caller();
                 let whole = caller.copy_out(&shim.at("/data/big")).await.unwrap();
                 assert_eq!(files(&whole)["big"].len(), 8 << 20);
             };
@@ -405,7 +405,6 @@ fn a_copy_whose_caller_stalls_or_goes_leaves_the_others_alone_and_nothing_behind
         shim.is_left_alone();
     }
     // One that lasts until its container ends.
-    let caller = shim.caller();
     let stalled = block_on(caller.open());
     let request = stalled.outwards(&shim.at("/data/big"));
     let ended = block_on(async {
