@@ -126,6 +126,8 @@ impl Shim {
         let begin = Instant::now();
         while self.processes() > 1 {
             assert!(begin.elapsed() < LIMIT, "a process is left");
+            // Connections of callers that have gone are closed meanwhile.
+            block_on(async { tokio::time::sleep(Duration::from_millis(10)).await });
         }
     }
 
