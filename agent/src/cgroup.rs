@@ -182,7 +182,7 @@ fn write(file: &Path, text: &str) -> io::Result<()> {
 }
 
 /// Writes these files. If one refuses, those before it get back what they held: of files
-/// with a line for each device, the lines that were there.
+/// with a line for each device, the lines that were there; of a set of processors, none.
 fn change(cgroup: &Path, settings: &[Setting]) -> Result<(), Error> {
     let mut before: Vec<(PathBuf, String)> = Vec::new();
     for setting in settings {
@@ -190,7 +190,8 @@ fn change(cgroup: &Path, settings: &[Setting]) -> Result<(), Error> {
         let held = fs::read_to_string(&file).unwrap_or_default();
         if let Err(error) = set(cgroup, setting) {
             for (file, held) in before.into_iter().rev() {
-                for line in held.lines() {
+                let nothing = held.trim().is_empty().then_some("\n");
+                for line in held.lines().chain(nothing) {
                     // The first refusal is the one to be told.
                     let _ = write(&file, line);
                 }

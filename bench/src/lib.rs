@@ -149,6 +149,47 @@ pub fn timed(argv: &[&str]) -> Result<f64> {
     Ok(began.elapsed().as_secs_f64() * 1e3)
 }
 
+/// What commands took, by their names.
+#[derive(Debug, Default)]
+pub struct Taken(BTreeMap<&'static str, Vec<(f64, f64)>>);
+
+impl Taken {
+    /// Runs each command in turn, `rounds` times and once more before: the first of each
+    /// finds nothing in the page cache.
+    ///
+    /// # Errors
+    ///
+    /// One fails.
+    pub fn measure(ways: &[(&'static str, Vec<&str>)], rounds: usize) -> Result<Taken> {
+        let mut taken = Taken::default();
+        for round in 0..=rounds {
+            for (name, argv) in ways {
+                let before = kvm_counters()?["exits"];
+                let ms = timed(argv)?;
+                let exits = kvm_counters()?["exits"].saturating_sub(before);
+                if round > 0 {
+                    let exits = f64::from(u32::try_from(exits)?);
+                    taken.0.entry(name).or_default().push((ms, exits));
+                }
+            }
+            eprintln!("round {round} of {rounds}");
+        }
+        Ok(taken)
+    }
+
+    /// Milliseconds of this command: the median.
+    #[must_use]
+    pub fn ms(&self, name: &str) -> f64 {
+        median(self.0[name].iter().map(|(ms, _)| *ms))
+    }
+
+    /// Exits of all guests meanwhile: the median.
+    #[must_use]
+    pub fn exits(&self, name: &str) -> f64 {
+        median(self.0[name].iter().map(|(_, exits)| *exits))
+    }
+}
+
 /// Runs a command that must succeed: its standard output.
 ///
 /// # Errors

@@ -95,6 +95,12 @@ fn privileged(id: &str, flags: &[&str], program: &[&str]) {
     ctr(&[&run[..], &rights, flags, &[IMAGE, id], program].concat()).success();
 }
 
+/// Runs a script in a container.
+fn exec(container: &str, id: &str, script: &str) -> Outcome {
+    let exec = ["task", "exec", "--exec-id", id, container];
+    ctr(&[&exec[..], &["bash", "-ec", script]].concat())
+}
+
 fn remove(id: &str) {
     ctr(&["task", "rm", "--force", id]).success();
     ctr(&["container", "rm", id]).success();
@@ -112,20 +118,17 @@ fn systemd_is_the_first_process_and_starts_its_units() {
         ln -s ../once.service ../stays.service multi-user.target.wants/
         ln -s ../echo.socket sockets.target.wants/
         exec /lib/systemd/systemd --unit=multi-user.target";
-    let tmpfs = |at: &str| format!("type=tmpfs,src=tmpfs,dst={at},options=mode=755");
-    let run = tmpfs("/run");
-    let flags = ["--env", "container=oci", "--mount", &run];
+    let run = "type=tmpfs,src=tmpfs,dst=/run,options=mode=755";
+    let flags = ["--env", "container=oci", "--mount", run];
     privileged("init", &flags, &["sh", "-c", prepare]);
-    let exec = |id: &str, script: &str| {
-        let exec = ["task", "exec", "--exec-id", id, "init"];
-        ctr(&[&exec[..], &["bash", "-c", script]].concat())
-    };
     // It waits until all that starts at boot has, or has not.
     let up = exec(
+        "init",
         "up",
         "until systemctl is-system-running --wait; do sleep 1; systemctl is-system-running | grep -q -e degraded && break; done",
     );
     let state = exec(
+        "init",
         "state",
         "systemctl --failed --no-legend; systemctl is-active once stays echo.socket; cat /run/once",
     );
@@ -135,6 +138,7 @@ fn systemd_is_the_first_process_and_starts_its_units() {
         "{up}\n{state}"
     );
     let group = exec(
+        "init",
         "group",
         "cat /sys/fs/cgroup/system.slice/stays.service/memory.max; test $(stat -c %u /proc/$(systemctl show -P MainPID stays)) -ge 61184 && echo a user of its own",
     );
@@ -174,10 +178,6 @@ fn docker_runs_containers_in_a_pod_on_overlays_of_the_share() {
         "LD_LIBRARY_PATH=/host/lib/x86_64-linux-gnu",
     ];
     privileged("engine", &flags, &["sleep", "100000"]);
-    let exec = |id: &str, script: &str| {
-        let exec = ["task", "exec", "--exec-id", id, "engine"];
-        ctr(&[&exec[..], &["bash", "-ec", script]].concat())
-    };
     // As the image of Docker in Docker begins: limits want a cgroup without processes.
     let start = "cd /sys/fs/cgroup; mkdir init
         for process in $(cat cgroup.procs); do echo $process > init/cgroup.procs || true; done
@@ -186,13 +186,13 @@ fn docker_runs_containers_in_a_pod_on_overlays_of_the_share() {
         for i in $(seq 200); do docker version > /tmp/version 2>&1 && break; sleep 1; kill -0 $! || { tail -5 /tmp/log; exit 1; }; done
         docker import --change 'ENV PATH=/bin' $(ls -S /image/* | head -1) busybox > /tmp/imported
         docker info -f '{{.Driver}}'";
-    let started = exec("start", start);
+    let started = exec("engine", "start", start);
     assert_eq!(started.stdout, "overlay2\n", "{started}");
     let run = "docker run --rm --network=none busybox sh -c 'echo hello from inside; rm /etc/passwd; ls /etc/group; exit 7' || echo code $?
         docker run -d --name second -m 32m --network=none busybox sleep 1000 > /tmp/second
         docker exec second cat /proc/1/comm /sys/fs/cgroup/memory.max
         docker rm -f second";
-    let out = exec("run", run);
+    let out = exec("engine", "run", run);
     assert_eq!(
         out.stdout, "hello from inside\n/etc/group\ncode 7\nsleep\n33554432\nsecond\n",
         "{out}"

@@ -6,12 +6,10 @@
 
 #![expect(clippy::print_stdout, reason = "the table is the program's purpose")]
 
-use std::{collections::BTreeMap, fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_bench::{
-    Goals, OURS, RUNC, Running, SLEEP, Task, head, kvm_counters, median, output, row, timed,
-};
+use bulkhead_bench::{Goals, OURS, RUNC, Running, SLEEP, Taken, Task, head, output, row};
 
 /// The image, as a layout.
 const LAYOUT: &str = "/usr/share/lab/images/busybox";
@@ -101,22 +99,8 @@ fn main() -> Result<()> {
         ("runc exec", vec!["runc", "exec", "bench", "true"]),
         ("crun exec", vec!["crun", "exec", "bench", "true"]),
     ];
-    let mut taken: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
-    for round in 0..=rounds {
-        for (name, argv) in &ways {
-            let before = kvm_counters()?["exits"];
-            let ms = timed(argv)?;
-            let exits = kvm_counters()?["exits"].saturating_sub(before);
-            // The first of each finds nothing in the page cache.
-            if round > 0 {
-                let exits = f64::from(u32::try_from(exits)?);
-                taken.entry(name).or_default().push((ms, exits));
-            }
-        }
-        eprintln!("round {round} of {rounds}");
-    }
-    let ms = |name: &str| median(taken[name].iter().map(|(ms, _)| *ms));
-    let exits = |name: &str| median(taken[name].iter().map(|(_, exits)| *exits));
+    let taken = Taken::measure(&ways, rounds)?;
+    let (ms, exits) = (|name| taken.ms(name), |name| taken.exits(name));
     println!("exec: a command in a running container, virtual ms, {rounds} rounds, medians");
     let (ours, runc, crun) = (ms("bulkhead exec"), ms("runc exec"), ms("crun exec"));
     head("bulkhead exec", &["runc exec", "crun exec"]);

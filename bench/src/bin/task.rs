@@ -5,12 +5,10 @@
 
 #![expect(clippy::print_stdout, reason = "the table is the program's purpose")]
 
-use std::{collections::BTreeMap, fs};
+use std::fs;
 
 use anyhow::{Context, Result};
-use bulkhead_bench::{
-    Goals, IMAGE, OURS, RUNC, Task, head, kvm_counters, median, resident, row, timed,
-};
+use bulkhead_bench::{Goals, IMAGE, OURS, RUNC, Taken, Task, head, resident, row};
 
 /// At most so much of runc's time.
 const TIME: f64 = 0.65;
@@ -58,30 +56,21 @@ fn main() -> Result<()> {
         .nth(1)
         .map_or(Ok(5), |n| n.parse())
         .context("Usage: bench-task [ROUNDS]")?;
-    let crun = [RUNC, "--runc-binary", "crun"];
-    let ways: [(&str, &[&str]); 3] = [("bulkhead", &[OURS]), ("runc", &[RUNC]), ("crun", &crun)];
-    let mut taken: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
-    for round in 0..=rounds {
-        for (name, runtime) in ways {
-            let before = kvm_counters()?["exits"];
-            let run = ["ctr", "run", "--rm", "--runtime"];
-            let ms = timed(&[&run[..], runtime, &[IMAGE, "bench", "true"]].concat())?;
-            let exits = kvm_counters()?["exits"].saturating_sub(before);
-            // The first of each finds nothing in the page cache.
-            if round > 0 {
-                let exits = f64::from(u32::try_from(exits)?);
-                taken.entry(name).or_default().push((ms, exits));
-            }
-        }
-        eprintln!("round {round} of {rounds}");
-    }
-    let ms = |name: &str| median(taken[name].iter().map(|(ms, _)| *ms));
-    let exits = median(taken["bulkhead"].iter().map(|(_, exits)| *exits));
-    let (ours, runc, crun) = (ms("bulkhead"), ms("runc"), ms("crun"));
+    let run = |runtime: &[&'static str]| {
+        let run = ["ctr", "run", "--rm", "--runtime"];
+        [&run[..], runtime, &[IMAGE, "bench", "true"]].concat()
+    };
+    let ways = [
+        ("bulkhead", run(&[OURS])),
+        ("runc", run(&[RUNC])),
+        ("crun", run(&[RUNC, "--runc-binary", "crun"])),
+    ];
+    let taken = Taken::measure(&ways, rounds)?;
+    let (ours, runc, crun) = (taken.ms("bulkhead"), taken.ms("runc"), taken.ms("crun"));
     println!("task: ctr run --rm IMAGE ID true, virtual ms, {rounds} rounds, medians");
     head("bulkhead", &["runc", "crun"]);
     row("whole command", ours, &[runc, crun]);
-    row("exits of the guest", exits, &[]);
+    row("exits of the guest", taken.exits("bulkhead"), &[]);
 
     let _ours = Task::start("bench-ours", OURS)?;
     let _runc = Task::start("bench-runc", RUNC)?;

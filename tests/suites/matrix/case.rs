@@ -166,3 +166,20 @@ pub(crate) fn compare(engine: Engine, cases: impl IntoIterator<Item = Case>) {
         "{differ} of {all} cases differ:\n{differences}"
     );
 }
+
+/// Takes the steps with each runtime, and tidies up after them; fails with those of which
+/// not the same is told.
+#[track_caller]
+pub(crate) fn same(steps: &[&str], take: impl Fn(&str, &str) -> String, tidy: impl Fn()) {
+    let [ours, theirs] = RUNTIMES.map(|runtime| {
+        let told = steps
+            .iter()
+            .map(|step| take(step, runtime).replace(runtime, "RUNTIME"));
+        let told: Vec<String> = told.collect();
+        tidy();
+        told
+    });
+    let differ: Vec<_> = ours.iter().zip(&theirs).filter(|(a, b)| a != b).collect();
+    eprintln!("{} steps, {} of them differ", steps.len(), differ.len());
+    assert!(differ.is_empty(), "ours, runc's: {differ:#?}");
+}

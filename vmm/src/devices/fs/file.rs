@@ -46,20 +46,24 @@ const OURS: &[u8] = b"user.bulkhead.";
 /// they are a user's, behind [`OURS`].
 const TRUSTED: &[u8] = b"trusted.";
 
-/// The host's name of an extended attribute that a container may have: its own,
-/// capabilities of programs, access control lists, and what its kernel trusts. Others do
-/// not exist here, neither to be read nor to be set: they steer the host's kernel, or
-/// this file server.
+/// Whether an attribute has the same name in a guest and on the host: a container's own,
+/// capabilities of programs, access control lists.
+fn passes(name: &[u8]) -> bool {
+    match name {
+        b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => true,
+        name => name.starts_with(b"user.") && !name.starts_with(OURS),
+    }
+}
+
+/// The host's name of an extended attribute that a guest may have: what [`passes`], and
+/// what its kernel trusts. Others do not exist here, neither to be read nor to be set:
+/// they steer the host's kernel, or this file server.
 pub(super) fn attribute(name: &CStr) -> io::Result<Cow<'_, CStr>> {
     match name.to_bytes() {
-        b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => {
-            Ok(Cow::Borrowed(name))
-        }
+        bytes if passes(bytes) => Ok(Cow::Borrowed(name)),
         bytes if bytes.starts_with(TRUSTED) => {
-            let name = CString::new([OURS, bytes].concat())?;
-            Ok(Cow::Owned(name))
+            Ok(Cow::Owned(CString::new([OURS, bytes].concat())?))
         }
-        bytes if bytes.starts_with(b"user.") && !bytes.starts_with(OURS) => Ok(Cow::Borrowed(name)),
         _ => Err(error(libc::EOPNOTSUPP)),
     }
 }
@@ -69,12 +73,7 @@ pub(super) fn attribute(name: &CStr) -> io::Result<Cow<'_, CStr>> {
 pub(super) fn seen_attribute(name: &[u8]) -> Option<&[u8]> {
     match name.strip_prefix(OURS) {
         Some(trusted) => trusted.starts_with(TRUSTED).then_some(trusted),
-        None => {
-            let whole = CString::new(name).ok()?;
-            attribute(&whole)
-                .is_ok_and(|host| host.to_bytes() == name)
-                .then_some(name)
-        }
+        None => passes(name).then_some(name),
     }
 }
 

@@ -171,12 +171,20 @@ impl Shared {
         let flags = RenameFlags::from_bits(flags).ok_or_else(|| error(libc::EINVAL))?;
         let whiteout = flags.contains(RenameFlags::WHITEOUT);
         let flags = flags.difference(RenameFlags::WHITEOUT);
+        if whiteout && flags.contains(RenameFlags::EXCHANGE) {
+            return Err(error(libc::EINVAL));
+        }
         let kept = self.keep_reachable(to, to_name);
         sys::renameat_with(&*from_dir, from_name, &*to_dir, to_name, flags)?;
-        if whiteout && let Err(error) = device::make(&*from_dir, from_name, WHITEOUT) {
-            let back = RenameFlags::NOREPLACE;
-            sys::renameat_with(&*to_dir, to_name, &*from_dir, from_name, back)?;
-            return Err(error);
+        let made = match whiteout {
+            true => device::make(&*from_dir, from_name, WHITEOUT),
+            false => Ok(()),
+        };
+        let back = RenameFlags::NOREPLACE;
+        if made.is_err()
+            && sys::renameat_with(&*to_dir, to_name, &*from_dir, from_name, back).is_ok()
+        {
+            return made;
         }
         self.table.renamed(
             (from, &from_node),
@@ -196,7 +204,7 @@ impl Shared {
             });
         }
         drop(kept);
-        Ok(())
+        made
     }
 
     pub(super) fn link(&self, number: u64, parent: u64, name: &CStr) -> io::Result<Body> {
