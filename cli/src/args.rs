@@ -47,6 +47,8 @@ pub(crate) enum Command {
     Explain(Explain),
     /// Name the runtime in the configuration of containerd or Docker.
     Install(Install),
+    /// Let the shims of pods that run go on with the program that is installed now.
+    Upgrade(Upgrade),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -300,6 +302,30 @@ pub(crate) enum Engine {
     Containerd,
     /// Docker's daemon.
     Docker,
+}
+
+const UPGRADE_EXAMPLES: &str = "\
+Examples:
+  bulkhead upgrade                     every pod of this host
+  bulkhead upgrade --namespace k8s.io
+  bulkhead upgrade web --format json
+
+Containers run on, and whoever waits or reads notices nothing. What runs the virtual machine, and
+what runs in it, stays as it was until the pod ends. The exit code is 125 if a shim goes on with
+the program that it has.";
+
+/// Options of `upgrade`.
+#[derive(Debug, Args)]
+#[command(after_help = UPGRADE_EXAMPLES)]
+pub(crate) struct Upgrade {
+    /// Containers, whoever started them; their pods are meant. All if none is given.
+    pub(crate) ids: Vec<ContainerId>,
+    /// Only pods of this namespace of containerd.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) namespace: Option<String>,
+    /// How the outcome is printed.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(crate) format: Format,
 }
 
 /// Kubernetes takes a handler's name for a DNS label.

@@ -20,6 +20,7 @@ mod run;
 mod seccomp;
 mod signal;
 mod spec;
+mod upgrade;
 
 use std::{io::Write, process::ExitCode};
 
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check::check(args),
         Command::Explain(args) => explain::explain(args),
         Command::Install(args) => install::install(args),
+        Command::Upgrade(args) => upgrade::upgrade(args),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => man(dir),
     };

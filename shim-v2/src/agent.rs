@@ -8,9 +8,9 @@
 //! codes taken from a short list; no id of the guest is ever used.
 
 mod copy;
-mod frames;
 mod resources;
 pub mod stats;
+mod wire;
 
 pub use self::copy::Copying;
 
@@ -26,15 +26,17 @@ use bulkhead_agent_api::{
     cause,
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use serde::{Deserialize, Serialize};
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{
     Code,
     r#async::{Client, transport::Socket},
 };
 
-use self::frames::Bounded;
+use self::wire::Wire;
 use crate::{
-    error::{Error, Result},
+    carry::Bag,
+    error::{Error, Result, host},
     io::read_line,
     names::{ContainerId, ExecId},
 };
@@ -103,11 +105,19 @@ pub struct Ended {
 #[derive(Clone)]
 pub struct Agent {
     client: AgentClient,
+    wire: Wire,
+    limits: Limits,
+}
+
+/// What goes along of it when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Carried {
+    wire: wire::Carried,
     limits: Limits,
 }
 
 /// Time for the agent's answers.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Limits {
     /// To Create, which mounts and may meet a guest that is still waking up.
     pub create: Duration,
@@ -137,10 +147,39 @@ impl Agent {
                 GREETING.trim_end()
             )));
         }
-        let client = Client::new(Socket::new(Bounded::new(stream)));
-        Ok(Agent {
+        Ok(Agent::over(Wire::new(stream), limits))
+    }
+
+    fn over(wire: Wire, limits: Limits) -> Self {
+        let client = Client::new(Socket::new(wire.clone()));
+        Agent {
             client: AgentClient::new(client),
+            wire,
             limits,
+        }
+    }
+
+    /// Goes on with the connection of the program before this one.
+    pub(crate) fn unpack(carried: Carried) -> Result<Self> {
+        let wire = Wire::unpack(carried.wire).map_err(host("take over the agent's connection"))?;
+        Ok(Agent::over(wire, carried.limits))
+    }
+
+    /// Is a message under way? Then it cannot be [carried](Agent::carry).
+    pub(crate) fn is_busy(&self) -> bool {
+        self.wire.is_busy()
+    }
+
+    /// How many answers have come.
+    pub(crate) fn heard(&self) -> u64 {
+        self.wire.heard()
+    }
+
+    /// What goes along when the program changes.
+    pub(crate) fn carry(&self, bag: &mut Bag) -> std::io::Result<Carried> {
+        Ok(Carried {
+            wire: self.wire.carry(bag)?,
+            limits: self.limits,
         })
     }
 
@@ -428,14 +467,11 @@ mod tests {
     #[tokio::test]
     async fn a_silent_agent_meets_the_deadline_f35() {
         let (_guest, host) = UnixStream::pair().unwrap();
-        let client = Client::new(Socket::new(Bounded::new(host)));
-        let agent = Agent {
-            client: AgentClient::new(client),
-            limits: Limits {
-                create: Duration::from_millis(50),
-                request: Duration::from_millis(50),
-            },
+        let limits = Limits {
+            create: Duration::from_millis(50),
+            request: Duration::from_millis(50),
         };
+        let agent = Agent::over(Wire::new(host), limits);
         let name = ProcessName {
             container: ContainerId::new("c").unwrap(),
             exec: None,
@@ -455,14 +491,11 @@ mod tests {
     #[tokio::test]
     async fn a_lost_connection_is_reported_at_once_f34() {
         let (guest, host) = UnixStream::pair().unwrap();
-        let client = Client::new(Socket::new(Bounded::new(host)));
-        let agent = Agent {
-            client: AgentClient::new(client),
-            limits: Limits {
-                create: Duration::from_secs(10),
-                request: Duration::from_secs(10),
-            },
+        let limits = Limits {
+            create: Duration::from_secs(10),
+            request: Duration::from_secs(10),
         };
+        let agent = Agent::over(Wire::new(host), limits);
         drop(guest);
         let name = ProcessName {
             container: ContainerId::new("c").unwrap(),

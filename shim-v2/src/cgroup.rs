@@ -34,10 +34,12 @@ use rustix::{
     fs::{XattrFlags, getxattr, setxattr, statfs},
     io::Errno,
 };
+use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
 pub use self::place::Place;
 use crate::{
+    carry::{Bag, CarriedFd},
     error::{Error, Result},
     mount,
 };
@@ -76,6 +78,20 @@ pub struct Cgroup {
     record: PathBuf,
 }
 
+/// What goes along of a [`Cgroup`] when the program changes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    dirs: Vec<PathBuf>,
+    record: PathBuf,
+}
+
+/// What goes along of an [`Entrance`].
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct CarriedEntrance {
+    unified: Option<CarriedFd>,
+    procs: Vec<CarriedFd>,
+}
+
 /// The way into a [`Cgroup`]; it leads nowhere once that is removed.
 #[derive(Debug, Default)]
 pub struct Entrance {
@@ -99,6 +115,29 @@ impl Entrance {
             procs.write_all(b"0")?;
         }
         Ok(())
+    }
+
+    /// That of the program before this one.
+    pub(crate) fn unpack(carried: CarriedEntrance) -> io::Result<Self> {
+        let procs = carried
+            .procs
+            .into_iter()
+            .map(|fd| fd.take().map(File::from));
+        let procs: io::Result<_> = procs.collect();
+        Ok(Entrance {
+            unified: carried.unified.map(CarriedFd::take).transpose()?,
+            procs: procs?,
+        })
+    }
+
+    /// What goes along when the program changes.
+    pub(crate) fn carry(&self, bag: &mut Bag) -> io::Result<CarriedEntrance> {
+        let unified = self.unified.as_ref().map(|dir| bag.put(dir)).transpose()?;
+        let procs: io::Result<_> = self.procs.iter().map(|procs| bag.put(procs)).collect();
+        Ok(CarriedEntrance {
+            unified,
+            procs: procs?,
+        })
     }
 
     /// One more.
@@ -167,6 +206,23 @@ impl Cgroup {
             info!("this host cannot limit the tasks of a cgroup");
         }
         Ok(cgroup)
+    }
+
+    /// That of the program before this one, and the way into it.
+    pub(crate) fn unpack(carried: Carried, entrance: Entrance) -> Self {
+        Cgroup {
+            dirs: carried.dirs,
+            entrance,
+            record: carried.record,
+        }
+    }
+
+    /// What goes along when the program changes.
+    pub(crate) fn carry(&self) -> Carried {
+        Carried {
+            dirs: self.dirs.clone(),
+            record: self.record.clone(),
+        }
     }
 
     /// The way in.

@@ -14,17 +14,16 @@ use std::{
     },
     path::Path,
     process::ExitStatus,
-    ptr,
 };
 
-use libc::c_char;
 use rustix::{
     io::{Errno, fcntl_dupfd_cloexec},
-    process::{Pid, Signal, WaitOptions, waitpid},
+    process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, waitpid},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
 use crate::{
+    carry::pointers,
     cgroup::Entrance,
     inherit,
     statedir::{ended, signal},
@@ -179,6 +178,28 @@ impl Child {
         told(failure).map(|()| child)
     }
 
+    /// A child that the program before this one has started in the same process, and not
+    /// reaped: so its number is still its own.
+    pub(crate) fn adopt(pid: i32) -> io::Result<Child> {
+        let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidData)?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        let is_ours = |stat: String| -> Option<bool> {
+            // The name, in parentheses, may contain anything.
+            let (_, fields) = stat.rsplit_once(')')?;
+            let parent: u32 = fields.split_whitespace().nth(1)?.parse().ok()?;
+            Some(parent == std::process::id())
+        };
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))?;
+        if is_ours(stat) != Some(true) {
+            return Err(Errno::CHILD.into());
+        }
+        Ok(Child {
+            pid,
+            pidfd,
+            reaped: false,
+        })
+    }
+
     /// Its number.
     pub(crate) fn pid(&self) -> i32 {
         self.pid.as_raw_nonzero().get()
@@ -235,12 +256,6 @@ impl Drop for Child {
 /// One more of a descriptor, away from the numbers of a program.
 fn aside(fd: BorrowedFd<'_>) -> Result<OwnedFd, Failure> {
     fcntl_dupfd_cloexec(fd, ASIDE).map_err(|error| Failure::Birth(error.into()))
-}
-
-/// An array as execve(2) takes it, valid as long as `texts`.
-fn pointers(texts: &[CString]) -> Vec<*const c_char> {
-    let pointers = texts.iter().map(|text| text.as_ptr());
-    pointers.chain([ptr::null()]).collect()
 }
 
 /// Why the child did not become its program; waits until it has or has not.

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::options::Source;
@@ -61,7 +61,7 @@ pub enum Error {
 }
 
 /// The administrator's settings.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// Directory of `vmlinux`, the root image and their manifest.
     pub assets_dir: PathBuf,

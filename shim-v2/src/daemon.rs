@@ -21,6 +21,8 @@ use containerd_shim_protos::{
     protobuf::Message,
     ttrpc::r#async::{Server, transport::Listener},
 };
+use futures::{StreamExt, stream};
+use serde::{Deserialize, Serialize};
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -30,6 +32,8 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
+    callers::{self, Callers, Connection},
+    carry::{self, CarriedFd},
     cgroup,
     error::{Error, Result, host},
     events::Publisher,
@@ -39,11 +43,12 @@ use crate::{
     log,
     names::{GroupId, Namespace},
     options::{self, Options},
-    pod::{Parts, Pod},
+    pod::{self, Parts, Pod},
     settings::Settings,
     share::{Share, enter_private_namespace},
     statedir::{Held, StateDir},
     task::TaskService,
+    upgrade::Successor,
     vm::Kvm,
 };
 
@@ -59,8 +64,60 @@ const UNUSED: Duration = Duration::from_secs(600);
 /// Time for the last answers to leave.
 const CLOSE: Duration = Duration::from_millis(500);
 
-/// Runs the daemon in the current directory, the bundle.
+/// Runs the daemon in the current directory, the bundle; or goes on with that of another
+/// program in the same process.
 pub fn run(flags: &Flags) -> Result<()> {
+    let taken = carry::received().map_err(host("take over from the program before"))?;
+    let begun = match taken {
+        Some(carried) => resume(flags, carried)?,
+        None => begin(flags)?,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(host("start the runtime"))?;
+    let result = runtime.block_on(serve(begun));
+    // What still blocks in a thread (a mount on a dead server) must not keep the
+    // process.
+    runtime.shutdown_timeout(CLOSE);
+    result
+}
+
+/// What the daemon found at its start.
+#[derive(Debug)]
+struct Begun {
+    namespace: Namespace,
+    settings: Arc<Settings>,
+    held: Held,
+    listener: StdListener,
+    socket: Option<PathBuf>,
+    outside: Arc<Host>,
+    /// Its own program.
+    own: PathBuf,
+    /// What was going on already.
+    carried: Option<Going>,
+}
+
+/// What goes along when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    pub(crate) log: log::Carried,
+    pub(crate) own: PathBuf,
+    pub(crate) settings: Settings,
+    pub(crate) listener: CarriedFd,
+    pub(crate) socket: Option<PathBuf>,
+    pub(crate) outside: CarriedFd,
+    pub(crate) going: Going,
+}
+
+/// What is going on.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Going {
+    pub(crate) callers: Vec<callers::Carried>,
+    pub(crate) pod: pod::Carried,
+}
+
+fn begin(flags: &Flags) -> Result<Begun> {
     let namespace = Namespace::new(&flags.namespace)?;
     let group = GroupId::new(&flags.id)?;
     let listener = inherited_listener()?;
@@ -69,6 +126,7 @@ pub fn run(flags: &Flags) -> Result<()> {
         .ok()
         .and_then(|address| address.as_pathname().map(Path::to_owned));
     let bundle = std::env::current_dir().map_err(host("find the bundle"))?;
+    let own = std::env::current_exe().map_err(host("find the shim's own file"))?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     let outside = Host::here()?;
     enter_private_namespace()?;
@@ -100,87 +158,137 @@ pub fn run(flags: &Flags) -> Result<()> {
         })?;
     // The bundle may go before the daemon does.
     std::env::set_current_dir("/").map_err(host("leave the bundle"))?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(host("start the runtime"))?;
-    let given = Given {
+    Ok(Begun {
+        namespace,
+        settings,
+        held,
+        listener,
+        socket,
+        outside: Arc::new(outside),
+        own,
+        carried: None,
+    })
+}
+
+/// Takes over from the program before this one in the same process.
+fn resume(flags: &Flags, carried: Carried) -> Result<Begun> {
+    log::unpack(carried.log);
+    let failed = host("take over from the program before");
+    let namespace = Namespace::new(&flags.namespace)?;
+    let group = GroupId::new(&flags.id)?;
+    let parts = || -> io::Result<_> {
+        Ok((
+            StateDir::of(&namespace, &group).unpack()?,
+            StdListener::from(carried.listener.take()?),
+            Host::unpack(carried.outside.take()?),
+        ))
+    };
+    let (held, listener, outside) = parts().map_err(failed)?;
+    Ok(Begun {
+        settings: Arc::new(carried.settings),
+        held,
+        listener,
+        socket: carried.socket,
+        outside: Arc::new(outside),
+        own: carried.own,
+        carried: Some(carried.going),
+        namespace,
+    })
+}
+
+async fn serve(begun: Begun) -> Result<()> {
+    let Begun {
+        namespace,
+        settings,
+        held,
+        listener,
+        socket,
+        outside,
+        own,
+        carried,
+    } = begun;
+    let held = Arc::new(held);
+    let taken = carried.is_some();
+    let (callers, carried) = match carried {
+        Some(going) => (going.callers, Some(going.pod)),
+        None => (Vec::new(), None),
+    };
+    let share = match &carried {
+        None => Share::mount(&held.dir().share())?,
+        Some(_) => Share::unpack(&held.dir().share()),
+    };
+    let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+    let (events, carried) = match carried {
+        None => (Vec::new(), None),
+        Some(mut pod) => (std::mem::take(&mut pod.events), Some(pod)),
+    };
+    let events = Publisher::unpack(&namespace, &address, events);
+    let hypervisor = Arc::new(Kvm {
+        settings: Arc::clone(&settings),
+        dir: held.dir().clone(),
+    });
+    let parts = Parts {
         streams: StreamHost {
             namespace: namespace.clone(),
             mounts: Some(outside.mounts()),
             hub: Hub::new(socket.clone()),
         },
         namespace,
-        settings,
-        held: Arc::new(held),
-        socket,
-        outside: Arc::new(outside),
-    };
-    let result = runtime.block_on(serve(listener, given));
-    // What still blocks in a thread (a mount on a dead server) must not keep the
-    // process.
-    runtime.shutdown_timeout(CLOSE);
-    result
-}
-
-/// What the daemon found at its start.
-#[derive(Debug)]
-struct Given {
-    namespace: Namespace,
-    settings: Arc<Settings>,
-    held: Arc<Held>,
-    socket: Option<PathBuf>,
-    outside: Arc<Host>,
-    streams: StreamHost,
-}
-
-async fn serve(listener: StdListener, given: Given) -> Result<()> {
-    let Given {
-        namespace,
-        settings,
-        held,
-        socket,
-        outside,
-        streams,
-    } = given;
-    let share = Share::mount(&held.dir().share())?;
-    let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
-    let events = Publisher::new(&namespace, &address);
-    let hypervisor = Arc::new(Kvm {
         settings: Arc::clone(&settings),
-        dir: held.dir().clone(),
-    });
-    let pod = Pod::new(Parts {
-        namespace,
-        settings,
-        dir: held,
+        dir: Arc::clone(&held),
         share,
         events,
         hypervisor,
-        host: outside,
-        streams,
-    });
+        host: Arc::clone(&outside),
+    };
+    let pod = match carried {
+        None => Pod::new(parts),
+        Some(carried) => Pod::unpack(parts, carried)?,
+    };
     let end = Arc::new(Notify::new());
-    let service = TaskService::new(Arc::clone(&pod), socket, Arc::clone(&end));
+    let service = TaskService::new(Arc::clone(&pod), socket.clone(), Arc::clone(&end));
+    let services = service.clone().services();
+    let connections = Callers::of(&services);
+    let again = connections.unpack(callers);
+    let again = again.map_err(host("take over the connections of callers"))?;
     listener
         .set_nonblocking(true)
         .map_err(host("make the socket non-blocking"))?;
+    let own_listener = listener
+        .try_clone()
+        .map_err(host("keep the socket for who comes next"))?;
     let listener = UnixListener::from_std(listener).map_err(host("watch the socket"))?;
     let mut server = Server::new()
-        .add_listener(only_root(listener))
-        .register_service(service.clone().services());
+        .add_listener(only_root(again, listener, connections.clone()))
+        .register_service(services)
+        .register_service(callers::refusals());
+    let mut term = signal(SignalKind::terminate()).map_err(host("watch SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(host("watch SIGINT"))?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(host("watch SIGHUP"))?;
+    // Other shims take them as a wish to log what they do.
+    let mut dump = signal(SignalKind::user_defined1()).map_err(host("watch SIGUSR1"))?;
+    let _user2 = signal(SignalKind::user_defined2()).map_err(host("watch SIGUSR2"))?;
     server
         .start()
         .await
         .map_err(|error| host("serve")(io::Error::other(error)))?;
-    let mut term = signal(SignalKind::terminate()).map_err(host("watch SIGTERM"))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(host("watch SIGINT"))?;
-    // The end of whoever started us is no reason to end.
-    let _hangup = signal(SignalKind::hangup()).map_err(host("watch SIGHUP"))?;
-    // Other shims take them as a wish to log what they do.
-    let mut dump = signal(SignalKind::user_defined1()).map_err(host("watch SIGUSR1"))?;
-    let _user2 = signal(SignalKind::user_defined2()).map_err(host("watch SIGUSR2"))?;
-    say_ready()?;
+    let successor = Successor {
+        own,
+        settings,
+        listener: own_listener,
+        socket,
+        outside,
+        callers: connections,
+        pod: Arc::clone(&pod),
+        held,
+    };
+    match taken {
+        false => say_ready()?,
+        true => {
+            carry::listens().map_err(host("listen to signals"))?;
+            successor.record(None).await;
+        }
+    }
     tokio::select! {
         () = end.notified() => {}
         _ = term.recv() => {
@@ -196,6 +304,7 @@ async fn serve(listener: StdListener, given: Given) -> Result<()> {
             service.stop().await;
         }
         () = async { while dump.recv().await.is_some() { pod.log_state() } } => {}
+        () = async { while hangup.recv().await.is_some() { successor.take_over().await } } => {}
     }
     let _ = timeout(CLOSE, server.shutdown()).await;
     info!("shim ends");
@@ -212,27 +321,29 @@ pub(crate) async fn unused(pod: &Pod) {
     }
 }
 
-/// Connections of the shim's own user; others are closed unheard.
-fn only_root(listener: UnixListener) -> Listener {
+/// Connections that were there, and new ones of the shim's own user; others are closed
+/// unheard.
+fn only_root(again: Vec<Connection>, listener: UnixListener, callers: Callers) -> Listener {
     let own = rustix::process::geteuid().as_raw();
-    Listener::new(futures::stream::unfold(
-        listener,
-        move |listener| async move {
-            loop {
-                match listener.accept().await {
-                    Ok((stream, _)) => match stream.peer_cred() {
-                        Ok(peer) if peer.uid() == own => return Some((Ok(stream), listener)),
-                        _ => warn!("a connection of another user was closed"),
-                    },
-                    Err(error) => {
-                        // Out of descriptors: some will be closed.
-                        warn!(%error, "cannot accept a connection");
-                        sleep(Duration::from_millis(50)).await;
+    let new = futures::stream::unfold((listener, callers), move |(listener, callers)| async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => match stream.peer_cred() {
+                    Ok(peer) if peer.uid() == own => {
+                        let connection = callers.connection(stream);
+                        return Some((Ok(connection), (listener, callers)));
                     }
+                    _ => warn!("a connection of another user was closed"),
+                },
+                Err(error) => {
+                    // Out of descriptors: some will be closed.
+                    warn!(%error, "cannot accept a connection");
+                    sleep(Duration::from_millis(50)).await;
                 }
             }
-        },
-    ))
+        }
+    });
+    Listener::new(stream::iter(again.into_iter().map(Ok)).chain(new))
 }
 
 fn inherited_listener() -> Result<StdListener> {

@@ -15,6 +15,7 @@ use std::{
 use bulkhead_agent_api::agent::RootDisk;
 use containerd_shim_protos::api::Mount;
 use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::{
@@ -32,7 +33,7 @@ const PASSED: [&str; 4] = ["noatime", "nodiratime", "relatime", "discard"];
 const OF_THE_HOST: [&str; 2] = ["loop", "nouuid"];
 
 /// A disk as the caller describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Disk {
     path: PathBuf,
     filesystem: String,
@@ -137,6 +138,13 @@ fn refused(path: &Path, reason: &str) -> Error {
     }
 }
 
+/// What goes along of a disk when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    device: u8,
+    disk: Disk,
+}
+
 /// A disk that a guest has. Dropped, it is taken away, without waiting for that.
 #[derive(Debug)]
 pub struct Attached {
@@ -146,6 +154,23 @@ pub struct Attached {
 }
 
 impl Attached {
+    /// One that the guest has from the program before this one.
+    pub(crate) fn unpack(carried: Carried, guest: &Arc<dyn Guest>) -> Self {
+        Attached {
+            device: carried.device,
+            disk: carried.disk,
+            guest: Some(Arc::clone(guest)),
+        }
+    }
+
+    /// What goes along when the program changes.
+    pub(crate) fn carry(&self) -> Carried {
+        Carried {
+            device: self.device,
+            disk: self.disk.clone(),
+        }
+    }
+
     /// What the guest is told of it.
     #[must_use]
     pub fn message(&self) -> RootDisk {

@@ -104,6 +104,9 @@ pub enum Error {
     /// Whoever wanted the copy has gone.
     #[error("The caller has given the copy up")]
     GivenUp,
+    /// What is under way must come to its end first.
+    #[error("This must come to its end first: {0}")]
+    Busy(String),
     /// A host path that cannot be used.
     #[error("Cannot {action} {}", path.display())]
     Path {
@@ -204,6 +207,7 @@ impl Error {
             | Error::Config(_)
             | Error::Assets(_)
             | Error::Hook { .. }
+            | Error::Busy(_)
             | Error::Kvm { .. } => Code::FAILED_PRECONDITION,
             Error::Unsupported(_) | Error::NoTransfer(_) => Code::UNIMPLEMENTED,
             Error::TooManyCopies(_) => Code::RESOURCE_EXHAUSTED,

@@ -8,7 +8,15 @@
 //! drops the newest event and says so, and whoever does not accept a connection is
 //! a containerd that is away.
 
-use std::{collections::HashMap, io, sync::Mutex, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use containerd_shim_protos::{
     events::task::{
@@ -23,9 +31,10 @@ use containerd_shim_protos::{
     shim_async::{Client, EventsClient},
     topics,
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     net::UnixStream,
-    sync::mpsc,
+    sync::Notify,
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
@@ -33,6 +42,7 @@ use tracing::{debug, warn};
 use ttrpc::r#async::transport::Socket;
 
 use crate::{
+    carry::Bytes,
     lock::lock,
     names::{Namespace, plain_address},
 };
@@ -69,12 +79,19 @@ pub enum Event {
     Paused(TaskPaused),
     /// It goes on.
     Resumed(TaskResumed),
+    /// What the program before this one was to tell.
+    Carried {
+        /// Its topic.
+        topic: String,
+        /// What is told.
+        payload: Any,
+    },
 }
 
 impl Event {
     /// The topic on which it is published.
     #[must_use]
-    pub fn topic(&self) -> &'static str {
+    pub fn topic(&self) -> &str {
         match self {
             Event::Create(_) => topics::TASK_CREATE_EVENT_TOPIC,
             Event::Start(_) => topics::TASK_START_EVENT_TOPIC,
@@ -85,6 +102,7 @@ impl Event {
             Event::Delete(_) => topics::TASK_DELETE_EVENT_TOPIC,
             Event::Paused(_) => topics::TASK_PAUSED_EVENT_TOPIC,
             Event::Resumed(_) => topics::TASK_RESUMED_EVENT_TOPIC,
+            Event::Carried { topic, .. } => topic,
         }
     }
 
@@ -106,6 +124,7 @@ impl Event {
             Event::Delete(message) => any(message),
             Event::Paused(message) => any(message),
             Event::Resumed(message) => any(message),
+            Event::Carried { payload, .. } => payload.clone(),
         }
     }
 }
@@ -123,17 +142,92 @@ pub fn task_io(stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> TaskI
 }
 
 /// An event in the queue.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Queued {
     at: Timestamp,
     since: Instant,
     event: Event,
 }
 
+/// What waits to be told, in order. The first one stays until it is taken.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    waiting: Mutex<VecDeque<Queued>>,
+    news: Notify,
+    closed: AtomicBool,
+    /// The first one is being told.
+    telling: AtomicBool,
+}
+
+impl Queue {
+    /// The first one; `None` once the queue is closed and empty.
+    async fn first(&self) -> Option<Queued> {
+        loop {
+            let first = lock(&self.waiting).front().cloned();
+            if first.is_some() || self.closed.load(Ordering::SeqCst) {
+                return first;
+            }
+            self.news.notified().await;
+        }
+    }
+
+    /// Takes the first one out.
+    pub(crate) fn take(&self) -> Option<Event> {
+        lock(&self.waiting).pop_front().map(|queued| queued.event)
+    }
+}
+
+/// What goes along of one event when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    seconds: i64,
+    nanos: i32,
+    age: Duration,
+    topic: String,
+    type_url: String,
+    value: Bytes,
+}
+
+impl Carried {
+    fn of(queued: &Queued) -> Self {
+        let payload = queued.event.payload();
+        Carried {
+            seconds: queued.at.seconds,
+            nanos: queued.at.nanos,
+            age: queued.since.elapsed(),
+            topic: queued.event.topic().to_owned(),
+            type_url: payload.type_url,
+            value: payload.value,
+        }
+    }
+
+    fn queued(self) -> Queued {
+        let now = Instant::now();
+        let payload = Any {
+            type_url: self.type_url,
+            value: self.value,
+            ..Any::default()
+        };
+        Queued {
+            at: Timestamp {
+                seconds: self.seconds,
+                nanos: self.nanos,
+                ..Timestamp::default()
+            },
+            since: now.checked_sub(self.age).unwrap_or(now),
+            event: Event::Carried {
+                topic: self.topic,
+                payload,
+            },
+        }
+    }
+}
+
 /// The end of the queue that events are put into.
 #[derive(Debug)]
 pub struct Publisher {
-    queue: Mutex<Option<mpsc::Sender<Queued>>>,
+    /// `None`: nobody is told.
+    queue: Option<Arc<Queue>>,
     writer: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -141,51 +235,73 @@ impl Publisher {
     /// Starts the writer. `address` is that of containerd's ttrpc socket.
     #[must_use]
     pub fn new(namespace: &Namespace, address: &str) -> Self {
+        Self::unpack(namespace, address, Vec::new())
+    }
+
+    /// The same, with what the program before this one was to tell first.
+    pub(crate) fn unpack(namespace: &Namespace, address: &str, carried: Vec<Carried>) -> Self {
         if address.is_empty() {
             return Publisher {
-                queue: None.into(),
+                queue: None,
                 writer: None.into(),
             };
         }
-        let (publisher, events) = Self::channel();
+        let (publisher, queue) = Self::channel();
+        lock(&queue.waiting).extend(carried.into_iter().map(Carried::queued));
         let containerd = Containerd {
             namespace: namespace.to_string(),
             address: plain_address(address).to_owned(),
             client: None,
         };
-        *lock(&publisher.writer) = Some(tokio::spawn(containerd.write(events)));
+        *lock(&publisher.writer) = Some(tokio::spawn(containerd.write(queue)));
         publisher
     }
 
     /// A queue, and the end from which events are taken.
-    pub(crate) fn channel() -> (Self, mpsc::Receiver<Queued>) {
-        let (queue, events) = mpsc::channel(QUEUE);
+    pub(crate) fn channel() -> (Self, Arc<Queue>) {
+        let queue = Arc::<Queue>::default();
         let publisher = Publisher {
-            queue: Some(queue).into(),
+            queue: Some(Arc::clone(&queue)),
             writer: None.into(),
         };
-        (publisher, events)
+        (publisher, queue)
     }
 
     /// Puts an event into the queue.
     pub fn publish(&self, event: Event) {
-        let topic = event.topic();
-        debug!(topic, "event");
-        let queue = lock(&self.queue);
-        let Some(queue) = queue.as_ref() else { return };
-        let queued = Queued {
+        debug!(topic = event.topic(), "event");
+        let Some(queue) = &self.queue else { return };
+        let mut waiting = lock(&queue.waiting);
+        if waiting.len() >= QUEUE || queue.closed.load(Ordering::SeqCst) {
+            warn!(topic = event.topic(), "event dropped: the queue is full");
+            return;
+        }
+        waiting.push_back(Queued {
             at: Timestamp::now(),
             since: Instant::now(),
             event,
-        };
-        if queue.try_send(queued).is_err() {
-            warn!(topic, "event dropped: the queue is full");
-        }
+        });
+        queue.news.notify_one();
+    }
+
+    /// Is one being told just now?
+    pub(crate) fn is_busy(&self) -> bool {
+        let telling = |queue: &Arc<Queue>| queue.telling.load(Ordering::SeqCst);
+        self.queue.as_ref().is_some_and(telling)
+    }
+
+    /// What goes along when the program changes. It must not be [busy](Publisher::is_busy).
+    pub(crate) fn carry(&self) -> Vec<Carried> {
+        let waiting = |queue: &Arc<Queue>| lock(&queue.waiting).iter().map(Carried::of).collect();
+        self.queue.as_ref().map_or_else(Vec::new, waiting)
     }
 
     /// Ends the queue and waits until it is empty, at most `limit`.
     pub async fn flush(&self, limit: Duration) {
-        lock(&self.queue).take();
+        if let Some(queue) = &self.queue {
+            queue.closed.store(true, Ordering::SeqCst);
+            queue.news.notify_one();
+        }
         let writer = lock(&self.writer).take();
         if let Some(writer) = writer
             && timeout(limit, writer).await.is_err()
@@ -203,19 +319,22 @@ struct Containerd {
 }
 
 impl Containerd {
-    async fn write(mut self, mut events: mpsc::Receiver<Queued>) {
-        while let Some(queued) = events.recv().await {
-            let topic = queued.event.topic();
-            if let Err(error) = self.deliver(queued).await {
+    async fn write(mut self, queue: Arc<Queue>) {
+        while let Some(queued) = queue.first().await {
+            if let Err(error) = self.deliver(&queued, &queue.telling).await {
+                let topic = queued.event.topic();
                 warn!(topic, %error, "event dropped: containerd does not take it");
             }
+            queue.take();
+            queue.telling.store(false, Ordering::SeqCst);
         }
     }
 
-    async fn deliver(&mut self, queued: Queued) -> ttrpc::Result<()> {
+    /// Leaves `telling` true if it was taken, or given up.
+    async fn deliver(&mut self, queued: &Queued, telling: &AtomicBool) -> ttrpc::Result<()> {
         let request = ForwardRequest {
             envelope: MessageField::some(Envelope {
-                timestamp: MessageField::some(queued.at),
+                timestamp: MessageField::some(queued.at.clone()),
                 namespace: self.namespace.clone(),
                 topic: queued.event.topic().to_owned(),
                 event: MessageField::some(queued.event.payload()),
@@ -226,6 +345,7 @@ impl Containerd {
         let (mut pause, longest) = PAUSES;
         let mut offers = 0;
         loop {
+            telling.store(true, Ordering::SeqCst);
             let error = match self.forward(&request).await {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
@@ -238,6 +358,7 @@ impl Containerd {
             }
             debug!(%error, "event not taken");
             self.client = None;
+            telling.store(false, Ordering::SeqCst);
             sleep(pause).await;
             pause = (pause * 2).min(longest);
         }

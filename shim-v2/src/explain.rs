@@ -17,7 +17,7 @@ use crate::{
     error::{Error, Result, host},
     names::{ContainerId, Namespace},
     spec::{self, Prepared},
-    statedir::{RUN_DIR, kept},
+    statedir::{StateDir, kept},
 };
 
 /// What became of the specification of one container.
@@ -76,16 +76,13 @@ impl Explanation {
     /// only a shim needs.
     pub fn find(id: &ContainerId) -> Result<Vec<Self>> {
         let mut found = Vec::new();
-        for namespace in below(Path::new(RUN_DIR)) {
-            for pod in below(&namespace) {
-                let path = kept::file(&pod, id);
-                if path.exists() {
-                    found.push(Explanation {
-                        poststop: Vec::new(),
-                        annotations: BTreeMap::new(),
-                        ..Self::read(&path)?
-                    });
-                }
+        for pod in StateDir::everywhere() {
+            if pod.has(id) {
+                found.push(Explanation {
+                    poststop: Vec::new(),
+                    annotations: BTreeMap::new(),
+                    ..Self::read(&kept::file(pod.path(), id))?
+                });
             }
         }
         Ok(found)
@@ -106,12 +103,4 @@ impl Explanation {
     pub fn to_json(&self) -> Result<Vec<u8>> {
         serde_json::to_vec_pretty(self).map_err(host("write JSON"))
     }
-}
-
-/// What is in a directory; nothing if there is none.
-fn below(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
-    paths.sort();
-    paths
 }

@@ -16,6 +16,8 @@ pub enum Action {
     Info,
     /// Print the version.
     Version,
+    /// Print what can be taken over from a program that serves.
+    Carries,
     /// Serve: what `start` runs in the background.
     #[default]
     Serve,
@@ -90,6 +92,7 @@ impl Flags {
                         flags.action = Action::Version;
                     }
                 }
+                "carries" => flags.action = Action::Carries,
                 "info" => {
                     if boolean(&name, inline.as_deref())? {
                         flags.action = Action::Info;
@@ -173,6 +176,7 @@ mod tests {
         assert_eq!(parse("-v").unwrap().action, Action::Version);
         assert_eq!(parse("-version").unwrap().action, Action::Version);
         assert_eq!(parse("-info").unwrap().action, Action::Info);
+        assert_eq!(parse("-carries").unwrap().action, Action::Carries);
         assert_eq!(
             parse("-namespace=n -id=start").unwrap().action,
             Action::Serve

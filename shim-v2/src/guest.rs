@@ -4,18 +4,19 @@
 //! knows these two traits and nothing of KVM. The product's side is
 //! [`vm`](crate::vm); the tests put the agent's service into their own process.
 
-use std::{fmt::Debug, fs::File, os::fd::BorrowedFd, sync::Arc, time::Duration};
+use std::{fmt::Debug, fs::File, io, os::fd::BorrowedFd, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use tokio::time::timeout;
 
 use crate::{
     agent::Agent,
+    carry::Bag,
     cgroup::Place,
     error::Result,
     io::Dialer,
     statedir::HostProcess,
-    vm::{Size, holder::Holder, vmm::End},
+    vm::{Carried, Size, holder::Holder, vmm::End},
 };
 
 /// Time for the guest's end to be seen after its agent said farewell.
@@ -32,6 +33,9 @@ pub trait Boots: Debug + Send + Sync {
         oom_score_adj: i32,
         cgroup: Option<Place>,
     ) -> Result<Arc<dyn Guest>>;
+
+    /// Goes on with the guest of the program before this one.
+    fn unpack(&self, carried: Carried) -> Result<Arc<dyn Guest>>;
 }
 
 /// A running guest. Dropping it kills it.
@@ -57,6 +61,9 @@ pub trait Guest: Debug + Send + Sync {
     /// in the pod's own network namespace, or in another one. For the thread only that
     /// the shim lives by.
     fn hold(&self, label: &str, network: Option<BorrowedFd<'_>>) -> Result<Holder>;
+
+    /// What goes along when the program changes; `None` while something is under way.
+    fn carry(&self, bag: &mut Bag) -> io::Result<Option<Carried>>;
 
     /// Kills it: always possible, needs no answer.
     fn kill(&self);

@@ -66,6 +66,13 @@ impl Host {
         })
     }
 
+    /// That of the program before this one.
+    pub(crate) fn unpack(mounts: OwnedFd) -> Self {
+        Host {
+            mounts: Arc::new(mounts),
+        }
+    }
+
     /// The mount namespace.
     #[must_use]
     pub fn mounts(&self) -> Arc<OwnedFd> {

@@ -11,6 +11,7 @@
 //! ([`streaming`]). [`dialer`] makes the connections to the guest.
 
 mod dialer;
+mod input;
 mod logger;
 mod open;
 mod output;
@@ -20,15 +21,16 @@ mod target;
 use std::{
     io,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use bulkhead_agent_api::agent;
-use rustix::fs::OFlags;
+use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{UnixStream, unix::pipe},
     sync::{Notify, watch},
     task::{AbortHandle, JoinSet},
     time::timeout,
@@ -41,14 +43,15 @@ pub use self::{
     logger::Patience,
 };
 use self::{
+    input::Input,
     logger::Logger,
-    open::open_fifo,
     output::{Opened, Output},
-    streaming::{Hub, Inlet},
+    streaming::Hub,
     target::{Target, refused},
 };
 use crate::{
-    error::{Error, Result},
+    carry::{Bag, CarriedFd},
+    error::{Error, Result, host},
     lock::lock,
     names::Namespace,
 };
@@ -57,7 +60,7 @@ use crate::{
 const BUFFER: usize = 64 << 10;
 
 /// The streams as the caller named them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stdio {
     /// For the process to read from.
     pub stdin: String,
@@ -111,11 +114,25 @@ pub struct Streams {
     /// True once stdin shall end.
     stdin_closing: watch::Sender<bool>,
     /// From when on stdin is read.
-    stdin_begins: Arc<Notify>,
-    stdin: Option<AbortHandle>,
-    outputs: watch::Receiver<usize>,
+    stdin_begins: Arc<Begins>,
+    stdin: Option<(AbortHandle, Arc<input::Slot>)>,
+    outputs: Vec<Arc<output::Slot>>,
+    outputs_open: watch::Receiver<usize>,
+    /// Some of them are streams of containerd's.
+    streamed: bool,
     tasks: Mutex<JoinSet<()>>,
     loggers: Mutex<Vec<Logger>>,
+}
+
+/// What goes along of the streams of one process when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    stdin: Option<input::Carried>,
+    stdin_held: Option<CarriedFd>,
+    stdin_closing: bool,
+    stdin_begun: bool,
+    outputs: Vec<output::Carried>,
+    loggers: Vec<logger::Carried>,
 }
 
 impl Streams {
@@ -147,17 +164,13 @@ impl Streams {
         let (outputs, loggers) = open_outputs(stdout, stderr, id, host).await?;
         let opened = usize::from(input.is_some()) + outputs.iter().flatten().count();
         let room = dialer.reserve(u32::try_from(opened).unwrap_or(0)).await;
-        let mut tasks = JoinSet::new();
         let mut stdin = None;
-        let stdin_begins = Arc::new(Notify::new());
         if let Some(input) = input {
             let (id, stream) = dialer.stream().await?;
             told.stdin = id;
-            let begins = Arc::clone(&stdin_begins);
-            stdin = Some(tasks.spawn(relay_in(begins, input, stream)));
+            stdin = Some(input::Flow::new(input, stream));
         }
-        let (count, open) = watch::channel(0_usize);
-        let count = Arc::new(count);
+        let mut flows = Vec::new();
         for (output, told) in outputs
             .into_iter()
             .zip([&mut told.stdout, &mut told.stderr])
@@ -165,24 +178,108 @@ impl Streams {
             let Some(output) = output else { continue };
             let (id, stream) = dialer.stream().await?;
             *told = id;
-            count.send_modify(|open| *open += 1);
-            tasks.spawn(relay_out(id, stream, output, Arc::clone(&count)));
+            flows.push(output::Flow::new(stream, output));
         }
-        let streams = Streams {
-            stdin_held: held.into(),
+        let streams = Streams::begin(stdin, flows, loggers, held, stdin_closing);
+        Ok((streams, told, room))
+    }
+
+    /// Begins to relay.
+    fn begin(
+        stdin: Option<input::Flow>,
+        outputs: Vec<output::Flow>,
+        loggers: Vec<Logger>,
+        stdin_held: Option<OwnedFd>,
+        stdin_closing: watch::Sender<bool>,
+    ) -> Self {
+        let mut tasks = JoinSet::new();
+        let streamed =
+            stdin.iter().any(input::Flow::is_stream) || outputs.iter().any(output::Flow::is_stream);
+        let stdin_begins = Arc::<Begins>::default();
+        let stdin = stdin.map(|flow| {
+            let slot = Arc::new(Mutex::new(Some(flow)));
+            let relay = relay_in(Arc::clone(&stdin_begins), Arc::clone(&slot));
+            (tasks.spawn(relay), slot)
+        });
+        let (count, outputs_open) = watch::channel(outputs.len());
+        let count = Arc::new(count);
+        let slots = outputs.into_iter().map(|flow| {
+            let slot = Arc::new(Mutex::new(Some(flow)));
+            tasks.spawn(relay_out(Arc::clone(&slot), Arc::clone(&count)));
+            slot
+        });
+        Streams {
+            outputs: slots.collect(),
+            stdin_held: stdin_held.into(),
             stdin_closing,
             stdin_begins,
             stdin,
-            outputs: open,
+            outputs_open,
+            streamed,
             tasks: tasks.into(),
             loggers: loggers.into(),
+        }
+    }
+
+    /// Goes on with those of the program before this one.
+    pub(crate) fn unpack(carried: Carried) -> Result<Self> {
+        let failed = host("take over a stream");
+        let parts = || -> io::Result<_> {
+            let stdin = carried.stdin.map(input::Flow::unpack).transpose()?;
+            let outputs = carried.outputs.into_iter().map(output::Flow::unpack);
+            let outputs: io::Result<Vec<_>> = outputs.collect();
+            let loggers = carried.loggers.into_iter().map(Logger::unpack);
+            let loggers: io::Result<Vec<_>> = loggers.collect();
+            let held = carried.stdin_held.map(CarriedFd::take).transpose()?;
+            Ok((stdin, outputs?, loggers?, held))
         };
-        Ok((streams, told, room))
+        let (stdin, outputs, loggers, held) = parts().map_err(failed)?;
+        let (closing, _) = watch::channel(carried.stdin_closing);
+        let streams = Streams::begin(stdin, outputs, loggers, held, closing);
+        if carried.stdin_begun {
+            streams.begin_stdin();
+        }
+        Ok(streams)
+    }
+
+    /// Why they cannot be carried just now.
+    pub(crate) fn busy(&self) -> Option<&'static str> {
+        let writes =
+            |slot: &Arc<output::Slot>| lock(slot).as_ref().is_some_and(output::Flow::is_busy);
+        if self.streamed {
+            return Some("a stream of containerd's streaming service");
+        }
+        let writes = self.outputs.iter().any(writes);
+        writes.then_some("a write to a log file")
+    }
+
+    /// What goes along when the program changes. They must not be [busy](Streams::busy).
+    pub(crate) fn carry(&self, bag: &mut Bag) -> io::Result<Carried> {
+        let stdin = self.stdin.as_ref().and_then(|(_, slot)| {
+            let slot = lock(slot);
+            slot.as_ref().map(|flow| flow.carry(bag))
+        });
+        let stdin = stdin.transpose()?;
+        let mut outputs = Vec::new();
+        for slot in &self.outputs {
+            if let Some(flow) = &*lock(slot) {
+                outputs.push(flow.carry(bag)?);
+            }
+        }
+        let held = lock(&self.stdin_held);
+        Ok(Carried {
+            stdin,
+            stdin_held: held.as_ref().map(|held| bag.put(held)).transpose()?,
+            stdin_closing: *self.stdin_closing.borrow(),
+            stdin_begun: self.stdin_begins.have(),
+            outputs,
+            loggers: lock(&self.loggers).iter().map(Logger::carry).collect(),
+        })
     }
 
     /// Begins to read stdin: its process starts.
     pub fn begin_stdin(&self) {
-        self.stdin_begins.notify_one();
+        self.stdin_begins.begin();
     }
 
     /// Lets stdin end once its writers are gone and what they wrote is delivered.
@@ -194,23 +291,30 @@ impl Streams {
 
     /// Waits until all output is delivered and closed, at most `limit`.
     pub async fn drained(&self, limit: Duration) {
-        let mut outputs = self.outputs.clone();
-        let _ = timeout(limit, outputs.wait_for(|open| *open == 0)).await;
+        let mut open = self.outputs_open.clone();
+        let _ = timeout(limit, open.wait_for(|open| *open == 0)).await;
     }
 
     /// Stops reading stdin: its process is gone.
     pub fn stop_stdin(&self) {
         self.close_stdin();
-        if let Some(stdin) = &self.stdin {
-            stdin.abort();
+        if let Some((task, slot)) = &self.stdin {
+            task.abort();
+            lock(slot).take();
         }
     }
 
     /// Closes them by force, and ends the programs that log them.
     pub async fn close(&self, patience: Patience) {
         let mut tasks = std::mem::take(&mut *lock(&self.tasks));
-        // Their ends of the programs' pipes go with them.
         tasks.shutdown().await;
+        // And with these the ends of the programs' pipes.
+        for slot in &self.outputs {
+            lock(slot).take();
+        }
+        if let Some((_, slot)) = &self.stdin {
+            lock(slot).take();
+        }
         let loggers = std::mem::take(&mut *lock(&self.loggers));
         futures::future::join_all(loggers.into_iter().map(|logger| logger.end(patience))).await;
     }
@@ -246,81 +350,39 @@ async fn open_outputs(
     Ok((outputs, loggers))
 }
 
-/// Where input comes from.
-enum Input {
-    Fifo(pipe::Receiver),
-    Stream(Inlet),
+/// Says, once and for all, that stdin is read.
+#[derive(Debug, Default)]
+struct Begins {
+    begun: AtomicBool,
+    news: Notify,
 }
 
-impl Input {
-    /// Opens a target; of a FIFO also the end that keeps it from ending.
-    async fn open(
-        target: Target,
-        host: &StreamHost,
-        closing: watch::Receiver<bool>,
-    ) -> Result<(Option<Self>, Option<OwnedFd>)> {
-        match target {
-            Target::Fifo(path) => {
-                let reader = open_fifo(&path, OFlags::RDONLY)?;
-                let held = open_fifo(&path, OFlags::WRONLY)?;
-                let reader = pipe::Receiver::from_owned_fd(reader);
-                let reader = reader.map_err(crate::error::host("watch stdin"))?;
-                Ok((Some(Input::Fifo(reader)), Some(held)))
-            }
-            Target::Stream(address) => {
-                let claim = host.hub.claim(&address).await?;
-                Ok((Some(Input::Stream(Inlet::new(claim, closing))), None))
-            }
-            // Refused before.
-            Target::File(_) | Target::Program(_) => Ok((None, None)),
-        }
+impl Begins {
+    fn begin(&self) {
+        self.begun.store(true, Ordering::SeqCst);
+        self.news.notify_one();
     }
 
-    /// Reads into an empty buffer; leaves it empty at the end.
-    async fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
-        match self {
-            Input::Fifo(reader) => {
-                reader.read_buf(buffer).await?;
-            }
-            Input::Stream(inlet) => *buffer = inlet.read().await.unwrap_or_default(),
-        }
-        Ok(())
+    fn have(&self) -> bool {
+        self.begun.load(Ordering::SeqCst)
     }
 }
 
-async fn relay_in(begins: Arc<Notify>, mut input: Input, mut stream: UnixStream) {
-    begins.notified().await;
-    let mut buffer = Vec::with_capacity(BUFFER);
-    let result: io::Result<()> = async {
-        loop {
-            buffer.clear();
-            input.read(&mut buffer).await?;
-            if buffer.is_empty() {
-                return stream.shutdown().await;
-            }
-            stream.write_all(&buffer).await?;
-        }
-    }
-    .await;
-    drop(input);
-    debug!(?result, "stdin ended");
+async fn relay_in(begins: Arc<Begins>, slot: Arc<input::Slot>) {
+    begins.news.notified().await;
+    input::relay(&slot).await;
+    debug!("stdin ended");
     // Closing at once could overtake what the VMM has not read yet.
-    let mut rest = [0; 64];
-    while stream.read(&mut rest).await.is_ok_and(|count| count > 0) {}
+    input::linger(&slot).await;
 }
 
 /// Passes output on, and then takes it out of the count of those that are open.
-async fn relay_out(
-    id: u64,
-    stream: UnixStream,
-    mut output: Output,
-    open: Arc<watch::Sender<usize>>,
-) {
-    match output.relay(stream).await {
-        Ok(()) => debug!(stream = id, "output ended"),
-        Err(error) => warn!(stream = id, %output, %error, "output is lost from here"),
+async fn relay_out(slot: Arc<output::Slot>, open: Arc<watch::Sender<usize>>) {
+    let (relayed, rest) = output::relay(&slot).await;
+    match relayed {
+        Ok(()) => debug!("output ended"),
+        Err(error) => warn!(%error, "output is lost from here"),
     }
-    let rest = output.end().await;
     open.send_modify(|open| *open = open.saturating_sub(1));
     if let Some(outlet) = rest {
         outlet.linger().await;

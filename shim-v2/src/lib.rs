@@ -18,6 +18,8 @@
 
 pub mod agent;
 pub mod assets;
+mod callers;
+pub mod carry;
 pub mod cgroup;
 mod child;
 mod clock;
@@ -54,6 +56,7 @@ pub mod state;
 pub mod statedir;
 pub mod task;
 pub mod transfer;
+pub mod upgrade;
 pub mod vm;
 
 pub use bulkhead_spec::json;

@@ -10,10 +10,14 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::OpenOptionsExt,
     path::Path,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use serde::{Deserialize, Serialize};
 use tracing::{
     Event, Level, Subscriber,
     field::{Field, Visit},
@@ -25,24 +29,56 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
+use crate::carry::{Bag, CarriedFd};
+
 /// Longest line: a write of so much to a pipe is not mixed with others.
 const MAX_LINE: usize = 4096;
 
 /// Sends log messages to the FIFO `log` in `bundle`, if there is one.
 pub fn init(bundle: &Path, debug: bool) {
-    let level = if debug {
-        LevelFilter::DEBUG
-    } else {
-        LevelFilter::INFO
+    let file = open(&bundle.join("log")).ok().map(Arc::new);
+    send(file, debug);
+}
+
+/// Goes on with the log of the program before this one.
+pub(crate) fn unpack(carried: Carried) {
+    let file = carried.fifo.and_then(|fifo| fifo.take().ok());
+    send(file.map(|file| Arc::new(file.into())), carried.debug);
+}
+
+/// What goes along when the program changes.
+pub(crate) fn carry(bag: &mut Bag) -> io::Result<Carried> {
+    let (file, debug) = LOG.get().cloned().unwrap_or_default();
+    Ok(Carried {
+        fifo: file.map(|file| bag.put(&*file)).transpose()?,
+        debug,
+    })
+}
+
+/// What goes along of the log.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    fifo: Option<CarriedFd>,
+    debug: bool,
+}
+
+/// Where messages go, and whether they are many.
+static LOG: OnceLock<(Option<Arc<File>>, bool)> = OnceLock::new();
+
+fn send(file: Option<Arc<File>>, debug: bool) {
+    let level = match debug {
+        true => LevelFilter::DEBUG,
+        false => LevelFilter::INFO,
     };
-    if let Ok(fifo) = open(&bundle.join("log")) {
+    if let Some(file) = &file {
         let fifo = Fifo {
-            file: fifo,
+            file: Arc::clone(file),
             dropped: AtomicU64::new(0),
         };
         // A second call (in tests) keeps the first destination.
         let _ = Registry::default().with(fifo.with_filter(level)).try_init();
     }
+    let _ = LOG.set((file, debug));
     std::panic::set_hook(Box::new(|info| tracing::error!("panic: {info}")));
 }
 
@@ -63,7 +99,7 @@ fn open(path: &Path) -> io::Result<File> {
 
 #[derive(Debug)]
 struct Fifo {
-    file: File,
+    file: Arc<File>,
     dropped: AtomicU64,
 }
 
@@ -76,7 +112,7 @@ impl<S: Subscriber> Layer<S> for Fifo {
             fields.add("dropped", &dropped.to_string());
         }
         let line = line(&Timestamp::now(), *event.metadata().level(), &fields);
-        match (&self.file).write(line.as_bytes()) {
+        match (&*self.file).write(line.as_bytes()) {
             Ok(count) if count == line.len() => {}
             _ => {
                 self.dropped.fetch_add(dropped + 1, Ordering::Relaxed);
@@ -219,7 +255,7 @@ mod tests {
         )
         .unwrap();
         let fifo = Fifo {
-            file: open(&path).unwrap(),
+            file: open(&path).unwrap().into(),
             dropped: AtomicU64::new(0),
         };
         let mut reader = open(&path).unwrap();

@@ -10,6 +10,7 @@
 //! The first Create boots the VM, which then lives until [`Pod::stop`]. If the VM
 //! ends by itself, every process of the pod ends with it.
 
+mod carry;
 mod copy;
 mod create;
 mod exec;
@@ -41,7 +42,7 @@ use tokio::{
 use tracing::{info, warn};
 use ttrpc::Code;
 
-pub use self::{create::Create, hold::HostPid};
+pub use self::{carry::Carried, create::Create, hold::HostPid};
 use crate::{
     agent::ProcessName,
     cgroup::Place,
@@ -130,10 +131,16 @@ pub struct Pod {
     places: Places,
     /// Of copies of files.
     copies: Semaphore,
+    /// One for each task that is at work beside the requests.
+    work: Work,
     slots: Mutex<BTreeMap<ContainerId, Slot>>,
     stopping: AtomicBool,
     stopped: OnceCell<()>,
 }
+
+/// Held by a task that must not be cut short by a change of the program.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Work(Arc<()>);
 
 /// A place in the table of containers.
 #[derive(Debug)]
@@ -216,6 +223,7 @@ impl Pod {
             turns: Semaphore::new(TURNS),
             places: Places::default(),
             copies: Semaphore::new(COPIES),
+            work: Work::default(),
             slots: Mutex::default(),
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),
@@ -267,7 +275,11 @@ impl Pod {
             if matches!(error, Error::Deadline { .. } | Error::Hook { .. }) {
                 // It runs, or may come to run, and its caller was told otherwise.
                 let (guest, name) = (Arc::clone(guest), init.name.clone());
-                tokio::spawn(async move { guest.agent().kill(&name, SIGKILL, false).await });
+                let work = self.work();
+                tokio::spawn(async move {
+                    let _ = guest.agent().kill(&name, SIGKILL, false).await;
+                    drop(work);
+                });
             }
             return Err(error);
         }
@@ -534,13 +546,17 @@ impl Pod {
                     path: self.dir.dir().path().to_owned(),
                     source,
                 })?;
-            tokio::spawn(Arc::clone(self).watch_guest(Arc::clone(&guest)));
-            tokio::spawn(Arc::clone(self).watch_agent(Arc::clone(&guest)));
-            tokio::spawn(clock::follow(Arc::clone(&guest)));
+            self.watch_all(&guest);
             Ok::<_, Error>(guest)
         };
         self.guest.get_or_try_init(boot).await?;
         self.living().map(Arc::clone)
+    }
+
+    fn watch_all(self: &Arc<Self>, guest: &Arc<dyn Guest>) {
+        tokio::spawn(Arc::clone(self).watch_guest(Arc::clone(guest)));
+        tokio::spawn(Arc::clone(self).watch_agent(Arc::clone(guest)));
+        tokio::spawn(clock::follow(Arc::clone(guest)));
     }
 
     async fn kill_created(&self, container: &Container) {

@@ -19,15 +19,20 @@ use containerd_shim_protos::{
     events::task::{TaskExecStarted, TaskExit, TaskPaused, TaskResumed, TaskStart},
     protobuf::{MessageField, well_known_types::timestamp::Timestamp},
 };
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 use tracing::info;
 
 use crate::{
     agent::ProcessName,
+    carry::Bag,
+    error::Result,
     events::{Event, Publisher},
-    io::{Patience, Stdio, Streams},
+    fate::Ending,
+    io::{self, Patience, Stdio, Streams},
     lock::lock,
+    names::{ContainerId, ExecId},
     state::{self, Op, Refusal, State},
 };
 
@@ -170,6 +175,29 @@ pub struct Process {
     pending: Mutex<Option<Value>>,
 }
 
+/// What goes along of a process when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    container: String,
+    exec: Option<String>,
+    stdio: Stdio,
+    pid: u32,
+    phase: CarriedPhase,
+    stdin_closed: bool,
+    size: (u32, u32),
+    pending: Option<Value>,
+    streams: Option<io::Carried>,
+}
+
+/// Those of the places in its life in which nobody is at work on it.
+#[derive(Debug, Serialize, Deserialize)]
+enum CarriedPhase {
+    Registered,
+    Live,
+    Paused,
+    Ended(Ending),
+}
+
 /// A start under way. Dropping it is a failed start.
 #[derive(Debug)]
 pub struct Start<'a> {
@@ -277,6 +305,68 @@ impl Process {
             size: Mutex::new(size),
             pending: Mutex::new(pending),
         }
+    }
+
+    /// Goes on with one of the program before this one.
+    pub(crate) fn unpack(carried: Carried, herald: Herald) -> Result<Self> {
+        let name = ProcessName {
+            container: ContainerId::new(&carried.container)?,
+            exec: carried.exec.as_deref().map(ExecId::new).transpose()?,
+        };
+        let (stdio, size, pending) = (carried.stdio, carried.size, carried.pending);
+        let process = Process::new(name, stdio, size, pending, herald);
+        process.stands(carried.pid);
+        process
+            .stdin_closed
+            .store(carried.stdin_closed, Ordering::SeqCst);
+        process.phase.send_replace(match carried.phase {
+            CarriedPhase::Registered => Phase::Registered,
+            CarriedPhase::Live => Phase::Live,
+            CarriedPhase::Paused => Phase::Paused,
+            CarriedPhase::Ended(end) => Phase::Ended(Exit {
+                status: end.status,
+                at: end.at(),
+            }),
+        });
+        let streams = carried.streams.map(Streams::unpack).transpose()?;
+        *lock(&process.streams) = streams.map(Arc::new);
+        Ok(process)
+    }
+
+    /// Why it cannot be carried just now.
+    pub(crate) fn busy(&self) -> Option<String> {
+        match self.state() {
+            state @ (State::Starting | State::Pausing) => Some(format!("{} is {state}", self.name)),
+            State::Registered | State::Live | State::Paused | State::Ended => {
+                let why = self.streams()?.busy()?;
+                Some(format!("{} has {why}", self.name))
+            }
+        }
+    }
+
+    /// What goes along when the program changes. It must not be [busy](Process::busy).
+    pub(crate) fn carry(&self, bag: &mut Bag) -> std::io::Result<Carried> {
+        let phase = match self.phase() {
+            Phase::Registered => CarriedPhase::Registered,
+            Phase::Live => CarriedPhase::Live,
+            Phase::Paused => CarriedPhase::Paused,
+            Phase::Ended(exit) => CarriedPhase::Ended(Ending::from(&exit)),
+            Phase::Starting { .. } | Phase::Pausing => {
+                return Err(std::io::ErrorKind::ResourceBusy.into());
+            }
+        };
+        let streams = self.streams().map(|streams| streams.carry(bag));
+        Ok(Carried {
+            container: self.name.container.to_string(),
+            exec: self.name.exec.as_ref().map(ToString::to_string),
+            stdio: self.stdio.clone(),
+            pid: self.pid(),
+            phase,
+            stdin_closed: self.stdin_closed.load(Ordering::SeqCst),
+            size: self.size(),
+            pending: lock(&self.pending).clone(),
+            streams: streams.transpose()?,
+        })
     }
 
     /// The number of the process of the host that stands for it; of the last one, if it

@@ -5,17 +5,43 @@
 
 use std::sync::OnceLock;
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     config::{Config, Error},
     options::Options,
 };
 
 /// The settings.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Settings {
+    #[serde(with = "fixed")]
     fixed: OnceLock<Config>,
     /// Of the host, for a pod whose callers say nothing.
     host: Config,
+}
+
+/// What was fixed goes along when the program changes.
+mod fixed {
+    use std::sync::OnceLock;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use crate::config::Config;
+
+    pub(super) fn serialize<S: Serializer>(
+        fixed: &OnceLock<Config>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        fixed.get().serialize(to)
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(
+        from: D,
+    ) -> Result<OnceLock<Config>, D::Error> {
+        let fixed: Option<Config> = Option::deserialize(from)?;
+        Ok(fixed.map_or_else(OnceLock::new, OnceLock::from))
+    }
 }
 
 impl Settings {

@@ -21,6 +21,7 @@ use rustix::{
     fs::FileType,
     mount::{MountAttrFlags, MountFlags, MountPropagationFlags, mount_change},
 };
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::{
@@ -71,6 +72,13 @@ impl Share {
         };
         mount_change(dir, MountPropagationFlags::SHARED).map_err(failed("make shared"))?;
         Ok(share)
+    }
+
+    /// That of the program before this one, which is mounted.
+    pub(crate) fn unpack(dir: &Path) -> Self {
+        Share {
+            dir: dir.to_owned(),
+        }
     }
 
     /// The directory.
@@ -125,10 +133,18 @@ impl Drop for Share {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Leaf {
     Directory,
     File,
+}
+
+/// What goes along of the files of one container when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    dir: PathBuf,
+    mounts: Vec<PathBuf>,
+    leaves: Vec<(PathBuf, Leaf)>,
 }
 
 /// The files of one container in the share.
@@ -142,6 +158,24 @@ pub struct ContainerShare {
 }
 
 impl ContainerShare {
+    /// Those of the program before this one.
+    pub(crate) fn unpack(carried: Carried) -> Self {
+        ContainerShare {
+            dir: carried.dir,
+            mounts: carried.mounts,
+            leaves: carried.leaves,
+        }
+    }
+
+    /// What goes along when the program changes.
+    pub(crate) fn carry(&self) -> Carried {
+        Carried {
+            dir: self.dir.clone(),
+            mounts: self.mounts.clone(),
+            leaves: self.leaves.clone(),
+        }
+    }
+
     fn add_volume(&mut self, volume: &Volume, target: PathBuf) -> Result<()> {
         let failed = |action| {
             let path = volume.source.clone();

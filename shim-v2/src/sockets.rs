@@ -17,20 +17,25 @@
 //! task a connection; a service that takes none is waited for [`DIAL`], in a thread.
 
 use std::{
-    fs, io,
+    fs,
+    future::poll_fn,
+    io,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::net::UnixStream as StdStream,
     },
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use bulkhead_agent_api::{agent, relay};
+use bulkhead_agent_api::{
+    agent,
+    relay::{Relay, Way},
+};
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat2},
     net::{
@@ -38,9 +43,10 @@ use rustix::{
         sockopt::{Timeout, set_socket_timeout},
     },
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     net::UnixStream,
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::Semaphore,
     task::{JoinHandle, JoinSet},
     time::timeout,
 };
@@ -48,6 +54,7 @@ use tracing::{info, warn};
 use ttrpc::Code;
 
 use crate::{
+    carry::{Bag, CarriedFd},
     error::{Error, Result},
     guest::Guest,
     lock::lock,
@@ -184,7 +191,40 @@ fn dial(path: &Path) -> io::Result<StdStream> {
 
 /// The sockets of one container being served. Dropped, all its connections are closed.
 #[derive(Debug)]
-pub(crate) struct Service(Mutex<Option<JoinHandle<()>>>);
+pub(crate) struct Service {
+    task: Mutex<Option<JoinHandle<()>>>,
+    served: Arc<Served>,
+}
+
+/// What is known of the service from outside.
+#[derive(Debug, Default)]
+struct Served {
+    sockets: Vec<Arc<HostSocket>>,
+    /// The stream for the connection that is waited for; 0: none is.
+    awaited: AtomicU64,
+    /// Connections that are being made.
+    dialling: AtomicUsize,
+    relays: Mutex<Vec<Weak<Carrying>>>,
+}
+
+/// A connection that is carried on.
+type Carrying = Mutex<Relay<UnixStream, UnixStream>>;
+
+/// What goes along of the sockets of one container when the program changes.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    sockets: Vec<PathBuf>,
+    awaited: u64,
+    relays: Vec<CarriedRelay>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct CarriedRelay {
+    host: CarriedFd,
+    guest: CarriedFd,
+    there: Way,
+    back: Way,
+}
 
 impl Service {
     /// Serves a container that was created with these sockets, if there are any.
@@ -194,20 +234,92 @@ impl Service {
         sockets: Vec<HostSocket>,
         places: &Places,
     ) -> Self {
+        Self::serve(guest, container, sockets, places, 0, Vec::new())
+    }
+
+    /// Goes on with that of the program before this one.
+    pub(crate) fn unpack(
+        guest: &Arc<dyn Guest>,
+        container: &ContainerId,
+        carried: Carried,
+        places: &Places,
+    ) -> io::Result<Self> {
+        let socket = |path| HostSocket {
+            path,
+            fails: AtomicBool::new(false),
+        };
+        let relay = |carried: CarriedRelay| {
+            let stream = |fd: CarriedFd| UnixStream::from_std(StdStream::from(fd.take()?));
+            let (host, guest) = (stream(carried.host)?, stream(carried.guest)?);
+            Ok(Relay::new(host, guest, carried.there, carried.back))
+        };
+        let relays: io::Result<Vec<_>> = carried.relays.into_iter().map(relay).collect();
+        let sockets = carried.sockets.into_iter().map(socket).collect();
+        let awaited = carried.awaited;
+        let relays = relays?;
+        Ok(Self::serve(
+            guest, container, sockets, places, awaited, relays,
+        ))
+    }
+
+    fn serve(
+        guest: &Arc<dyn Guest>,
+        container: &ContainerId,
+        sockets: Vec<HostSocket>,
+        places: &Places,
+        awaited: u64,
+        relays: Vec<Relay<UnixStream, UnixStream>>,
+    ) -> Self {
+        let served = Arc::new(Served {
+            sockets: sockets.into_iter().map(Arc::new).collect(),
+            awaited: AtomicU64::new(awaited),
+            ..Served::default()
+        });
         let serve = Serve {
             guest: Arc::clone(guest),
             container: container.clone(),
-            sockets: sockets.into_iter().map(Arc::new).collect(),
+            served: Arc::clone(&served),
             places: places.clone(),
         };
-        let serves = !serve.sockets.is_empty();
-        Service(Mutex::new(serves.then(|| tokio::spawn(serve.run()))))
+        let serves = !served.sockets.is_empty();
+        let task = serves.then(|| tokio::spawn(serve.run(relays)));
+        Service {
+            task: Mutex::new(task),
+            served,
+        }
+    }
+
+    /// Is a connection being made?
+    pub(crate) fn is_busy(&self) -> bool {
+        self.served.dialling.load(Ordering::SeqCst) > 0
+    }
+
+    /// What goes along when the program changes. It must not be
+    /// [busy](Service::is_busy).
+    pub(crate) fn carry(&self, bag: &mut Bag) -> io::Result<Carried> {
+        let mut relays = Vec::new();
+        for relay in lock(&self.served.relays).iter().filter_map(Weak::upgrade) {
+            let relay = lock(&relay);
+            let (host, guest, there, back) = relay.parts();
+            relays.push(CarriedRelay {
+                host: bag.put(host)?,
+                guest: bag.put(guest)?,
+                there: there.clone(),
+                back: back.clone(),
+            });
+        }
+        let sockets = self.served.sockets.iter();
+        Ok(Carried {
+            sockets: sockets.map(|socket| socket.path.clone()).collect(),
+            awaited: self.served.awaited.load(Ordering::SeqCst),
+            relays,
+        })
     }
 
     /// Lets what is under way come to its end, and closes the rest. The container is gone
     /// from the guest.
     pub(crate) async fn end(&self) {
-        let Some(mut task) = lock(&self.0).take() else {
+        let Some(mut task) = lock(&self.task).take() else {
             return;
         };
         if timeout(REST, &mut task).await.is_err() {
@@ -220,27 +332,56 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        if let Some(task) = &*lock(&self.0) {
+        if let Some(task) = &*lock(&self.task) {
             task.abort();
         }
+    }
+}
+
+impl Served {
+    /// Carries a connection on.
+    async fn carry_on(&self, relay: Relay<UnixStream, UnixStream>) {
+        let relay = Arc::new(Mutex::new(relay));
+        {
+            let mut relays = lock(&self.relays);
+            relays.retain(|relay| relay.strong_count() > 0);
+            relays.push(Arc::downgrade(&relay));
+        }
+        poll_fn(|context| lock(&relay).poll(context)).await;
     }
 }
 
 struct Serve {
     guest: Arc<dyn Guest>,
     container: ContainerId,
-    sockets: Vec<Arc<HostSocket>>,
+    served: Arc<Served>,
     places: Places,
 }
 
 impl Serve {
     /// Until the container is gone and its connections have ended.
-    async fn run(self) {
+    async fn run(self, relays: Vec<Relay<UnixStream, UnixStream>>) {
         let mut connections = JoinSet::new();
+        for relay in relays {
+            // As many as they were.
+            let place = Arc::clone(&self.places.0).try_acquire_owned();
+            let served = Arc::clone(&self.served);
+            connections.spawn(async move {
+                served.carry_on(relay).await;
+                drop(place);
+            });
+        }
         // Without a place nobody is asked for.
         while let Ok(place) = Arc::clone(&self.places.0).acquire_owned().await {
-            let stream = self.guest.dialer().new_id();
-            let number = match self.guest.agent().accept(&self.container, stream).await {
+            // The guest may have been asked before the program changed.
+            let stream = match self.served.awaited.load(Ordering::SeqCst) {
+                0 => self.guest.dialer().new_id(),
+                stream => stream,
+            };
+            self.served.awaited.store(stream, Ordering::SeqCst);
+            let accepted = self.guest.agent().accept(&self.container, stream).await;
+            self.served.awaited.store(0, Ordering::SeqCst);
+            let number = match accepted {
                 Ok(number) => number,
                 Err(error) if error.code() == Code::NOT_FOUND => break,
                 Err(error) => {
@@ -249,34 +390,51 @@ impl Serve {
                 }
             };
             let socket = usize::try_from(number).ok();
-            let Some(socket) = socket.and_then(|number| self.sockets.get(number)) else {
+            let Some(socket) = socket.and_then(|number| self.served.sockets.get(number)) else {
                 warn!(container = %self.container, number, "the guest names a socket that it was not given: its sockets are served no more");
                 break;
             };
             while connections.try_join_next().is_some() {}
-            let (guest, socket) = (Arc::clone(&self.guest), Arc::clone(socket));
-            connections.spawn(carry_on(guest, stream, socket, place));
+            let connection = Connection {
+                guest: Arc::clone(&self.guest),
+                served: Arc::clone(&self.served),
+                stream,
+                socket: Arc::clone(socket),
+            };
+            self.served.dialling.fetch_add(1, Ordering::SeqCst);
+            connections.spawn(async move {
+                connection.carry_on().await;
+                drop(place);
+            });
         }
         while connections.join_next().await.is_some() {}
     }
 }
 
-/// Carries a connection of the guest on to a socket, by the stream that was named for it.
-async fn carry_on(
+/// A connection of the guest to a socket, by the stream that was named for it.
+struct Connection {
     guest: Arc<dyn Guest>,
+    served: Arc<Served>,
     stream: u64,
     socket: Arc<HostSocket>,
-    _place: OwnedSemaphorePermit,
-) {
-    let dialled = socket.dial().await;
-    // That nobody is there the guest learns by the end of the stream.
-    let room = guest.dialer().reserve(1).await;
-    let connected = guest.dialer().connect(stream).await;
-    drop(room);
-    match (dialled, connected) {
-        (Ok(host), Ok(guest)) => relay(host, guest).await,
-        // The one was logged, and the guest gives up by itself after the other.
-        (Err(_), _) | (_, Err(_)) => {}
+}
+
+impl Connection {
+    async fn carry_on(self) {
+        let dialled = self.socket.dial().await;
+        // That nobody is there the guest learns by the end of the stream.
+        let room = self.guest.dialer().reserve(1).await;
+        let connected = self.guest.dialer().connect(self.stream).await;
+        drop(room);
+        self.served.dialling.fetch_sub(1, Ordering::SeqCst);
+        match (dialled, connected) {
+            (Ok(host), Ok(guest)) => {
+                let relay = Relay::new(host, guest, Way::default(), Way::default());
+                self.served.carry_on(relay).await;
+            }
+            // The one was logged, and the guest gives up by itself after the other.
+            (Err(_), _) | (_, Err(_)) => {}
+        }
     }
 }
 

@@ -125,6 +125,20 @@ pub struct Processes {
     /// says if a label groups containers.
     #[serde(default)]
     pub owner: Option<String>,
+    /// The last time that another program was to take the shim's place.
+    #[serde(default)]
+    pub upgrade: Option<Upgrade>,
+}
+
+/// What came of taking another program for the shim.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upgrade {
+    /// How often that was tried.
+    pub tries: u64,
+    /// The version that runs since.
+    pub version: String,
+    /// Why it is still the old program.
+    pub refused: Option<String>,
 }
 
 /// The directory of one pod.
@@ -157,6 +171,42 @@ impl StateDir {
                     .collect()
             },
         )
+    }
+
+    /// Those of all pods of this host.
+    #[must_use]
+    pub fn everywhere() -> Vec<Self> {
+        let below = |dir: PathBuf| {
+            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+            entries.map(|entry| entry.path())
+        };
+        let pods = below(RUN_DIR.into()).flat_map(below);
+        let mut pods: Vec<_> = pods
+            .map(|path| StateDir { path })
+            .filter(StateDir::exists)
+            .collect();
+        pods.sort_by(|a, b| a.path.cmp(&b.path));
+        pods
+    }
+
+    /// containerd's namespace.
+    #[must_use]
+    pub fn namespace(&self) -> String {
+        let parent = self.path.parent().and_then(Path::file_name);
+        parent.map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+    }
+
+    /// The pod's name.
+    #[must_use]
+    pub fn group(&self) -> String {
+        let name = self.path.file_name();
+        name.map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+    }
+
+    /// Has it this container?
+    #[must_use]
+    pub fn has(&self, id: &ContainerId) -> bool {
+        kept::file(&self.path, id).exists()
     }
 
     /// Waits until nobody else makes or removes anything of this pod.
@@ -229,6 +279,7 @@ impl StateDir {
                 vmm: None,
                 socket,
                 owner: Some(owner.to_owned()),
+                upgrade: None,
             })
         });
         if let Err(error) = made {
@@ -237,6 +288,15 @@ impl StateDir {
             return Err(error);
         }
         Ok(held)
+    }
+
+    /// That of the program before this one, which was the same process.
+    pub(crate) fn unpack(&self) -> io::Result<Held> {
+        let me = HostProcess::of(std::process::id().cast_signed())?;
+        Ok(Held {
+            dir: self.clone(),
+            me,
+        })
     }
 
     fn sweep(&self) -> io::Result<()> {
@@ -353,6 +413,20 @@ impl Held {
         self.while_ours(|dir| {
             let mut processes = dir.processes();
             processes.vmm = Some(vmm);
+            dir.record(&processes)
+        })
+    }
+
+    /// Records what came of taking another program for the shim.
+    pub fn record_upgrade(&self, refused: Option<String>) -> io::Result<()> {
+        self.while_ours(|dir| {
+            let mut processes = dir.processes();
+            let tries = processes.upgrade.map_or(0, |upgrade| upgrade.tries);
+            processes.upgrade = Some(Upgrade {
+                tries: tries + 1,
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                refused,
+            });
             dir.record(&processes)
         })
     }

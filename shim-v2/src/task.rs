@@ -45,11 +45,6 @@ mod stats;
 /// Name of the service in version 2.
 const TASK_V2: &str = "containerd.task.v2.Task";
 
-/// Services that callers try and that are not there. Registered without a method,
-/// they answer Unimplemented, by which callers fall back; the library answers
-/// another code for a service of which it knows nothing.
-const ABSENT: [&str; 1] = ["containerd.runtime.sandbox.v1.Sandbox"];
-
 /// Answers requests for one pod.
 #[derive(Clone, Debug)]
 pub struct TaskService {
@@ -85,13 +80,8 @@ impl TaskService {
                 .into_values()
                 .map(|service| (TASK_V2.to_owned(), service)),
         );
-        let empty = || Service {
-            methods: HashMap::new(),
-            streams: HashMap::new(),
-        };
         services.insert(streaming::SERVICE.to_owned(), streaming);
         services.extend(transfer);
-        services.extend(ABSENT.map(|name| (name.to_owned(), empty())));
         services
     }
 
@@ -121,8 +111,14 @@ impl TaskService {
         F: Future<Output = Result<T>> + Send + 'static,
     {
         debug!(call, id, "request");
-        let result = tokio::spawn(handler(self.clone())).await;
+        let (work, handler) = (self.pod.work(), handler(self.clone()));
+        let result = tokio::spawn(async move {
+            let result = handler.await;
+            drop(work);
+            result
+        });
         result
+            .await
             .unwrap_or(Err(Error::Panicked(call)))
             .map_err(|error| refuse(call, id, &error))
     }

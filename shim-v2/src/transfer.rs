@@ -88,8 +88,13 @@ impl Transfer for TransferService {
         // The library drops this future when the caller's connection or its patience
         // ends: the task, which has to clean up, learns of it.
         let (_caller, gone) = oneshot::channel();
-        let service = self.clone();
-        let copied = tokio::spawn(async move { service.copy(request, gone).await }).await;
+        let (service, work) = (self.clone(), self.pod.work());
+        let copied = tokio::spawn(async move {
+            let copied = service.copy(request, gone).await;
+            drop(work);
+            copied
+        });
+        let copied = copied.await;
         copied
             .unwrap_or(Err(Error::Panicked("Transfer")))
             .map_err(|error| refuse("Transfer", &name, &error))?;

@@ -12,6 +12,7 @@ pub mod vmm;
 
 use std::{
     fs::File,
+    io,
     os::{
         fd::{BorrowedFd, OwnedFd},
         unix::fs::OpenOptionsExt,
@@ -25,6 +26,7 @@ use std::{
 use async_trait::async_trait;
 use bulkhead_agent_api::{AGENT_PORT, PRIVATE_TAG, SHARE_TAG};
 use bulkhead_vmm::{config as vmm_config, jail::threads};
+use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::info;
 
@@ -35,6 +37,7 @@ use self::{
 use crate::{
     agent::{self, Agent},
     assets::Assets,
+    carry::Bag,
     cgroup::{Cgroup, Place},
     config::Config,
     error::{Error, Result, host},
@@ -207,6 +210,14 @@ impl Vm {
     }
 }
 
+/// What goes along of a virtual machine when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Carried {
+    agent: agent::Carried,
+    next_stream: u64,
+    vmm: vmm::Carried,
+}
+
 /// Boots virtual machines for one pod.
 #[derive(Debug)]
 pub struct Kvm {
@@ -233,6 +244,15 @@ impl Boots for Kvm {
             cgroup,
         };
         Ok(Arc::new(Vm::boot(boot).await?))
+    }
+
+    fn unpack(&self, carried: Carried) -> Result<Arc<dyn Guest>> {
+        let state = mount::open_dir(self.dir.path()).map_err(host("open the state directory"))?;
+        Ok(Arc::new(Vm {
+            vmm: Vmm::unpack(carried.vmm)?,
+            agent: Agent::unpack(carried.agent)?,
+            dialer: Dialer::unpack(state, VSOCK, carried.next_stream),
+        }))
     }
 }
 
@@ -266,6 +286,20 @@ impl Guest for Vm {
 
     fn hold(&self, label: &str, network: Option<BorrowedFd<'_>>) -> Result<Holder> {
         self.vmm.quarters().hold(label, network)
+    }
+
+    fn carry(&self, bag: &mut Bag) -> io::Result<Option<Carried>> {
+        if self.agent.is_busy() {
+            return Ok(None);
+        }
+        let Some(vmm) = self.vmm.carry(bag)? else {
+            return Ok(None);
+        };
+        Ok(Some(Carried {
+            agent: self.agent.carry(bag)?,
+            next_stream: self.dialer.next(),
+            vmm,
+        }))
     }
 
     fn kill(&self) {

@@ -175,6 +175,71 @@ fn an_exit_is_told_though_containerd_was_away_for_long_tt_08_lc_29_lc_64() {
     ctr(["container", "rm", "away"]).success();
 }
 
+/// Shims change while containerd is away, and again while it is there; nothing that it
+/// knows of its containers is other than before.
+fn live_through(count: usize) {
+    let ids: Vec<String> = (0..count).map(|number| format!("live{number}")).collect();
+    for id in &ids {
+        let run = [
+            "run",
+            "--runtime",
+            "io.containerd.bulkhead.v2",
+            "--detach",
+            IMAGE,
+            id,
+        ];
+        let forever = ["sh", "-c", "while true; do sleep 1; done"];
+        ctr(run.into_iter().chain(forever)).success();
+    }
+    let pids = || {
+        let list = ctr(["task", "ls"]).success();
+        assert_eq!(list.matches("RUNNING").count(), count, "{list}");
+        list
+    };
+    let before = pids();
+    let upgrade = || {
+        let told = Command::new("bulkhead", ["upgrade", "--namespace", "default"]);
+        let told = told.run().success();
+        assert_eq!(told.matches("goes on as version").count(), count, "{told}");
+    };
+    let systemctl = |verb| {
+        Command::new("systemctl", [verb, "containerd"])
+            .run()
+            .success()
+    };
+    systemctl("stop");
+    upgrade();
+    systemctl("start");
+    let ready = "for i in $(seq 100); do ctr version >/dev/null 2>&1 && break; sleep 0.3; done";
+    Command::new("sh", ["-c", ready]).run().success();
+    assert_eq!(pids(), before);
+    upgrade();
+    assert_eq!(pids(), before);
+    for id in &ids {
+        let exec = ["task", "exec", "--exec-id", "e", id, "echo", "on"];
+        assert_eq!(ctr(exec).success(), "on\n");
+        ctr(["task", "kill", "--signal", "SIGKILL", id]).success();
+        let gone = format!(
+            "for i in $(seq 100); do ctr task ls | grep -q '^{id} .*STOPPED' && break; sleep 0.1; done"
+        );
+        Command::new("sh", ["-c", &gone]).run().success();
+        let rm = ctr(["task", "rm", id]);
+        assert!(rm.code == 0 || rm.code == 137, "{rm}");
+        ctr(["container", "rm", id]).success();
+    }
+}
+
+#[test]
+fn containers_live_through_another_shim_and_a_containerd_that_starts_again() {
+    live_through(3);
+}
+
+#[test]
+#[ignore = "it takes minutes: cargo xtask test --full runs it"]
+fn twenty_containers_live_through_another_shim_and_a_containerd_that_starts_again() {
+    live_through(20);
+}
+
 /// The containerd of the lab host reads a configuration that `bulkhead install` has
 /// changed: with ours beside what was there.
 #[test]

@@ -31,6 +31,8 @@ mod runs;
 mod stress;
 #[path = "shim/task.rs"]
 mod task;
+#[path = "shim/upgrade.rs"]
+mod upgrade;
 
 use std::{fs, path::Path, process::Command};
 

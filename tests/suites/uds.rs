@@ -11,6 +11,7 @@ mod container;
 
 use std::{
     fs,
+    io::Read,
     net::Shutdown,
     os::unix::fs::{PermissionsExt, chown},
     path::Path,
@@ -180,6 +181,47 @@ fn a_service_may_come_late_and_be_started_again_ss_21() {
         fs::remove_dir(&place).expect("it is empty");
         fs::create_dir(&place).expect("a directory");
     }
+    container.kill();
+}
+
+#[test]
+fn a_connection_outlives_the_program_of_its_shim_and_further_ones_come_ss_21() {
+    let dir = directory();
+    let path = dir.path().join("host.sock");
+    let service = Service::listen(&path);
+    let container = Container::start("outlives", &path);
+    let client = container.client(
+        "
+s = connect()
+s.sendall(b'one')
+print(s.recv(5).decode(), flush=True)
+s.sendall(pattern(1 << 20, 7))
+s.shutdown(socket.SHUT_WR)
+print(len(rest(s)))",
+    );
+    let mut stream = service.accept();
+    let mut heard = [0; 3];
+    stream.read_exact(&mut heard).expect("it speaks");
+    assert_eq!(&heard, b"one");
+    let upgrade = || Command::bulkhead(["upgrade", "outlives"]).run().success();
+    for _ in 0..2 {
+        assert!(upgrade().contains("goes on as version"));
+    }
+    say(&mut stream, b"three");
+    client.wait_for_output("three");
+    // With a megabyte on its way that nobody reads.
+    assert!(upgrade().contains("goes on as version"));
+    let got = rest(&mut stream);
+    assert!(got == pattern(1 << 20, 7), "{} bytes", got.len());
+    say(&mut stream, b"the end");
+    drop(stream);
+    assert_eq!(client.wait().success(), "three\n7\n");
+    // The guest had been asked for this one by an earlier program.
+    let client = container.client("print(rest(connect()).decode())");
+    let mut stream = service.accept();
+    say(&mut stream, b"later");
+    drop(stream);
+    assert_eq!(client.wait().success(), "later\n");
     container.kill();
 }
 

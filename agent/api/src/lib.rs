@@ -47,6 +47,10 @@ pub use self::{
     relay::relay,
 };
 
+/// Counts up whenever a shim cannot speak any more with an agent that was started before:
+/// who takes over a pod that runs must speak its agent's.
+pub const PROTOCOL: u32 = 1;
+
 /// Context id of the guest. Every VM has its own vsock, so all can have the same.
 pub const GUEST_CID: u32 = 3;
 

@@ -8,15 +8,17 @@
 
 use std::{
     future::{Future, poll_fn},
+    io,
     mem::MaybeUninit,
-    pin::{Pin, pin},
+    pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, sleep},
+    time::{Instant, Sleep, sleep},
 };
 
 /// Most bytes that are held in each direction.
@@ -28,44 +30,83 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// Passes on what comes from either side until neither has anything for the other.
 /// Dropping it closes both.
-pub async fn relay<A, B>(mut a: A, mut b: B)
+pub async fn relay<A, B>(a: A, b: B)
 where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
-    let (mut there, mut back) = (Way::default(), Way::default());
-    let mut look = pin!(sleep(LOOK));
-    poll_fn(|context| {
-        let there_is_over = there.poll(context, &mut a, &mut b).is_ready();
-        let back_is_over = back.poll(context, &mut b, &mut a).is_ready();
+    let mut relay = Relay::new(a, b, Way::default(), Way::default());
+    poll_fn(|context| relay.poll(context)).await;
+}
+
+/// The same as a value, which is whole whenever nobody polls it.
+#[derive(Debug)]
+pub struct Relay<A, B> {
+    a: A,
+    b: B,
+    there: Way,
+    back: Way,
+    look: Pin<Box<Sleep>>,
+}
+
+impl<A, B> Relay<A, B>
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    /// Between two sides, with what is on its way from the one to the other and back.
+    pub fn new(a: A, b: B, there: Way, back: Way) -> Self {
+        let look = Box::pin(sleep(LOOK));
+        Relay {
+            a,
+            b,
+            there,
+            back,
+            look,
+        }
+    }
+
+    /// Passes on what there is; ready when it is over.
+    pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let (a, b) = (&mut self.a, &mut self.b);
+        let there_is_over = self.there.poll(context, a, b).is_ready();
+        let back_is_over = self.back.poll(context, b, a).is_ready();
         let over = match (there_is_over, back_is_over) {
             (true, true) => true,
             // Who has gone takes nothing any more, whatever the other one has to say.
-            (true, false) => is_gone(context, &mut a),
-            (false, true) => is_gone(context, &mut b),
+            (true, false) => is_gone(context, a),
+            (false, true) => is_gone(context, b),
             (false, false) => return Poll::Pending,
         };
         if over {
             return Poll::Ready(());
         }
-        while look.as_mut().poll(context).is_ready() {
-            look.as_mut().reset(Instant::now() + LOOK);
+        while self.look.as_mut().poll(context).is_ready() {
+            self.look.as_mut().reset(Instant::now() + LOOK);
         }
         Poll::Pending
-    })
-    .await;
+    }
+
+    /// Both sides, and what is on its way from the one to the other and back.
+    pub fn parts(&self) -> (&A, &B, &Way, &Way) {
+        (&self.a, &self.b, &self.there, &self.back)
+    }
 }
 
-/// One direction.
-#[derive(Debug, Default)]
-struct Way {
+/// One direction: what was read from one side and not passed on to the other yet. It is
+/// whole whenever nobody polls it, so that it can be stopped, taken elsewhere and go on.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Way {
     /// Read, and passed on up to `passed`.
     bytes: Vec<u8>,
     passed: usize,
     state: State,
+    /// Why it is over, if not because all has passed.
+    #[serde(skip)]
+    broken: Option<io::ErrorKind>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 enum State {
     #[default]
     Open,
@@ -77,7 +118,7 @@ enum State {
 
 impl Way {
     /// Passes on what there is; ready once nothing more will pass.
-    fn poll(
+    pub fn poll(
         &mut self,
         context: &mut Context<'_>,
         from: &mut (impl AsyncRead + Unpin),
@@ -91,7 +132,8 @@ impl Way {
                         self.passed += count;
                         self.state
                     }
-                    Ok(0) | Err(_) => State::Over,
+                    Ok(_) => self.breaks(io::ErrorKind::WriteZero),
+                    Err(error) => self.breaks(error.kind()),
                 }
             } else if self.state == State::Ended {
                 // Who has gone meanwhile needs not be told.
@@ -112,6 +154,17 @@ impl Way {
             };
         }
         Poll::Ready(())
+    }
+
+    fn breaks(&mut self, error: io::ErrorKind) -> State {
+        self.broken = Some(error);
+        State::Over
+    }
+
+    /// Why what is left of it did not pass.
+    #[must_use]
+    pub fn broken(&self) -> Option<io::ErrorKind> {
+        self.broken
     }
 }
 

@@ -1,16 +1,14 @@
 //! The other end of the queue of events, for tests.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
-use tokio::sync::mpsc;
-
-use super::{Event, Publisher, Queued};
+use super::{Event, Publisher, Queue};
 use crate::lock::lock;
 
 /// What was published, in order.
 #[derive(Debug)]
 pub(crate) struct Told {
-    queue: Mutex<mpsc::Receiver<Queued>>,
+    queue: Arc<Queue>,
     told: Mutex<Vec<Event>>,
 }
 
@@ -19,7 +17,7 @@ impl Publisher {
     pub(crate) fn kept() -> (Self, Told) {
         let (publisher, queue) = Self::channel();
         let told = Told {
-            queue: Mutex::new(queue),
+            queue,
             told: Mutex::default(),
         };
         (publisher, told)
@@ -30,10 +28,7 @@ impl Told {
     /// All events so far.
     pub(crate) fn events(&self) -> Vec<Event> {
         let mut told = lock(&self.told);
-        let mut queue = lock(&self.queue);
-        while let Ok(queued) = queue.try_recv() {
-            told.push(queued.event);
-        }
+        told.extend(std::iter::from_fn(|| self.queue.take()));
         told.clone()
     }
 
@@ -54,6 +49,7 @@ fn brief(event: &Event) -> String {
         Event::Exit(event) => format!("{topic} {} {}", event.id, event.exit_status),
         Event::Paused(event) => format!("{topic} {}", event.container_id),
         Event::Resumed(event) => format!("{topic} {}", event.container_id),
+        Event::Carried { .. } => topic.to_owned(),
         Event::Delete(event) => format!("{topic} {} {}", event.container_id, event.exit_status),
     }
 }

@@ -51,10 +51,15 @@ impl Dialer {
     /// Dials by the socket `name` in `dir`.
     #[must_use]
     pub fn new(dir: OwnedFd, name: &'static str) -> Self {
+        Self::unpack(dir, name, 1)
+    }
+
+    /// The same, and `next` is the first id that was not used yet.
+    pub(crate) fn unpack(dir: OwnedFd, name: &'static str, next: u64) -> Self {
         Dialer {
             dir,
             name,
-            next: AtomicU64::new(1),
+            next: AtomicU64::new(next),
             room: Arc::new(Semaphore::new(STREAMS_WAITING)),
         }
     }
@@ -70,6 +75,11 @@ impl Dialer {
     pub(crate) async fn stream(&self) -> Result<(u64, UnixStream)> {
         let id = self.new_id();
         Ok((id, self.connect(id).await?))
+    }
+
+    /// The first id that was not used yet.
+    pub(crate) fn next(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
     }
 
     /// An id for a stream, never used before.

@@ -20,6 +20,7 @@ use rustix::{
     pipe::{PipeFlags, pipe_with},
     process::Signal,
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncReadExt, Interest, unix::AsyncFd},
     net::unix::pipe,
@@ -78,6 +79,13 @@ pub(super) struct Logger {
     child: Child,
 }
 
+/// What goes along of one when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Carried {
+    path: PathBuf,
+    pid: i32,
+}
+
 impl Logger {
     /// Starts a program and waits until it is ready. Answers what it reads stdout and
     /// stderr from. `id` is that of the container, or of the exec.
@@ -127,12 +135,8 @@ impl Logger {
                 failed("start the logging program")(source)
             }
         })?;
-        let pidfd = child.pidfd().map_err(failed("watch the logging program"))?;
-        // SAFETY: an OwnedFd is open and stays the same descriptor until its end,
-        // which is that of the AsyncFd.
-        let ended = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) };
         let logger = Logger {
-            ended: ended.map_err(|error| failed("watch the logging program")(error.into()))?,
+            ended: watched(&child).map_err(failed("watch the logging program"))?,
             path: path.clone(),
             child,
         };
@@ -159,6 +163,24 @@ impl Logger {
         Ok((logger, [stdout?, stderr?]))
     }
 
+    /// Goes on with one that the program before this one has started.
+    pub(super) fn unpack(carried: Carried) -> io::Result<Self> {
+        let child = Child::adopt(carried.pid)?;
+        Ok(Logger {
+            ended: watched(&child)?,
+            path: carried.path,
+            child,
+        })
+    }
+
+    /// What goes along when the program changes.
+    pub(super) fn carry(&self) -> Carried {
+        Carried {
+            path: self.path.clone(),
+            pid: self.child.pid(),
+        }
+    }
+
     /// Ends it. Its descriptors are closed already.
     pub(super) async fn end(mut self, patience: Patience) {
         let program = self.path.display().to_string();
@@ -180,6 +202,15 @@ impl Logger {
     async fn ends_within(&self, limit: Duration) -> bool {
         timeout(limit, self.ended.readable()).await.is_ok()
     }
+}
+
+/// What is readable from the program's end on.
+fn watched(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
+    let pidfd = child.pidfd()?;
+    // SAFETY: an OwnedFd is open and stays the same descriptor until its end, which is
+    // that of the AsyncFd.
+    let ended = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) };
+    Ok(ended?)
 }
 
 /// True for a byte, false for an end without one.

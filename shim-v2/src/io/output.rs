@@ -3,15 +3,23 @@
 use std::{
     fmt,
     fs::File,
+    future::poll_fn,
     io::{self, Write},
-    os::fd::OwnedFd,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream as StdStream,
+    },
     path::PathBuf,
-    sync::Arc,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Poll, ready},
 };
 
+use bulkhead_agent_api::relay::Way;
 use rustix::fs::OFlags;
+use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, ReadBuf},
     net::{UnixStream, unix::pipe},
     sync::Mutex as AsyncMutex,
     task::spawn_blocking,
@@ -24,7 +32,11 @@ use super::{
     streaming::Outlet,
     target::Target,
 };
-use crate::error::{Error, Result};
+use crate::{
+    carry::{Bag, CarriedFd},
+    error::{Error, Result},
+    lock::lock,
+};
 
 /// One way into a target.
 #[derive(Debug)]
@@ -33,7 +45,7 @@ pub(super) enum Output {
         writer: pipe::Sender,
         /// Without a read end the write end could not be opened while the caller is
         /// not there yet, and would break when it goes.
-        _held: OwnedFd,
+        held: OwnedFd,
     },
     File(Arc<File>),
     Program(PathBuf, pipe::Sender),
@@ -69,7 +81,7 @@ impl Output {
                     let writer = pipe::Sender::from_owned_fd(writer);
                     Ok::<_, Error>(Output::Fifo {
                         writer: writer.map_err(crate::error::host("watch an output"))?,
-                        _held: held,
+                        held,
                     })
                 };
                 [way()?, way()?]
@@ -95,26 +107,6 @@ impl Output {
         Ok(Opened { ways, logger })
     }
 
-    /// Writes `buffer` and gives it back.
-    async fn write(&mut self, buffer: Vec<u8>) -> io::Result<Vec<u8>> {
-        match self {
-            Output::Fifo { writer, .. } | Output::Program(_, writer) => {
-                writer.write_all(&buffer).await?;
-            }
-            // A disk may take its time, for which nobody else shall wait.
-            Output::File(file) => {
-                let file = Arc::clone(file);
-                let written = spawn_blocking(move || {
-                    (&*file).write_all(&buffer)?;
-                    Ok(buffer)
-                });
-                return written.await.map_err(io::Error::other)?;
-            }
-            Output::Stream(outlet) => outlet.lock().await.write(&buffer).await,
-        }
-        Ok(buffer)
-    }
-
     /// Ends what ends only when it is told. Answers a stream for which somebody may
     /// still come.
     pub(super) async fn end(self) -> Option<Outlet> {
@@ -126,16 +118,163 @@ impl Output {
         outlet.finish().await;
         Some(outlet)
     }
+}
 
-    /// Passes on all that the guest sends.
-    pub(super) async fn relay(&mut self, mut stream: UnixStream) -> io::Result<()> {
-        let mut buffer = Vec::with_capacity(BUFFER);
-        loop {
-            buffer.clear();
-            if stream.read_buf(&mut buffer).await? == 0 {
-                return Ok(());
-            }
-            buffer = self.write(buffer).await?;
+/// An output on its way. It is whole whenever its task waits, but while a file is
+/// written to.
+#[derive(Debug)]
+pub(super) struct Flow {
+    stream: UnixStream,
+    output: Output,
+    way: Way,
+    writing: bool,
+}
+
+/// What goes along of it when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Carried {
+    stream: CarriedFd,
+    way: Way,
+    to: To,
+}
+
+/// What goes along of a target.
+#[derive(Debug, Serialize, Deserialize)]
+enum To {
+    Fifo { writer: CarriedFd, held: CarriedFd },
+    File(CarriedFd),
+    Program(PathBuf, CarriedFd),
+}
+
+impl Flow {
+    /// From the guest's stream to a target.
+    pub(super) fn new(stream: UnixStream, output: Output) -> Self {
+        Flow {
+            stream,
+            output,
+            way: Way::default(),
+            writing: false,
         }
     }
+
+    /// Goes on with one of the program before this one.
+    pub(super) fn unpack(carried: Carried) -> io::Result<Self> {
+        let sender = |fd: CarriedFd| pipe::Sender::from_owned_fd(fd.take()?);
+        let output = match carried.to {
+            To::Fifo { writer, held } => Output::Fifo {
+                writer: sender(writer)?,
+                held: held.take()?,
+            },
+            To::File(file) => Output::File(Arc::new(file.take()?.into())),
+            To::Program(path, writer) => Output::Program(path, sender(writer)?),
+        };
+        let stream = StdStream::from(carried.stream.take()?);
+        Ok(Flow {
+            way: carried.way,
+            ..Flow::new(UnixStream::from_std(stream)?, output)
+        })
+    }
+
+    /// Is it a stream of containerd's streaming service, which cannot be carried?
+    pub(super) fn is_stream(&self) -> bool {
+        matches!(self.output, Output::Stream(_))
+    }
+
+    /// Is there a write under way, so that it cannot be carried just now?
+    pub(super) fn is_busy(&self) -> bool {
+        self.writing
+    }
+
+    /// What goes along. It must not be [busy](Flow::is_busy).
+    pub(super) fn carry(&self, bag: &mut Bag) -> io::Result<Carried> {
+        let to = match &self.output {
+            Output::Fifo { writer, held } => To::Fifo {
+                writer: bag.put(writer.as_fd())?,
+                held: bag.put(held)?,
+            },
+            Output::File(file) => To::File(bag.put(file.as_fd())?),
+            Output::Program(path, writer) => To::Program(path.clone(), bag.put(writer.as_fd())?),
+            Output::Stream(_) => return Err(io::ErrorKind::Unsupported.into()),
+        };
+        Ok(Carried {
+            stream: bag.put(self.stream.as_fd())?,
+            way: self.way.clone(),
+            to,
+        })
+    }
+}
+
+/// Where an output is as long as it flows.
+pub(super) type Slot = Mutex<Option<Flow>>;
+
+/// Passes on all that the guest sends, and leaves the slot empty.
+pub(super) async fn relay(slot: &Slot) -> (io::Result<()>, Option<Outlet>) {
+    let relayed = poll_fn(|context| match &mut *lock(slot) {
+        Some(Flow {
+            stream,
+            output: Output::Fifo { writer, .. } | Output::Program(_, writer),
+            way,
+            ..
+        }) => {
+            ready!(way.poll(context, stream, writer));
+            Poll::Ready(Some(way.broken().map_or(Ok(()), |kind| Err(kind.into()))))
+        }
+        _ => Poll::Ready(None),
+    });
+    let relayed = match relayed.await {
+        Some(relayed) => relayed,
+        None => relay_slowly(slot).await,
+    };
+    let flow = lock(slot).take();
+    match flow {
+        Some(flow) => (relayed, flow.output.end().await),
+        None => (relayed, None),
+    }
+}
+
+/// The same to a target that is not simply written to.
+async fn relay_slowly(slot: &Slot) -> io::Result<()> {
+    loop {
+        let read = poll_fn(|context| {
+            let mut slot = lock(slot);
+            let Some(flow) = &mut *slot else {
+                return Poll::Ready(Ok((Vec::new(), None)));
+            };
+            let mut space = vec![0; BUFFER];
+            let mut read = ReadBuf::new(&mut space);
+            ready!(Pin::new(&mut flow.stream).poll_read(context, &mut read))?;
+            let count = read.filled().len();
+            space.truncate(count);
+            let output = match &flow.output {
+                Output::File(file) => Slow::File(Arc::clone(file)),
+                Output::Stream(outlet) => Slow::Stream(Arc::clone(outlet)),
+                Output::Fifo { .. } | Output::Program(..) => {
+                    return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
+                }
+            };
+            flow.writing = count > 0;
+            Poll::Ready(Ok::<_, io::Error>((space, Some(output))))
+        });
+        let (bytes, output) = read.await?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        match output {
+            // A disk may take its time, for which nobody else shall wait.
+            Some(Slow::File(file)) => {
+                let written = spawn_blocking(move || (&*file).write_all(&bytes)).await;
+                written.map_err(io::Error::other)??;
+            }
+            Some(Slow::Stream(outlet)) => outlet.lock().await.write(&bytes).await,
+            None => {}
+        }
+        if let Some(flow) = &mut *lock(slot) {
+            flow.writing = false;
+        }
+    }
+}
+
+enum Slow {
+    File(Arc<File>),
+    Stream(Arc<AsyncMutex<Outlet>>),
 }

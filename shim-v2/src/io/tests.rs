@@ -3,10 +3,16 @@ mod logger;
 use std::{os::unix::net::UnixListener as StdListener, path::Path};
 
 use bulkhead_agent_api::STREAMS_WAITING;
-use rustix::fs::Mode;
-use tokio::net::UnixListener;
+use rustix::fs::{Mode, OFlags};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream, unix::pipe},
+};
 
-use super::{open::open_file, *};
+use super::{
+    open::{open_fifo, open_file},
+    *,
+};
 
 struct Guest {
     dir: tempfile::TempDir,

@@ -103,7 +103,7 @@ impl Pod {
                 if matches!(error, Error::Deadline { .. }) {
                     self.doubt.notify_one();
                 }
-                traces.undo().await;
+                traces.undo(self).await;
                 self.keep_fate(&request.id, None).await;
                 return Err(self.explained(error).await);
             }
@@ -344,11 +344,11 @@ struct Traces {
 }
 
 impl Traces {
-    async fn undo(self) {
+    async fn undo(self, pod: &Pod) {
         if let Some(making) = self.making {
             // The id is not free before; but a guest that does not answer keeps it
             // to itself.
-            let undone = tokio::spawn(making.undo());
+            let undone = pod.undo(making);
             if timeout(DIE, undone).await.is_err() {
                 warn!("the guest does not take a container back yet");
             }

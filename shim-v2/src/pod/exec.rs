@@ -95,7 +95,7 @@ impl Pod {
                     return Ok(());
                 }
                 // Its container has ended meanwhile.
-                tokio::spawn(making.undo());
+                self.undo(making);
                 process.close_streams(Patience::SHORT).await;
                 Err(Error::InitNotRunning(container.id.clone()))
             }
@@ -147,7 +147,7 @@ impl Pod {
             Err(error) => {
                 if matches!(error, Error::Deadline { .. }) {
                     self.doubt.notify_one();
-                    tokio::spawn(making.undo());
+                    self.undo(making);
                 }
                 Err(error)
             }

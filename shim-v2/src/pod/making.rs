@@ -11,12 +11,23 @@ use tokio::{task::JoinHandle, time::timeout};
 use tracing::{info, warn};
 use ttrpc::Code;
 
-use super::{DIE, SIGKILL};
+use super::{DIE, Pod, SIGKILL};
 use crate::{
     agent::ProcessName,
     error::{Error, Result},
     guest::Guest,
 };
+
+impl Pod {
+    /// Has the guest take back what nobody wants any more.
+    pub(super) fn undo(&self, making: Making) -> JoinHandle<()> {
+        let work = self.work();
+        tokio::spawn(async move {
+            making.undo().await;
+            drop(work);
+        })
+    }
+}
 
 /// The request.
 #[derive(Debug)]

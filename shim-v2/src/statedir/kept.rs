@@ -24,6 +24,16 @@ impl Kept {
         pod.while_ours(|_| replace(&path, content))?;
         Ok(Kept { path })
     }
+
+    /// One that the program before this one has kept.
+    pub(crate) fn unpack(path: PathBuf) -> Self {
+        Kept { path }
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
 }
 
 impl Drop for Kept {

@@ -21,10 +21,12 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown,
     SocketFlags, SocketType, recv, sendmsg, shutdown, socketpair,
 };
+use serde::{Deserialize, Serialize};
 use tokio::{io::Interest, net::UnixStream, sync::Mutex, time::timeout};
 
 use crate::{
     agent::escape,
+    carry::{Bag, CarriedFd},
     error::{Error, Result, host},
 };
 
@@ -41,6 +43,13 @@ pub struct Control {
     limit: Duration,
 }
 
+/// What goes along of it when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Carried {
+    socket: CarriedFd,
+    last: u64,
+}
+
 impl Control {
     /// Our end, and the one for the VMM.
     pub(super) fn pair() -> Result<(Control, OwnedFd)> {
@@ -52,13 +61,32 @@ impl Control {
         )
         .map_err(host("make a socket pair"))?;
         rustix::io::ioctl_fionbio(&ours, true).map_err(host("make a socket non-blocking"))?;
-        let control = Control {
-            socket: UnixStream::from_std(StdStream::from(ours))
-                .map_err(host("watch the VMM's socket"))?,
-            last: Mutex::new(0),
-            limit: LIMIT,
-        };
+        let control = Control::over(ours, 0).map_err(host("watch the VMM's socket"))?;
         Ok((control, theirs))
+    }
+
+    fn over(socket: OwnedFd, last: u64) -> io::Result<Self> {
+        Ok(Control {
+            socket: UnixStream::from_std(StdStream::from(socket))?,
+            last: Mutex::new(last),
+            limit: LIMIT,
+        })
+    }
+
+    /// Goes on with that of the program before this one.
+    pub(super) fn unpack(carried: Carried) -> io::Result<Self> {
+        Control::over(carried.socket.take()?, carried.last)
+    }
+
+    /// What goes along when the program changes; `None` while something is asked.
+    pub(super) fn carry(&self, bag: &mut Bag) -> io::Result<Option<Carried>> {
+        let Ok(last) = self.last.try_lock() else {
+            return Ok(None);
+        };
+        Ok(Some(Carried {
+            socket: bag.put(&self.socket)?,
+            last: *last,
+        }))
     }
 
     /// Stops all processors of the guest; returns when none runs any more.

@@ -27,11 +27,13 @@ use rustix::{
     process::{Signal, getpid, getppid, set_parent_process_death_signal},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
+use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::warn;
 
 use crate::{
-    cgroup::Entrance,
+    carry::{Bag, CarriedFd},
+    cgroup::{self, Entrance},
     child::{Child, Failure},
     error::{Error, Result, host},
     inherit,
@@ -106,6 +108,13 @@ pub struct Quarters {
     program: OnceLock<Option<OwnedFd>>,
 }
 
+/// What goes along of them when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    cgroup: Option<cgroup::CarriedEntrance>,
+    network: CarriedFd,
+}
+
 impl Quarters {
     /// Those of a pod whose VMM is in this cgroup and this network namespace.
     #[must_use]
@@ -115,6 +124,26 @@ impl Quarters {
             network,
             program: OnceLock::new(),
         }
+    }
+
+    /// Those of the program before this one.
+    pub(crate) fn unpack(carried: Carried) -> io::Result<Self> {
+        let cgroup = carried.cgroup.map(Entrance::unpack).transpose()?;
+        Ok(Quarters::new(cgroup, carried.network.take()?))
+    }
+
+    /// What goes along when the program changes.
+    pub(crate) fn carry(&self, bag: &mut Bag) -> io::Result<Carried> {
+        let cgroup = self.cgroup.as_ref().map(|cgroup| cgroup.carry(bag));
+        Ok(Carried {
+            cgroup: cgroup.transpose()?,
+            network: bag.put(&self.network)?,
+        })
+    }
+
+    /// The way into the cgroup.
+    pub(crate) fn entrance(&self) -> Option<&Entrance> {
+        self.cgroup.as_ref()
     }
 
     /// Makes a holder that lists of processes show with `label`; in the pod's own
@@ -208,6 +237,12 @@ pub struct Holder {
 }
 
 impl Holder {
+    /// Goes on with one of the program before this one.
+    pub(crate) fn unpack(pid: u32) -> io::Result<Self> {
+        let child = Child::adopt(pid.cast_signed())?;
+        Ok(Holder { child: Some(child) })
+    }
+
     /// Its number.
     #[must_use]
     pub fn pid(&self) -> u32 {

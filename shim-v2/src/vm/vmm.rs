@@ -15,7 +15,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::ExitStatus,
-    sync::Arc,
+    sync::{Arc, Weak},
     thread,
 };
 
@@ -29,13 +29,19 @@ use rustix::{
     event::{PollFd, PollFlags, poll},
     process::Signal,
 };
+use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
-use super::{control::Control, cores, holder::Quarters};
+use super::{
+    control::{self, Control},
+    cores,
+    holder::{self, Quarters},
+};
 use crate::{
     agent::escape,
-    cgroup::Cgroup,
+    carry::{Bag, CarriedFd},
+    cgroup::{self, Cgroup, Entrance},
     child::{Child, Failure, Program},
     error::{Error, Result, host},
     statedir::{HostProcess, signal},
@@ -149,7 +155,29 @@ pub struct Vmm {
     pidfd: Arc<OwnedFd>,
     control: Control,
     quarters: Quarters,
+    /// Where its cgroup is, and who removes it.
+    cgroup: Option<cgroup::Carried>,
+    /// As long as their threads read them.
+    pipes: Pipes,
     ended: watch::Receiver<Option<End>>,
+}
+
+/// What a VMM says.
+#[derive(Debug)]
+struct Pipes {
+    messages: Weak<PipeReader>,
+    report: Weak<PipeReader>,
+}
+
+/// What goes along of a VMM when the program changes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Carried {
+    process: HostProcess,
+    control: control::Carried,
+    quarters: holder::Carried,
+    cgroup: Option<cgroup::Carried>,
+    messages: Option<CarriedFd>,
+    report: Option<CarriedFd>,
 }
 
 impl Vmm {
@@ -157,10 +185,6 @@ impl Vmm {
     pub async fn launch(launch: Launch) -> Result<Self> {
         let (control, control_end) = Control::pair()?;
         let (messages, stderr) = io::pipe().map_err(host("make a pipe"))?;
-        thread::Builder::new()
-            .name("vmm-messages".to_owned())
-            .spawn(move || log_messages(messages))
-            .map_err(host("read what the VMM says"))?;
         let (started, result) = oneshot::channel();
         thread::Builder::new()
             .name("vmm-start".to_owned())
@@ -169,28 +193,61 @@ impl Vmm {
                 let _ = started.send(start(launch, control_end, stderr));
             })
             .map_err(host("start the thread of the VMM"))?;
-        let Started {
-            mut child,
-            report,
-            network,
-            cgroup,
-        } = result
+        let started = result
             .await
             .map_err(|_| host("start the VMM")(io::Error::other("its thread ended")))??;
-        let opened = HostProcess::of(child.pid()).and_then(|process| Ok((process, child.pidfd()?)));
-        let (process, pidfd) = opened.map_err(host("open the process of the VMM"))?;
-        let pidfd = Arc::new(pidfd);
-        let entrance = cgroup.as_ref().map(|cgroup| cgroup.entrance().try_clone());
+        let process = HostProcess::of(started.child.pid());
+        let process = process.map_err(host("open the process of the VMM"))?;
+        let entrance = started
+            .cgroup
+            .as_ref()
+            .map(|cgroup| cgroup.entrance().try_clone());
         let entrance = entrance
             .transpose()
             .map_err(host("keep the way into the VMM's cgroup"))?;
-        let quarters = Quarters::new(entrance, network);
+        let quarters = Quarters::new(entrance, started.network);
+        Vmm::watch(Watched {
+            process,
+            child: started.child,
+            control,
+            quarters,
+            cgroup: started.cgroup,
+            messages: Some(messages),
+            report: Some(started.report),
+        })
+    }
+
+    /// Has threads listen to it.
+    fn watch(watched: Watched) -> Result<Self> {
+        let Watched {
+            process,
+            mut child,
+            control,
+            quarters,
+            cgroup,
+            messages,
+            report,
+        } = watched;
+        let pidfd = child.pidfd().map_err(host("open the process of the VMM"))?;
+        let pidfd = Arc::new(pidfd);
+        let (messages, report) = (messages.map(Arc::new), report.map(Arc::new));
+        let weak =
+            |pipe: &Option<Arc<PipeReader>>| pipe.as_ref().map_or_else(Weak::new, Arc::downgrade);
+        let pipes = Pipes {
+            messages: weak(&messages),
+            report: weak(&report),
+        };
+        thread::Builder::new()
+            .name("vmm-messages".to_owned())
+            .spawn(move || messages.map(|messages| log_messages(&messages)))
+            .map_err(host("read what the VMM says"))?;
+        let carried = cgroup.as_ref().map(Cgroup::carry);
         let (end, ended) = watch::channel(None);
         let died = Arc::clone(&pidfd);
         thread::Builder::new()
             .name("vmm-parent".to_owned())
             .spawn(move || {
-                let report = read_report(report, &died);
+                let report = report.and_then(|report| read_report(report, &died));
                 end.send_replace(Some(end_of(&mut child, report)));
                 // Nobody waits for this but who waits for `gone`.
                 drop(cgroup);
@@ -201,8 +258,51 @@ impl Vmm {
             pidfd,
             control,
             quarters,
+            cgroup: carried,
+            pipes,
             ended,
         })
+    }
+
+    /// Goes on with that of the program before this one.
+    pub(crate) fn unpack(carried: Carried) -> Result<Self> {
+        let failed = host("take over the VMM");
+        let parts = || -> io::Result<_> {
+            let child = Child::adopt(carried.process.pid)?;
+            let control = Control::unpack(carried.control)?;
+            let quarters = Quarters::unpack(carried.quarters)?;
+            let entrance = quarters.entrance().map(Entrance::try_clone).transpose()?;
+            let cgroup = carried
+                .cgroup
+                .map(|cgroup| Cgroup::unpack(cgroup, entrance.unwrap_or_default()));
+            let pipe = |fd: CarriedFd| fd.take().map(PipeReader::from);
+            Ok(Watched {
+                process: carried.process,
+                child,
+                control,
+                quarters,
+                cgroup,
+                messages: carried.messages.map(pipe).transpose()?,
+                report: carried.report.map(pipe).transpose()?,
+            })
+        };
+        Vmm::watch(parts().map_err(failed)?)
+    }
+
+    /// What goes along when the program changes; `None` while it is asked something.
+    pub(crate) fn carry(&self, bag: &mut Bag) -> io::Result<Option<Carried>> {
+        let Some(control) = self.control.carry(bag)? else {
+            return Ok(None);
+        };
+        let mut pipe = |pipe: &Weak<PipeReader>| pipe.upgrade().map(|pipe| bag.put(&pipe));
+        Ok(Some(Carried {
+            messages: pipe(&self.pipes.messages).transpose()?,
+            report: pipe(&self.pipes.report).transpose()?,
+            process: self.process,
+            control,
+            quarters: self.quarters.carry(bag)?,
+            cgroup: self.cgroup.clone(),
+        }))
     }
 
     /// The process, as the host numbers it.
@@ -283,6 +383,17 @@ pub fn find(shim: &Path) -> Result<PathBuf> {
         path: beside.join(BINARY),
         source: io::ErrorKind::NotFound.into(),
     })
+}
+
+/// A process, and all by which it is watched.
+struct Watched {
+    process: HostProcess,
+    child: Child,
+    control: Control,
+    quarters: Quarters,
+    cgroup: Option<Cgroup>,
+    messages: Option<PipeReader>,
+    report: Option<PipeReader>,
 }
 
 /// Waits for the end of the process.
@@ -424,12 +535,12 @@ fn set_oom_score(pid: i32, score: i32) {
 
 /// Reads the report as it is written, until the process closes it, has said enough,
 /// or has died, whoever holds the pipe open then.
-fn read_report(mut pipe: PipeReader, died: &OwnedFd) -> Option<Report> {
-    rustix::io::ioctl_fionbio(&pipe, true).ok()?;
+fn read_report(pipe: Arc<PipeReader>, died: &OwnedFd) -> Option<Report> {
+    rustix::io::ioctl_fionbio(&*pipe, true).ok()?;
     let mut text = Vec::new();
     loop {
         let mut fds = [
-            PollFd::new(&pipe, PollFlags::IN),
+            PollFd::new(&*pipe, PollFlags::IN),
             PollFd::new(died, PollFlags::IN),
         ];
         match poll(&mut fds, None) {
@@ -439,7 +550,7 @@ fn read_report(mut pipe: PipeReader, died: &OwnedFd) -> Option<Report> {
         let [_, died] = &fds;
         let is_last = !died.revents().is_empty();
         let room = MAX_REPORT.saturating_sub(text.len() as u64);
-        match pipe.by_ref().take(room).read_to_end(&mut text) {
+        match (&*pipe).take(room).read_to_end(&mut text) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && !is_last => {}
             // The end; as much as is read of a report; or all there will be.
             _ => break,
@@ -451,7 +562,7 @@ fn read_report(mut pipe: PipeReader, died: &OwnedFd) -> Option<Report> {
 }
 
 /// Logs what the VMM writes on its standard error, and never stops reading it.
-fn log_messages(mut pipe: PipeReader) {
+fn log_messages(mut pipe: &PipeReader) {
     let mut logged = 0;
     let mut buffer = [0; 4096];
     while let Ok(count @ 1..) = pipe.read(&mut buffer) {
@@ -492,7 +603,7 @@ mod tests {
         })
         .unwrap();
         let held = hold.then_some(report_end);
-        let report = read_report(report, &child.pidfd().unwrap());
+        let report = read_report(report.into(), &child.pidfd().unwrap());
         drop(held);
         super::end_of(&mut child, report)
     }

@@ -14,7 +14,7 @@ use bulkhead_tests::Reader;
 use containerd_shim_protos::{
     api::{
         ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteResponse,
-        Empty, ExecProcessRequest,
+        Empty, ExecProcessRequest, PauseRequest, ResumeRequest,
     },
     bootstrap_api::{BootstrapParams, BootstrapResult},
     protobuf::{Message, MessageField, well_known_types::any::Any},
@@ -168,6 +168,29 @@ impl Pod {
         let other = Task::connect(&self.address, TASK_V3, &self.place.id);
         let answer = other.call::<ConnectResponse>("Connect", &request);
         answer.unwrap().shim_pid
+    }
+
+    /// What the shim has logged.
+    pub(crate) fn log(&self) -> String {
+        self.place.log.text()
+    }
+
+    /// Lets the container stand still.
+    pub(crate) fn pause(&self) {
+        let request = PauseRequest {
+            id: self.place.id.clone(),
+            ..PauseRequest::default()
+        };
+        self.task.call::<Empty>("Pause", &request).unwrap();
+    }
+
+    /// Lets it go on.
+    pub(crate) fn resume(&self) {
+        let request = ResumeRequest {
+            id: self.place.id.clone(),
+            ..ResumeRequest::default()
+        };
+        self.task.call::<Empty>("Resume", &request).unwrap();
     }
 
     /// Where a file of a layer of the root lies on the host.

@@ -95,13 +95,22 @@ impl<'a> Process<'a> {
 
     /// Its state.
     pub(crate) fn state(&self) -> EnumOrUnknown<Status> {
+        self.told().status
+    }
+
+    /// Its pid.
+    pub(crate) fn pid(&self) -> u32 {
+        self.told().pid
+    }
+
+    fn told(&self) -> StateResponse {
         let request = StateRequest {
             id: self.pod.task.id.clone(),
             exec_id: self.id.clone(),
             ..StateRequest::default()
         };
         let answer = self.pod.task.call::<StateResponse>("State", &request);
-        answer.unwrap().status
+        answer.unwrap()
     }
 
     /// Opens the FIFO of its standard input.

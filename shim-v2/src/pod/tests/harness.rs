@@ -31,12 +31,16 @@ use super::{
 };
 use crate::{
     agent::{Agent, Limits},
+    carry::Bag,
     config::Config,
     events::testing::Told,
     io::{Dialer, Stdio, StreamHost, read_line, streaming::Hub},
     share::enter_private_namespace,
     statedir::{HostProcess, StateDir},
-    vm::holder::{Holder, Quarters},
+    vm::{
+        self,
+        holder::{Holder, Quarters},
+    },
 };
 
 /// The guest: the agent's connection, and a socket for its streams.
@@ -156,6 +160,10 @@ impl Guest for TestGuest {
         self.quarters.hold(label, network)
     }
 
+    fn carry(&self, _: &mut Bag) -> std::io::Result<Option<vm::Carried>> {
+        Ok(None)
+    }
+
     fn kill(&self) {
         self.ends(137, "the VM was killed");
     }
@@ -190,6 +198,10 @@ impl Boots for TestBoots {
         let guest = TestGuest::boot(&self.script, &self.dir).await;
         *lock(&self.guest) = Some(Arc::clone(&guest));
         Ok(guest)
+    }
+
+    fn unpack(&self, _: vm::Carried) -> Result<Arc<dyn Guest>> {
+        Err(Error::Unsupported("Taking over a scripted guest"))
     }
 }
 

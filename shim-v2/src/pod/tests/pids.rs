@@ -63,7 +63,11 @@ fn a_process_has_a_pid_of_its_own_from_its_making_until_its_end_was_told_ta_09_t
                 Event::Exit(event) if event.id == "e" => assert_eq!(event.pid, exec_pid),
                 Event::Exit(event) => assert_eq!(event.pid, pid),
                 Event::Delete(event) => assert_eq!(event.pid, pid),
-                Event::ExecAdded(_) | Event::Oom(_) | Event::Paused(_) | Event::Resumed(_) => {}
+                Event::ExecAdded(_)
+                | Event::Oom(_)
+                | Event::Paused(_)
+                | Event::Resumed(_)
+                | Event::Carried { .. } => {}
             }
         }
     });

@@ -1,0 +1,276 @@
+//! Another program takes the shim's place in the same process.
+//!
+//! On SIGHUP the daemon executes its own file, which a newer version of the package may
+//! have replaced. To its callers nothing happens: the process, the socket and all
+//! connections stay, containers run on, and whoever waits for an end waits. Only requests
+//! that come meanwhile take some milliseconds longer.
+//!
+//! What is under way is let come to its end first, for [`PATIENCE`]; if it does not, or
+//! the other program cannot take over, everything stays as it is, and the state
+//! directory says why.
+
+use std::{
+    fmt, io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixListener,
+    },
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+use serde::Serialize;
+use tokio::{
+    task::{spawn_blocking, yield_now},
+    time::{sleep, timeout},
+};
+use tracing::{info, warn};
+
+use crate::{
+    callers::Callers,
+    carry::{self, Bag},
+    daemon::{Carried, Going},
+    error::{Error, Result, host},
+    hooks::Host,
+    log,
+    pod::Pod,
+    settings::Settings,
+    statedir::{Held, HostProcess, StateDir, ended, signal},
+};
+
+/// Time for a shim to say what came of it: more than all that it waits for.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// What came of it for one shim.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "outcome")]
+pub enum Outcome {
+    /// It goes on as the other program.
+    #[serde(rename = "taken over")]
+    TakenOver {
+        /// Its version.
+        version: String,
+    },
+    /// It goes on as it was.
+    #[serde(rename = "refused")]
+    Refused {
+        /// One line.
+        reason: String,
+    },
+    /// It ended meanwhile.
+    #[serde(rename = "ended")]
+    Ended,
+    /// It says nothing.
+    #[serde(rename = "silent")]
+    Silent,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::TakenOver { version } => write!(f, "goes on as version {version}"),
+            Outcome::Refused { reason } => write!(f, "stays: {reason}"),
+            Outcome::Ended => f.write_str("has ended"),
+            Outcome::Silent => f.write_str("stays: its version cannot hand over"),
+        }
+    }
+}
+
+/// A shim that was asked to let another program take over.
+#[derive(Debug)]
+pub struct Asked {
+    pod: StateDir,
+    shim: HostProcess,
+    process: OwnedFd,
+    tries: u64,
+}
+
+impl Asked {
+    /// Asks the shim of a pod; `None` if it does not live.
+    #[must_use]
+    pub fn of(pod: &StateDir) -> Option<Self> {
+        let processes = pod.processes();
+        let shim = processes.shim?;
+        let process = shim.open().ok().flatten()?;
+        signal(&process, Signal::HUP).ok()?;
+        Some(Asked {
+            pod: pod.clone(),
+            shim,
+            process,
+            tries: processes.upgrade.map_or(0, |upgrade| upgrade.tries),
+        })
+    }
+
+    /// The pod.
+    #[must_use]
+    pub fn pod(&self) -> &StateDir {
+        &self.pod
+    }
+
+    /// The shim's process.
+    #[must_use]
+    pub fn shim(&self) -> HostProcess {
+        self.shim
+    }
+
+    /// Waits for what came of it.
+    #[must_use]
+    pub fn wait(self) -> Outcome {
+        let asked = Instant::now();
+        while asked.elapsed() < ANSWER {
+            match self.pod.processes().upgrade {
+                Some(upgrade) if upgrade.tries > self.tries => {
+                    return match upgrade.refused {
+                        None => Outcome::TakenOver {
+                            version: upgrade.version,
+                        },
+                        Some(reason) => Outcome::Refused { reason },
+                    };
+                }
+                _ if ended(&self.process, LOOK_MS) => return Outcome::Ended,
+                _ => {}
+            }
+        }
+        Outcome::Silent
+    }
+}
+
+/// Time for what is under way to come to its end.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is looked whether it has, as far as nobody tells.
+const LOOK: Duration = Duration::from_millis(20);
+/// The same for who asked, in milliseconds.
+const LOOK_MS: u32 = 20;
+/// So many tasks pass an answer of the guest on, one to the next.
+const STEPS: u32 = 4;
+/// Time for the other program to say whether it can take over.
+const ASK: Duration = Duration::from_secs(5);
+
+/// Who takes over, and all that it gets.
+#[derive(Debug)]
+pub(crate) struct Successor {
+    pub(crate) own: PathBuf,
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) listener: UnixListener,
+    pub(crate) socket: Option<PathBuf>,
+    pub(crate) outside: Arc<Host>,
+    pub(crate) callers: Callers,
+    pub(crate) pod: Arc<Pod>,
+    pub(crate) held: Arc<Held>,
+}
+
+impl Successor {
+    /// Lets it take over; returns only if that was refused.
+    pub(crate) async fn take_over(&self) {
+        info!(program = %self.own.display(), "another program is to take over");
+        let Err(error) = self.try_it().await;
+        warn!(error = error.text(), "this program goes on");
+        self.record(Some(error.text())).await;
+    }
+
+    /// Records what came of it, for who asked for it.
+    pub(crate) async fn record(&self, refused: Option<String>) {
+        if refused.is_none() {
+            info!(
+                version = env!("CARGO_PKG_VERSION"),
+                "this program has taken over"
+            );
+        }
+        let held = Arc::clone(&self.held);
+        let recorded = spawn_blocking(move || held.record_upgrade(refused)).await;
+        if let Err(error) = recorded.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            warn!(%error, "what came of it cannot be recorded");
+        }
+    }
+
+    async fn try_it(&self) -> Result<std::convert::Infallible> {
+        self.ask().await?;
+        let _gate = self.callers.close();
+        let mut bag = Bag::default();
+        let carried = match timeout(PATIENCE, self.pack(&mut bag)).await {
+            Ok(packed) => packed.map_err(host("pack what goes along"))?,
+            Err(_) => return Err(Error::Busy(self.busy().unwrap_or_default())),
+        };
+        // Nothing else has run since it was packed.
+        let error = carry::execute(&self.own, &carried, bag);
+        Err(Error::Path {
+            action: "execute",
+            path: self.own.clone(),
+            source: error,
+        })
+    }
+
+    /// Asks the other program whether it understands what it would get.
+    async fn ask(&self) -> Result<()> {
+        let mut command = Command::new(&self.own);
+        command
+            .arg("-carries")
+            .env_clear()
+            .stdin(Stdio::null())
+            .stderr(Stdio::null());
+        let asked = timeout(ASK, spawn_blocking(move || command.output())).await;
+        let said = asked
+            .unwrap_or_else(|_| Ok(Err(io::ErrorKind::TimedOut.into())))
+            .unwrap_or_else(|error| Err(io::Error::other(error)));
+        let said = said.map_err(|source| Error::Path {
+            action: "ask",
+            path: self.own.clone(),
+            source,
+        })?;
+        if said.stdout == carry::version().as_bytes() {
+            return Ok(());
+        }
+        Err(Error::Argument {
+            what: "The shim's file",
+            value: self.own.display().to_string(),
+            reason: "it cannot take over what this version has; new pods get it".to_owned(),
+        })
+    }
+
+    fn busy(&self) -> Option<String> {
+        self.callers.busy().or_else(|| self.pod.busy())
+    }
+
+    /// Is nothing under way, nor about to be by what was heard just now?
+    async fn is_still(&self) -> bool {
+        let heard = self.pod.heard();
+        for _ in 0..STEPS {
+            if self.busy().is_some() {
+                return false;
+            }
+            // Whoever has an answer of the guest comes to know of it.
+            yield_now().await;
+        }
+        self.busy().is_none() && self.pod.heard() == heard
+    }
+
+    /// Packs what goes along as soon as nothing is under way. Returns in the same moment.
+    async fn pack(&self, bag: &mut Bag) -> io::Result<Carried> {
+        loop {
+            if self.is_still().await {
+                if let Some(pod) = self.pod.carry(bag)? {
+                    return Ok(Carried {
+                        log: log::carry(bag)?,
+                        own: self.own.clone(),
+                        settings: Settings::clone(&self.settings),
+                        listener: bag.put(&self.listener)?,
+                        socket: self.socket.clone(),
+                        outside: bag.put(self.outside.mounts().as_fd())?,
+                        going: Going {
+                            callers: self.callers.carry(bag)?,
+                            pod,
+                        },
+                    });
+                }
+                *bag = Bag::default();
+            }
+            tokio::select! {
+                () = self.callers.answered() => {}
+                () = sleep(LOOK) => {}
+            }
+        }
+    }
+}
