@@ -11,7 +11,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use containerd_shim_protos::{
@@ -36,6 +36,8 @@ use crate::{
     statedir::{Processes, StateDir, ended, kept, kill, signal},
 };
 
+/// Time for all of it.
+const ALL: Duration = Duration::from_millis(4500);
 /// Time for the shim to end in order once its VM is gone.
 const ORDERLY_MS: u32 = 800;
 /// Time for a killed shim to be gone.
@@ -48,22 +50,34 @@ const LAST: Duration = Duration::from_millis(2500);
 /// SIGKILL.
 const STATUS: u32 = 137;
 
+/// When all must be done.
+#[derive(Clone, Copy, Debug)]
+struct End(Instant);
+
+impl End {
+    /// So much for one step, as far as there is still time.
+    fn at_most(self, limit: Duration) -> Duration {
+        limit.min(self.0.saturating_duration_since(Instant::now()))
+    }
+}
+
 /// Cleans up and returns what must be printed.
 pub fn run(flags: &Flags) -> Result<Vec<u8>> {
+    let time = End(Instant::now() + ALL);
     let namespace = Namespace::new(&flags.namespace)?;
     let id = ContainerId::new(&flags.id)?;
     let bundle = bundle(flags);
     let own = StateDir::of(&namespace, &GroupId::new(id.as_str())?);
     // Before the directory goes.
     let mut fate = fate::of(own.path(), &id);
-    end(&own)?;
+    end(&own, time)?;
     for (group, role) in groups(&namespace, &id, bundle.as_deref()) {
         let processes = group.processes();
         if is_alive(&processes) {
-            fate = ask(&processes, &id, role).or(fate);
+            fate = ask(&processes, &id, role, time).or(fate);
         } else {
             fate = fate::of(group.path(), &id).or(fate);
-            end(&group)?;
+            end(&group, time)?;
         }
     }
     if let Some(bundle) = bundle {
@@ -121,14 +135,15 @@ fn is_alive(processes: &Processes) -> bool {
 
 /// Asks a living shim to let go of one container, and to end if the pod was made for it
 /// and nothing else is there. Answers how the container ended, if the shim says so.
-fn ask(processes: &Processes, id: &ContainerId, role: Role) -> Option<Fate> {
+fn ask(processes: &Processes, id: &ContainerId, role: Role, time: End) -> Option<Fate> {
     let socket = processes.socket.as_ref()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .ok()?;
     // Whether it has done so or not, nothing more is to be done.
-    let asked = runtime.block_on(async { timeout(ASK, let_go(socket, id, role)).await });
+    let limit = time.at_most(ASK);
+    let asked = runtime.block_on(async { timeout(limit, let_go(socket, id, role)).await });
     asked.ok()?.ok()?
 }
 
@@ -177,7 +192,7 @@ async fn let_go(socket: &Path, id: &ContainerId, role: Role) -> io::Result<Optio
 }
 
 /// Ends the processes of a pod and removes its directory and socket.
-fn end(dir: &StateDir) -> Result<()> {
+fn end(dir: &StateDir, time: End) -> Result<()> {
     if !dir.exists() {
         return Ok(());
     }
@@ -205,19 +220,19 @@ fn end(dir: &StateDir) -> Result<()> {
     }
     // A VM that was started in the meantime.
     kill(now.vmm);
-    if let Err(error) = cgroup::remove_recorded(dir.path(), cgroup::LEAVE_DELETE) {
+    if let Err(error) = cgroup::remove_recorded(dir.path(), time.at_most(cgroup::LEAVE_DELETE)) {
         // containerd takes that for a warning.
         eprintln!("{}", error.text());
     }
     if let Some(socket) = processes.socket {
         remove_dead_socket(&socket);
     }
-    run_last(dir);
+    run_last(dir, time.at_most(LAST));
     dir.remove().map_err(failed)
 }
 
 /// Runs the hooks that the shim would have run at the end of its containers.
-fn run_last(dir: &StateDir) {
+fn run_last(dir: &StateDir, limit: Duration) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -236,7 +251,7 @@ fn run_last(dir: &StateDir) {
         }
     };
     if runtime
-        .block_on(async { timeout(LAST, run).await })
+        .block_on(async { timeout(limit, run).await })
         .is_err()
     {
         eprintln!("The hooks of the end take too long");
@@ -248,5 +263,21 @@ fn run_last(dir: &StateDir) {
 fn remove_dead_socket(path: &Path) {
     if !start::is_alive(path) {
         let _ = fs::remove_file(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_has_no_more_time_than_there_is_for_all_of_them_lc_51() {
+        let left = End(Instant::now() + Duration::from_millis(100));
+        assert!(left.at_most(LAST) <= Duration::from_millis(100));
+        assert_eq!(End(Instant::now()).at_most(LAST), Duration::ZERO);
+        assert_eq!(End(Instant::now() + ALL).at_most(ASK), ASK);
+        // What has no other limit than its own comes first.
+        let first = u64::from(1000 + ORDERLY_MS + KILLED_MS + 1000);
+        assert!(Duration::from_millis(first) < ALL);
     }
 }
