@@ -207,8 +207,18 @@ async fn serve(begun: Begun) -> Result<()> {
         own,
         carried,
     } = begun;
+    let mut term = signal(SignalKind::terminate()).map_err(host("watch SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(host("watch SIGINT"))?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(host("watch SIGHUP"))?;
+    // Other shims take them as a wish to log what they do.
+    let mut dump = signal(SignalKind::user_defined1()).map_err(host("watch SIGUSR1"))?;
+    let _user2 = signal(SignalKind::user_defined2()).map_err(host("watch SIGUSR2"))?;
     let held = Arc::new(held);
     let taken = carried.is_some();
+    if taken {
+        // Before there is a thread or a child that would have them blocked as well.
+        carry::listens().map_err(host("listen to signals"))?;
+    }
     let (callers, carried) = match carried {
         Some(going) => (going.callers, Some(going.pod)),
         None => (Vec::new(), None),
@@ -262,12 +272,6 @@ async fn serve(begun: Begun) -> Result<()> {
         .add_listener(only_root(again, listener, connections.clone()))
         .register_service(services)
         .register_service(callers::refusals());
-    let mut term = signal(SignalKind::terminate()).map_err(host("watch SIGTERM"))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(host("watch SIGINT"))?;
-    let mut hangup = signal(SignalKind::hangup()).map_err(host("watch SIGHUP"))?;
-    // Other shims take them as a wish to log what they do.
-    let mut dump = signal(SignalKind::user_defined1()).map_err(host("watch SIGUSR1"))?;
-    let _user2 = signal(SignalKind::user_defined2()).map_err(host("watch SIGUSR2"))?;
     server
         .start()
         .await
@@ -284,10 +288,7 @@ async fn serve(begun: Begun) -> Result<()> {
     };
     match taken {
         false => say_ready()?,
-        true => {
-            carry::listens().map_err(host("listen to signals"))?;
-            successor.record(None).await;
-        }
+        true => successor.record(None).await,
     }
     tokio::select! {
         () = end.notified() => {}

@@ -42,11 +42,11 @@ use tokio::{
 use tracing::{info, warn};
 use ttrpc::Code;
 
+use self::carry::Work;
 pub use self::{carry::Carried, create::Create, hold::HostPid};
 use crate::{
     agent::ProcessName,
     cgroup::Place,
-    clock,
     disk::Attached,
     error::{Error, Result},
     events::{Event, Publisher},
@@ -137,10 +137,6 @@ pub struct Pod {
     stopping: AtomicBool,
     stopped: OnceCell<()>,
 }
-
-/// Held by a task that must not be cut short by a change of the program.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Work(Arc<()>);
 
 /// A place in the table of containers.
 #[derive(Debug)]
@@ -553,12 +549,6 @@ impl Pod {
         self.living().map(Arc::clone)
     }
 
-    fn watch_all(self: &Arc<Self>, guest: &Arc<dyn Guest>) {
-        tokio::spawn(Arc::clone(self).watch_guest(Arc::clone(guest)));
-        tokio::spawn(Arc::clone(self).watch_agent(Arc::clone(guest)));
-        tokio::spawn(clock::follow(Arc::clone(guest)));
-    }
-
     async fn kill_created(&self, container: &Container) {
         let init = &container.init;
         let killed = self.kill(&init.name, SIGKILL, false).await;
@@ -573,19 +563,6 @@ impl Pod {
         }
         self.conclude(container, Exit::now(KILLED), Duration::ZERO)
             .await;
-    }
-
-    /// Cancels a creation and waits until it has cleaned up.
-    async fn cancel_create(&self, id: &ContainerId) {
-        let creation = match lock(&self.slots).get(id) {
-            Some(Slot::Creating(creation)) => Arc::clone(creation),
-            Some(Slot::Ready(_)) | None => return,
-        };
-        let over = creation.over.notified();
-        creation.cancel.notify_one();
-        if timeout(DIE * 2, over).await.is_err() {
-            warn!(container = %id, "its creation does not end");
-        }
     }
 }
 

@@ -86,6 +86,7 @@ pub struct Asked {
     shim: HostProcess,
     process: OwnedFd,
     tries: u64,
+    since: Instant,
 }
 
 impl Asked {
@@ -101,6 +102,7 @@ impl Asked {
             shim,
             process,
             tries: processes.upgrade.map_or(0, |upgrade| upgrade.tries),
+            since: Instant::now(),
         })
     }
 
@@ -119,8 +121,7 @@ impl Asked {
     /// Waits for what came of it.
     #[must_use]
     pub fn wait(self) -> Outcome {
-        let asked = Instant::now();
-        while asked.elapsed() < ANSWER {
+        while self.since.elapsed() < ANSWER {
             match self.pod.processes().upgrade {
                 Some(upgrade) if upgrade.tries > self.tries => {
                     return match upgrade.refused {

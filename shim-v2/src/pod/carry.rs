@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex as AsyncMutex;
 use tracing::warn;
 
-use super::{COPIES, Container, Execs, Parts, Pod, Slot, TURNS, Work};
+use super::{COPIES, Container, Execs, Parts, Pod, Slot, TURNS};
 use crate::{
     carry::{Bag, Bytes, CarriedFd},
     disk::{self, Attached},
@@ -208,6 +208,10 @@ impl Pod {
         self.watch(guest, container, process);
     }
 }
+
+/// Held by a task that must not be cut short by a change of the program.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Work(Arc<()>);
 
 impl Work {
     fn is_under_way(&self) -> bool {

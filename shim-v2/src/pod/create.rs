@@ -129,6 +129,18 @@ impl Pod {
         Ok(pid)
     }
 
+    /// Cancels a creation and waits until it has cleaned up.
+    pub(super) async fn cancel_create(&self, id: &ContainerId) {
+        let creation = match lock(&self.slots).get(id) {
+            Some(Slot::Creating(creation)) => Arc::clone(creation),
+            Some(Slot::Ready(_)) | None => return,
+        };
+        let over = creation.over.notified();
+        creation.cancel.notify_one();
+        if timeout(DIE * 2, over).await.is_err() {
+            warn!(container = %id, "its creation does not end");
+        }
+    }
     fn reserve(&self, id: &ContainerId) -> Result<Reserved<'_>> {
         if self.stopping.load(Ordering::SeqCst) {
             return Err(Error::VmGone("the pod is being shut down".to_owned()));

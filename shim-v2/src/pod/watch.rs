@@ -16,6 +16,7 @@ use tracing::{info, warn};
 
 use super::{Container, DIE, DRAIN, KILLED, Pod};
 use crate::{
+    clock,
     error::Error,
     events::Event,
     fate::{Ending, Fate},
@@ -46,6 +47,13 @@ struct Seen {
 }
 
 impl Pod {
+    /// Watches the guest, its agent and its clock.
+    pub(super) fn watch_all(self: &Arc<Self>, guest: &Arc<dyn Guest>) {
+        tokio::spawn(Arc::clone(self).watch_guest(Arc::clone(guest)));
+        tokio::spawn(Arc::clone(self).watch_agent(Arc::clone(guest)));
+        tokio::spawn(clock::follow(Arc::clone(guest)));
+    }
+
     /// Waits for the end of a process in the guest, or of the VM, and records it.
     pub(super) fn watch(
         self: &Arc<Self>,
