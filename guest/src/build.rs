@@ -48,6 +48,10 @@ pub(crate) const PATCHES: &[(&str, &str)] = &[
         include_str!("../patches/fuse-fewer-requests.patch"),
     ),
     (
+        "fuse-no-attributes.patch",
+        include_str!("../patches/fuse-no-attributes.patch"),
+    ),
+    (
         "params-without-uevents.patch",
         include_str!("../patches/params-without-uevents.patch"),
     ),

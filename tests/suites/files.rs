@@ -6,7 +6,8 @@ use std::{
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use bulkhead_tests::{
@@ -373,6 +374,76 @@ fn making_writing_and_removing_files_costs_a_root_half_of_the_requests_it_did() 
     assert!(found <= 2, "{counts:?}");
     // Each is forgotten, too, for which nobody waits.
     assert!(removed <= 200 + 10, "{counts:?}");
+}
+
+#[test]
+fn that_files_have_no_extended_attributes_is_asked_once_and_known_when_it_changes() {
+    let (_dir, volume) = volume();
+    let program = "import os
+names = [d for d in os.listdir('/sys/bus/virtio/devices')
+         if open(f'/sys/bus/virtio/devices/{d}/device').read().strip() == '0x001a']
+def count():
+    lines = [line.split() for line in open('/proc/interrupts')]
+    return sum(int(n) for line in lines if line and line[-1] in names for n in line if n.isdigit())
+os.mkdir('/d')
+paths = [f'/d/{i}' for i in range(100)]
+for path in paths:
+    open(path, 'w').close()
+count()
+counts = [count()]
+for _ in range(2):
+    assert all(os.listxattr(path) == [] for path in paths)
+    counts.append(count())
+print(counts[1] - counts[0] >= 100, counts[2] - counts[1] <= 2, counts)
+open('/v/f', 'w').close()
+for path in '/d/7', '/v/f':
+    said = []
+    said.append(os.listxattr(path))
+    os.setxattr(path, 'user.a', b'x')
+    said.append(os.listxattr(path))
+    os.setxattr(path, 'user.b', b'x')
+    os.removexattr(path, 'user.a')
+    said.append(os.listxattr(path))
+    os.removexattr(path, 'user.b')
+    said.append(os.listxattr(path))
+    said.append(os.listxattr(path))
+    print(said)
+";
+    let line = format!("cat > /tmp/p.py <<'.'\n{program}.\npython3 /tmp/p.py");
+    let said = debian(&volume, &line).success();
+    let (counts, rest) = said.split_once('\n').unwrap();
+    assert!(counts.starts_with("True True"), "{counts}");
+    let each = "[[], ['user.a'], ['user.b'], [], []]\n";
+    assert_eq!(rest, each.repeat(2));
+}
+
+#[test]
+fn an_extended_attribute_that_the_host_sets_is_seen_in_a_volume() {
+    let (dir, volume) = volume();
+    fs::write(dir.path().join("f"), "").unwrap();
+    let program = "import os, time
+print(os.listxattr('/v/f'), os.listxattr('/v/f'))
+open('/v/ready', 'w').close()
+while not os.path.exists('/v/done'):
+    time.sleep(0.05)
+time.sleep(0.2)
+print(os.listxattr('/v/f'))
+";
+    fs::write(dir.path().join("p.py"), program).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let asked = Instant::now();
+            let ready = dir.path().join("ready");
+            while !ready.exists() && asked.elapsed() < Duration::from_secs(100) {
+                thread::sleep(Duration::from_millis(50));
+            }
+            let (path, flags) = (dir.path().join("f"), rustix::fs::XattrFlags::empty());
+            rustix::fs::setxattr(path, "user.host", b"x", flags).unwrap();
+            fs::write(dir.path().join("done"), "").unwrap();
+        });
+        let said = debian(&volume, "timeout 100 python3 /v/p.py").success();
+        assert_eq!(said, "[] []\n['user.host']\n");
+    });
 }
 
 #[test]

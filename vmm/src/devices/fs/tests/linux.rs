@@ -66,8 +66,8 @@ fn what_a_private_mount_was_told_once_is_not_asked_again() {
         assert!(again.remove(&GETXATTR).unwrap_or(0) <= 1, "{script}");
         // The attributes of that name's directory, which are believed for a second.
         assert!(again.remove(&GETATTR).unwrap_or(0) <= 1, "{script}");
-        // From coreutils 9.5 on, ls asks for each file's attributes, which FUSE has no way
-        // to keep.
+        // From coreutils 9.5 on, ls asks for each file's attributes, which FUSE keeps only in
+        // the guest's kernel.
         if script.starts_with("ls") {
             again.remove(&LISTXATTR);
         }
