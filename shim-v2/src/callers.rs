@@ -111,8 +111,8 @@ impl Callers {
         let resume = |carried: Carried| {
             let stream = StdStream::from(carried.stream.take()?);
             let mut wire = Wire::new(UnixStream::from_std(stream)?);
-            wire.skip = carried.skip;
             wire.take(&carried.asked, &self.0.services);
+            wire.skip = carried.skip;
             Ok(self.add(wire))
         };
         carried.into_iter().map(resume).collect()
@@ -132,6 +132,14 @@ impl Callers {
     /// A request that is under way and cannot be asked again.
     pub(crate) fn busy(&self) -> Option<String> {
         self.wires().iter().find_map(|wire| lock(wire).busy())
+    }
+
+    /// Is this asked just now?
+    pub(crate) fn ask(&self, service: &str, method: &str) -> bool {
+        let name = format!("{service}/{method}");
+        let asks = |waiting: &Waiting| matches!(waiting, Waiting::Once(asked) if *asked == name);
+        let mut wires = self.wires().into_iter();
+        wires.any(|wire| lock(&wire).waiting.values().any(asks))
     }
 
     /// Waits until something was answered.

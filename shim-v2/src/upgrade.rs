@@ -10,6 +10,7 @@
 //! directory says why.
 
 use std::{
+    convert::Infallible,
     fmt, io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -35,6 +36,7 @@ use crate::{
     daemon::{Carried, Going},
     error::{Error, Result, host},
     hooks::Host,
+    io::streaming,
     log,
     pod::Pod,
     settings::Settings,
@@ -141,6 +143,8 @@ impl Asked {
 
 /// Time for what is under way to come to its end.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Time for which new requests wait at once.
+const HELD: Duration = Duration::from_millis(500);
 /// How often it is looked whether it has, as far as nobody tells.
 const LOOK: Duration = Duration::from_millis(20);
 /// The same for who asked, in milliseconds.
@@ -187,21 +191,47 @@ impl Successor {
         }
     }
 
-    async fn try_it(&self) -> Result<std::convert::Infallible> {
+    async fn try_it(&self) -> Result<Infallible> {
         self.ask().await?;
-        let _gate = self.callers.close();
-        let mut bag = Bag::default();
-        let carried = match timeout(PATIENCE, self.pack(&mut bag)).await {
-            Ok(packed) => packed.map_err(host("pack what goes along"))?,
-            Err(_) => return Err(Error::Busy(self.busy().unwrap_or_default())),
-        };
-        // Nothing else has run since it was packed.
-        let error = carry::execute(&self.own, &carried, bag);
-        Err(Error::Path {
-            action: "execute",
-            path: self.own.clone(),
-            source: error,
-        })
+        // They last as long as their processes.
+        if self.callers.ask(streaming::SERVICE, streaming::METHOD) {
+            return Err(Error::Busy("a stream of containerd's".to_owned()));
+        }
+        match timeout(PATIENCE, self.when_still()).await {
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::Busy(self.busy().unwrap_or_default())),
+        }
+    }
+
+    /// Hands over in a moment in which nothing is under way. New requests wait for that
+    /// only where it is near.
+    async fn when_still(&self) -> Result<Infallible> {
+        loop {
+            while self.busy().is_some() {
+                self.news().await;
+            }
+            let gate = self.callers.close();
+            let mut bag = Bag::default();
+            if let Ok(packed) = timeout(HELD, self.pack(&mut bag)).await {
+                let carried = packed.map_err(host("pack what goes along"))?;
+                // Nothing else has run since it was packed.
+                return Err(Error::Path {
+                    action: "execute",
+                    path: self.own.clone(),
+                    source: carry::execute(&self.own, &carried, bag),
+                });
+            }
+            drop(gate);
+            self.news().await;
+        }
+    }
+
+    /// Waits until something may have come to its end.
+    async fn news(&self) {
+        tokio::select! {
+            () = self.callers.answered() => {}
+            () = sleep(LOOK) => {}
+        }
     }
 
     /// Asks the other program whether it understands what it would get.
@@ -268,10 +298,7 @@ impl Successor {
                 }
                 *bag = Bag::default();
             }
-            tokio::select! {
-                () = self.callers.answered() => {}
-                () = sleep(LOOK) => {}
-            }
+            self.news().await;
         }
     }
 }

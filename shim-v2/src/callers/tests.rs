@@ -208,6 +208,40 @@ async fn a_request_is_carried_in_part() {
     assert_eq!(MessageHeader::from(header).stream_id, 1);
 }
 
+#[tokio::test]
+async fn a_message_that_is_too_long_is_passed_over_by_the_next_program_too() {
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let old = Shim::serve(|callers| vec![callers.connection(theirs)]).await;
+    // One waits, and one says too much.
+    let wait = request(TASK, "Wait", b"w").write_to_bytes().unwrap();
+    let length = u32::try_from(wait.len()).unwrap();
+    let waits = [Vec::from(MessageHeader::new_request(1, length)), wait].concat();
+    ours.write_all(&waits).await.unwrap();
+    let long = u32::try_from(MESSAGE_LENGTH_MAX + 1).unwrap();
+    ours.write_all(&Vec::from(MessageHeader::new_request(3, long)))
+        .await
+        .unwrap();
+    let mut payload = vec![7; long as usize];
+    ours.write_all(&payload[..1000]).await.unwrap();
+    let mut header = [0; MESSAGE_HEADER_LENGTH];
+    ours.read_exact(&mut header).await.unwrap();
+    let refused = MessageHeader::from(header);
+    assert_eq!(refused.stream_id, 3);
+    let mut response = vec![0; refused.length as usize];
+    ours.read_exact(&mut response).await.unwrap();
+    settled(&old.callers, None).await;
+    let _gate = old.callers.close();
+    let mut bag = Bag::default();
+    let carried = old.callers.carry(&mut bag).unwrap();
+    std::mem::forget(bag);
+    let new = Shim::serve(|callers| callers.unpack(carried).unwrap()).await;
+    ours.write_all(&payload.split_off(1000)).await.unwrap();
+    new.ends.notify_one();
+    let read = timeout(LIMIT, ours.read_exact(&mut header)).await;
+    read.expect("who waits is answered").unwrap();
+    assert_eq!(MessageHeader::from(header).stream_id, 1);
+}
+
 #[test]
 fn answers_are_followed_however_they_are_cut() {
     let mut sent = Vec::new();
