@@ -40,6 +40,7 @@ use ttrpc::{
 
 use crate::{
     carry::{Bag, Bytes, CarriedFd},
+    frames::{Next, Part, header, payload},
     lock::lock,
 };
 
@@ -192,7 +193,7 @@ struct Wire {
     frames: Vec<u8>,
     given: usize,
     /// A part of a further frame.
-    part: Vec<u8>,
+    part: Part,
     /// Bytes to come of one that is too long.
     skip: usize,
     /// By the number of the stream.
@@ -208,7 +209,7 @@ impl Wire {
             stream,
             frames: Vec::new(),
             given: 0,
-            part: Vec::new(),
+            part: Part::default(),
             skip: 0,
             waiting: BTreeMap::new(),
             said: Said::default(),
@@ -232,7 +233,7 @@ impl Wire {
             Waiting::Again(frame) => Some(frame.as_slice()),
             Waiting::Once(_) => None,
         });
-        let parts: Vec<&[u8]> = again.chain([self.part.as_slice()]).collect();
+        let parts: Vec<&[u8]> = again.chain([self.part.bytes()]).collect();
         Ok(Carried {
             stream: bag.put(self.stream.as_fd())?,
             asked: parts.concat(),
@@ -242,31 +243,17 @@ impl Wire {
 
     /// Takes what has come.
     fn take(&mut self, mut bytes: &[u8], services: &[String]) {
-        while !bytes.is_empty() {
-            if self.skip > 0 {
-                let count = self.skip.min(bytes.len());
-                self.skip -= count;
-                bytes = bytes.get(count..).unwrap_or_default();
-                continue;
-            }
-            let whole = header(&self.part).map_or(MESSAGE_HEADER_LENGTH, |header| {
-                MESSAGE_HEADER_LENGTH + header.length as usize
-            });
-            let count = (whole - self.part.len()).min(bytes.len());
-            let (new, rest) = bytes.split_at(count);
-            self.part.extend_from_slice(new);
-            bytes = rest;
-            let Some(header) = header(&self.part) else {
-                continue;
-            };
-            let length = header.length as usize;
-            if length > MESSAGE_LENGTH_MAX {
-                self.part.clear();
-                self.skip = length;
-                self.ask(header, REFUSALS, TOO_LONG, length.to_string());
-            } else if self.part.len() == MESSAGE_HEADER_LENGTH + length {
-                let frame = std::mem::take(&mut self.part);
-                self.hear(header, frame, services);
+        loop {
+            let skipped = self.skip.min(bytes.len());
+            self.skip -= skipped;
+            bytes = bytes.get(skipped..).unwrap_or_default();
+            match self.part.next(&mut bytes, MESSAGE_LENGTH_MAX) {
+                Some(Next::Frame(header, frame)) => self.hear(header, frame, services),
+                Some(Next::TooLong(header)) => {
+                    self.skip = header.length as usize;
+                    self.ask(header, REFUSALS, TOO_LONG, self.skip.to_string());
+                }
+                None => return,
             }
         }
     }
@@ -274,9 +261,8 @@ impl Wire {
     /// Notes a frame and gives it to the library.
     fn hear(&mut self, header: MessageHeader, frame: Bytes, services: &[String]) {
         if header.type_ == MESSAGE_TYPE_REQUEST {
-            let payload = frame.get(MESSAGE_HEADER_LENGTH..).unwrap_or_default();
             // What cannot be read the library refuses.
-            let request = Request::parse_from_bytes(payload).unwrap_or_default();
+            let request = Request::parse_from_bytes(payload(&frame)).unwrap_or_default();
             if !request.service.is_empty() && !services.contains(&request.service) {
                 self.ask(header, REFUSALS, ABSENT, request.service);
                 return;
@@ -319,10 +305,6 @@ impl Wire {
         }
         count > 0
     }
-}
-
-fn header(part: &[u8]) -> Option<MessageHeader> {
-    part.get(..MESSAGE_HEADER_LENGTH).map(MessageHeader::from)
 }
 
 impl AsyncRead for Connection {

@@ -180,14 +180,7 @@ fn an_exit_is_told_though_containerd_was_away_for_long_tt_08_lc_29_lc_64() {
 fn live_through(count: usize) {
     let ids: Vec<String> = (0..count).map(|number| format!("live{number}")).collect();
     for id in &ids {
-        let run = [
-            "run",
-            "--runtime",
-            "io.containerd.bulkhead.v2",
-            "--detach",
-            IMAGE,
-            id,
-        ];
+        let run = ["run", "--runtime", RUN[2], "--detach", IMAGE, id];
         let forever = ["sh", "-c", "while true; do sleep 1; done"];
         ctr(run.into_iter().chain(forever)).success();
     }

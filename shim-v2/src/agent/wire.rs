@@ -25,10 +25,11 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::UnixStream,
 };
-use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_REQUEST, MessageHeader};
+use ttrpc::proto::{MESSAGE_TYPE_REQUEST, MessageHeader};
 
 use crate::{
     carry::{Bag, Bytes, CarriedFd},
+    frames::{Next, Part, payload},
     lock::lock,
 };
 
@@ -47,14 +48,14 @@ pub(super) struct Wire(Arc<Mutex<Inner>>);
 struct Inner {
     stream: UnixStream,
     /// A part of a frame that comes.
-    part: Vec<u8>,
+    part: Part,
     /// Frames that the library has not read yet, up to `given`.
     frames: Vec<u8>,
     given: usize,
     /// How many frames have come for it.
     heard: u64,
     /// A part of a frame that the library writes.
-    half: Vec<u8>,
+    half: Part,
     /// Frames that are not sent yet, up to `sent`.
     out: Vec<u8>,
     sent: usize,
@@ -87,11 +88,11 @@ impl Wire {
     pub(super) fn new(stream: UnixStream) -> Self {
         Wire(Arc::new(Mutex::new(Inner {
             stream,
-            part: Vec::new(),
+            part: Part::default(),
             frames: Vec::new(),
             given: 0,
             heard: 0,
-            half: Vec::new(),
+            half: Part::default(),
             out: Vec::new(),
             sent: 0,
             base: 0,
@@ -105,7 +106,7 @@ impl Wire {
         let stream = StdStream::from(carried.stream.take()?);
         let wire = Wire::new(UnixStream::from_std(stream)?);
         let mut inner = lock(&wire.0);
-        inner.part = carried.part;
+        inner.part = carried.part.into();
         inner.last = carried.last;
         inner.base = carried.last.next_multiple_of(2);
         let open = carried.open.into_iter().map(|(number, asked)| {
@@ -123,7 +124,9 @@ impl Wire {
     /// Is a frame under way between this program's memory and the connection?
     pub(super) fn is_busy(&self) -> bool {
         let inner = lock(&self.0);
-        inner.given < inner.frames.len() || !inner.half.is_empty() || inner.sent < inner.out.len()
+        inner.given < inner.frames.len()
+            || !inner.half.bytes().is_empty()
+            || inner.sent < inner.out.len()
     }
 
     /// How many answers have come.
@@ -137,7 +140,7 @@ impl Wire {
         let known = |(number, open): (&u32, &Open)| Some((*number, open.asked.clone()?));
         Ok(Carried {
             stream: bag.put(inner.stream.as_fd())?,
-            part: inner.part.clone(),
+            part: inner.part.bytes().to_vec(),
             last: inner.last,
             open: inner.open.iter().filter_map(known).collect(),
         })
@@ -147,20 +150,10 @@ impl Wire {
 impl Inner {
     /// Takes bytes that have come; false if a frame is too long.
     fn take(&mut self, mut bytes: &[u8]) -> bool {
-        while !bytes.is_empty() {
-            let whole = whole(&self.part);
-            let (new, rest) = bytes.split_at((whole - self.part.len()).min(bytes.len()));
-            self.part.extend_from_slice(new);
-            bytes = rest;
-            let Some(header) = header(&self.part) else {
-                continue;
-            };
-            if header.length as usize > MAX_PAYLOAD {
-                return false;
-            }
-            if self.part.len() == self::whole(&self.part) {
-                let frame = std::mem::take(&mut self.part);
-                self.hear(header, &frame);
+        while let Some(next) = self.part.next(&mut bytes, MAX_PAYLOAD) {
+            match next {
+                Next::Frame(header, frame) => self.hear(header, &frame),
+                Next::TooLong(_) => return false,
             }
         }
         true
@@ -175,31 +168,20 @@ impl Inner {
         header.set_stream_id(asker);
         self.heard += 1;
         self.frames.extend(Vec::from(header));
-        let payload = frame.get(MESSAGE_HEADER_LENGTH..).unwrap_or_default();
-        self.frames.extend_from_slice(payload);
+        self.frames.extend_from_slice(payload(frame));
     }
 
     /// Takes bytes that the library writes.
     fn say(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let whole = whole(&self.half);
-            let (new, rest) = bytes.split_at((whole - self.half.len()).min(bytes.len()));
-            self.half.extend_from_slice(new);
-            bytes = rest;
-            let Some(header) = header(&self.half) else {
-                continue;
-            };
-            if self.half.len() == self::whole(&self.half) {
-                let frame = std::mem::take(&mut self.half);
-                self.ask(header, &frame);
-            }
+        while let Some(Next::Frame(header, frame)) = self.half.next(&mut bytes, usize::MAX) {
+            self.ask(header, &frame);
         }
     }
 
     /// Sends a frame of the library under its number on the connection, unless it was
     /// sent before.
     fn ask(&mut self, mut header: MessageHeader, frame: &[u8]) {
-        let payload = frame.get(MESSAGE_HEADER_LENGTH..).unwrap_or_default();
+        let payload = payload(frame);
         let asker = Some(header.stream_id);
         let number = header.stream_id.wrapping_add(self.base);
         header.set_stream_id(number);
@@ -232,16 +214,6 @@ impl Inner {
         (self.out, self.sent) = (Vec::new(), 0);
         Poll::Ready(Ok(()))
     }
-}
-
-fn header(part: &[u8]) -> Option<MessageHeader> {
-    part.get(..MESSAGE_HEADER_LENGTH).map(MessageHeader::from)
-}
-
-/// Length of a frame, or of its header as long as that is not known.
-fn whole(part: &[u8]) -> usize {
-    let payload = header(part).map_or(0, |header| header.length as usize);
-    MESSAGE_HEADER_LENGTH + payload
 }
 
 impl AsyncRead for Wire {
@@ -413,7 +385,7 @@ mod tests {
                 inner.say(part);
             }
             prop_assert_eq!(&inner.out, &asked);
-            prop_assert!(inner.half.is_empty());
+            prop_assert!(inner.half.bytes().is_empty());
             for part in asked.chunks(cut) {
                 prop_assert!(inner.take(part));
             }

@@ -23,6 +23,12 @@ fn upgrade() -> Value {
     serde_json::from_str(&told.stdout).unwrap_or_else(|error| panic!("{error}: {told}"))
 }
 
+/// How many ends were told.
+fn exits(pod: &Pod) -> usize {
+    let events = pod.events.all().into_iter();
+    events.filter(|event| event.topic == "/tasks/exit").count()
+}
+
 /// Has the shim of the one pod become its program anew.
 #[track_caller]
 fn upgraded(pod: &Pod) {
@@ -68,14 +74,7 @@ fn who_waits_reads_and_writes_does_not_notice_that_the_shim_is_another_program()
         // It reads its end, or dies with the first process.
         assert!(matches!(ends[1], 0 | 137), "{ends:?}");
     });
-    let topics: Vec<String> = pod
-        .events
-        .all()
-        .into_iter()
-        .map(|event| event.topic)
-        .collect();
-    let exits = topics.iter().filter(|topic| *topic == "/tasks/exit");
-    assert_eq!(exits.count(), 4, "{topics:?}");
+    assert_eq!(exits(&pod), 4);
     for exec in [&cat, &counts] {
         exec.delete().unwrap();
     }
@@ -126,14 +125,7 @@ fn an_end_that_comes_while_the_shim_changes_is_told_once_with_its_code() {
         });
         exec.delete().unwrap();
     }
-    let topics: Vec<String> = pod
-        .events
-        .all()
-        .into_iter()
-        .map(|event| event.topic)
-        .collect();
-    let exits = topics.iter().filter(|topic| *topic == "/tasks/exit");
-    assert_eq!(exits.count(), 5, "{topics:?}");
+    assert_eq!(exits(&pod), 5);
     pod.end();
 }
 
