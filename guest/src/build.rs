@@ -281,10 +281,12 @@ mod tests {
                 let old = hunks
                     .lines()
                     .filter_map(|line| line.strip_prefix([' ', '-']));
-                let old: Vec<&str> = ["/* first */"; 9].into_iter().chain(old).collect();
                 let file = path.join(file);
                 fs::create_dir_all(file.parent().unwrap()).unwrap();
-                write(&file, &(old.join("\n") + "\n")).unwrap();
+                // Another patch may have changed it, too.
+                let before = fs::read_to_string(&file).unwrap_or_default();
+                let old: Vec<&str> = ["/* first */"; 9].into_iter().chain(old).collect();
+                write(&file, &(before + &old.join("\n") + "\n")).unwrap();
             }
         }
         Tree {

@@ -187,7 +187,9 @@ fn live_through(count: usize) {
     let pids = || {
         let list = ctr(["task", "ls"]).success();
         assert_eq!(list.matches("RUNNING").count(), count, "{list}");
-        list
+        let mut lines: Vec<String> = list.lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
     };
     let before = pids();
     let upgrade = || {
