@@ -28,5 +28,8 @@ pub const BUSYBOX_NAME: &str = "localhost/lab/busybox:latest";
 /// The Debian image in the lab host: python3, redis, a C compiler, apt.
 pub const DEBIAN: &str = "/usr/share/lab/images/debian";
 
+/// The name of the same in containerd.
+pub const DEBIAN_NAME: &str = "localhost/lab/debian:latest";
+
 /// Test programs of others in the lab host: fsx, pjdfstest.
 pub const TOOLS: &str = "/lab/tools";

@@ -7,7 +7,7 @@
 use bulkhead_tests::{BUSYBOX, Command, DEBIAN, Outcome};
 
 /// The image with the programs, in containerd.
-const IMAGE: &str = "localhost/lab/debian:latest";
+const IMAGE: &str = bulkhead_tests::DEBIAN_NAME;
 
 /// Runs a script in a pod that has what servers need.
 fn bash(script: &str) -> Outcome {

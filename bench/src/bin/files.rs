@@ -87,7 +87,8 @@ fn container(runtime: &str, place: Place) -> Result<String> {
         "type=bind,src={},dst=/volume,options=rbind:rw",
         volume.path().display()
     );
-    let mut argv = vec!["ctr", "run", "--rm", "--runtime", runtime];
+    // Interrupts are hidden from other containers.
+    let mut argv = vec!["ctr", "run", "--rm", "--privileged", "--runtime", runtime];
     argv.extend(["--mount", &program]);
     let dir = match place {
         Place::Root => "/",
