@@ -112,6 +112,23 @@ fn standard_input_ends_when_its_caller_says_so_and_not_when_it_goes_ss_09() {
 }
 
 #[test]
+fn an_exec_of_a_paused_container_is_paused_with_it_ta_52() {
+    let pod = waiting("paused-exec", Root::new());
+    let exec = pod.exec(&process(&["cat"]), Streams::All);
+    exec.start().unwrap();
+    let stdin = exec.stdin();
+    pod.pause();
+    assert_eq!(exec.state(), Status::PAUSED.into());
+    pod.resume();
+    assert_eq!(exec.state(), Status::RUNNING.into());
+    drop(stdin);
+    exec.close_stdin();
+    assert_eq!(exec.wait(), 0, "{}", exec.words());
+    exec.delete().unwrap();
+    pod.end();
+}
+
+#[test]
 fn the_clock_of_the_guest_is_that_of_the_host_ss_10() {
     let seconds = || SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
     let pod = waiting("clock", Root::new());
