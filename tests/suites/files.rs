@@ -380,15 +380,16 @@ fn making_writing_and_removing_files_costs_a_root_half_of_the_requests_it_did() 
         "find /bin /d > /dev/null",
         "rm $(seq 100)",
     ]);
-    // Before there was a policy of private roots 4, 6 and 4 each.
+    // Before there was a policy of private roots 4, 6 and 4 each. One interrupt may tell of
+    // several answers.
     let [created, written, _, found, removed] = counts[..] else {
         panic!("{counts:?}");
     };
-    assert!((200..=200 + 10).contains(&created), "{counts:?}");
-    assert!((300..=300 + 10).contains(&written), "{counts:?}");
+    assert!((100..=200 + 10).contains(&created), "{counts:?}");
+    assert!((100..=300 + 10).contains(&written), "{counts:?}");
     assert!(found <= 2, "{counts:?}");
     // Each is forgotten, too, for which nobody waits.
-    assert!((200..=200 + 10).contains(&removed), "{counts:?}");
+    assert!((100..=200 + 10).contains(&removed), "{counts:?}");
 }
 
 #[test]
