@@ -476,40 +476,6 @@ print(os.listxattr('/v/f'))
 }
 
 #[test]
-fn what_was_written_through_memory_is_on_the_host_after_pause_and_after_the_end_ta_53() {
-    let (dir, volume) = volume();
-    let program = "import mmap, os, time
-f = open('/v/f', 'w+b')
-f.truncate(8192)
-m = mmap.mmap(f.fileno(), 8192)
-m[0:5] = b'first'
-print('ready', flush=True)
-while not os.path.exists('/v/more'):
-    time.sleep(0.05)
-m[4096:4102] = b'second'
-print('done', flush=True)
-time.sleep(10000)
-";
-    fs::write(dir.path().join("p.py"), program).unwrap();
-    let run = [
-        "run", "--rm", "--name", "pages", "--memory", "512M", "-v", &volume, DEBIAN, "--",
-        "python3", "/v/p.py",
-    ];
-    let run = Command::bulkhead(run).start();
-    run.wait_for_output("ready");
-    let command = |words: [&str; 2]| Command::bulkhead(words).run().success();
-    command(["pause", "pages"]);
-    let on_host = || fs::read(dir.path().join("f")).unwrap();
-    assert_eq!(&on_host()[..5], b"first");
-    command(["resume", "pages"]);
-    fs::write(dir.path().join("more"), "").unwrap();
-    run.wait_for_output("done");
-    Command::bulkhead(["kill", "pages", "KILL"]).run().success();
-    assert_eq!(run.wait().code, 137);
-    assert_eq!(&on_host()[4096..4102], b"second");
-}
-
-#[test]
 fn a_program_that_is_written_to_loses_its_capabilities_on_root_and_volume() {
     let (_dir, volume) = volume();
     let program = "import os
