@@ -18,7 +18,9 @@ use std::{
 
 use rustix::{
     io::{Errno, fcntl_dupfd_cloexec},
-    process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, waitpid},
+    process::{
+        Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitOptions, pidfd_open, waitid, waitpid,
+    },
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
@@ -183,16 +185,9 @@ impl Child {
     pub(crate) fn adopt(pid: i32) -> io::Result<Child> {
         let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidData)?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-        let is_ours = |stat: String| -> Option<bool> {
-            // The name, in parentheses, may contain anything.
-            let (_, fields) = stat.rsplit_once(')')?;
-            let parent: u32 = fields.split_whitespace().nth(1)?.parse().ok()?;
-            Some(parent == std::process::id())
-        };
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))?;
-        if is_ours(stat) != Some(true) {
-            return Err(Errno::CHILD.into());
-        }
+        // Of a child only this can be asked, and it changes nothing.
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        waitid(WaitId::PidFd(pidfd.as_fd()), look)?;
         Ok(Child {
             pid,
             pidfd,
@@ -458,6 +453,22 @@ mod tests {
             ..Program::new(Path::new("/bin/true"), io::stderr().as_fd())
         });
         assert!(matches!(failure, Err(Failure::Birth(_))), "{failure:?}");
+    }
+
+    #[test]
+    fn only_a_child_that_was_not_reaped_is_adopted() {
+        let child = start("/bin/sleep", &["1000"], &io::stderr()).unwrap();
+        let pid = child.pid();
+        std::mem::forget(child);
+        let adopted = Child::adopt(pid).unwrap();
+        assert_eq!(adopted.pid(), pid);
+        drop(adopted);
+        assert!(Child::adopt(pid).is_err());
+        // It lives, and is nobody's child of ours.
+        assert_eq!(
+            Child::adopt(1).unwrap_err().raw_os_error(),
+            Some(libc::ECHILD)
+        );
     }
 
     #[test]
