@@ -136,7 +136,7 @@ impl Callers {
     }
 
     /// Is this asked just now?
-    pub(crate) fn ask(&self, service: &str, method: &str) -> bool {
+    pub(crate) fn is_asked(&self, service: &str, method: &str) -> bool {
         let name = format!("{service}/{method}");
         let asks = |waiting: &Waiting| matches!(waiting, Waiting::Once(asked) if *asked == name);
         let mut wires = self.wires().into_iter();
@@ -251,7 +251,7 @@ impl Wire {
                 Some(Next::Frame(header, frame)) => self.hear(header, frame, services),
                 Some(Next::TooLong(header)) => {
                     self.skip = header.length as usize;
-                    self.ask(header, REFUSALS, TOO_LONG, self.skip.to_string());
+                    self.replace(header, REFUSALS, TOO_LONG, self.skip.to_string());
                 }
                 None => return,
             }
@@ -264,7 +264,7 @@ impl Wire {
             // What cannot be read the library refuses.
             let request = Request::parse_from_bytes(payload(&frame)).unwrap_or_default();
             if !request.service.is_empty() && !services.contains(&request.service) {
-                self.ask(header, REFUSALS, ABSENT, request.service);
+                self.replace(header, REFUSALS, ABSENT, request.service);
                 return;
             }
             let waiting = match request.method == AGAIN {
@@ -277,7 +277,7 @@ impl Wire {
     }
 
     /// Gives the library another request in place of one.
-    fn ask(&mut self, header: MessageHeader, service: &str, method: &str, detail: String) {
+    fn replace(&mut self, header: MessageHeader, service: &str, method: &str, detail: String) {
         let request = Request {
             service: service.to_owned(),
             method: method.to_owned(),

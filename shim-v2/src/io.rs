@@ -35,7 +35,7 @@ use tokio::{
     task::{AbortHandle, JoinSet},
     time::timeout,
 };
-use tracing::{debug, warn};
+use tracing::debug;
 
 pub(crate) use self::dialer::read_line;
 pub use self::{
@@ -55,9 +55,6 @@ use crate::{
     lock::lock,
     names::Namespace,
 };
-
-/// Bytes that a relay holds.
-const BUFFER: usize = 64 << 10;
 
 /// The streams as the caller named them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -378,11 +375,7 @@ async fn relay_in(begins: Arc<Begins>, slot: Arc<input::Slot>) {
 
 /// Passes output on, and then takes it out of the count of those that are open.
 async fn relay_out(slot: Arc<output::Slot>, open: Arc<watch::Sender<usize>>) {
-    let (relayed, rest) = output::relay(&slot).await;
-    match relayed {
-        Ok(()) => debug!("output ended"),
-        Err(error) => warn!(%error, "output is lost from here"),
-    }
+    let rest = output::relay(&slot).await;
     open.send_modify(|open| *open = open.saturating_sub(1));
     if let Some(outlet) = rest {
         outlet.linger().await;

@@ -194,7 +194,7 @@ impl Successor {
     async fn try_it(&self) -> Result<Infallible> {
         self.ask().await?;
         // They last as long as their processes.
-        if self.callers.ask(streaming::SERVICE, streaming::METHOD) {
+        if self.callers.is_asked(streaming::SERVICE, streaming::METHOD) {
             return Err(Error::Busy("a stream of containerd's".to_owned()));
         }
         match timeout(PATIENCE, self.when_still()).await {

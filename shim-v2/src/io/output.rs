@@ -5,6 +5,7 @@ use std::{
     fs::File,
     future::poll_fn,
     io::{self, Write},
+    mem::MaybeUninit,
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream as StdStream,
@@ -15,7 +16,7 @@ use std::{
     task::{Poll, ready},
 };
 
-use bulkhead_agent_api::relay::Way;
+use bulkhead_agent_api::relay::{BUFFER, Way};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -24,9 +25,10 @@ use tokio::{
     sync::Mutex as AsyncMutex,
     task::spawn_blocking,
 };
+use tracing::{debug, warn};
 
 use super::{
-    BUFFER, StreamHost,
+    StreamHost,
     logger::Logger,
     open::{open_fifo, open_file},
     streaming::Outlet,
@@ -207,8 +209,9 @@ impl Flow {
 /// Where an output is as long as it flows.
 pub(super) type Slot = Mutex<Option<Flow>>;
 
-/// Passes on all that the guest sends, and leaves the slot empty.
-pub(super) async fn relay(slot: &Slot) -> (io::Result<()>, Option<Outlet>) {
+/// Passes on all that the guest sends, and leaves the slot empty. Answers a stream for
+/// which somebody may still come.
+pub(super) async fn relay(slot: &Slot) -> Option<Outlet> {
     let relayed = poll_fn(|context| match &mut *lock(slot) {
         Some(Flow {
             stream,
@@ -226,10 +229,12 @@ pub(super) async fn relay(slot: &Slot) -> (io::Result<()>, Option<Outlet>) {
         None => relay_slowly(slot).await,
     };
     let flow = lock(slot).take();
-    match flow {
-        Some(flow) => (relayed, flow.output.end().await),
-        None => (relayed, None),
+    let output = flow?.output;
+    match relayed {
+        Ok(()) => debug!(%output, "ended"),
+        Err(error) => warn!(%output, %error, "output is lost from here"),
     }
+    output.end().await
 }
 
 /// The same to a target that is not simply written to.
@@ -240,11 +245,10 @@ async fn relay_slowly(slot: &Slot) -> io::Result<()> {
             let Some(flow) = &mut *slot else {
                 return Poll::Ready(Ok((Vec::new(), None)));
             };
-            let mut space = vec![0; BUFFER];
-            let mut read = ReadBuf::new(&mut space);
+            let mut space = [MaybeUninit::uninit(); BUFFER];
+            let mut read = ReadBuf::uninit(&mut space);
             ready!(Pin::new(&mut flow.stream).poll_read(context, &mut read))?;
-            let count = read.filled().len();
-            space.truncate(count);
+            let bytes = read.filled().to_vec();
             let output = match &flow.output {
                 Output::File(file) => Slow::File(Arc::clone(file)),
                 Output::Stream(outlet) => Slow::Stream(Arc::clone(outlet)),
@@ -252,8 +256,8 @@ async fn relay_slowly(slot: &Slot) -> io::Result<()> {
                     return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
                 }
             };
-            flow.writing = count > 0;
-            Poll::Ready(Ok::<_, io::Error>((space, Some(output))))
+            flow.writing = !bytes.is_empty();
+            Poll::Ready(Ok::<_, io::Error>((bytes, Some(output))))
         });
         let (bytes, output) = read.await?;
         if bytes.is_empty() {

@@ -29,8 +29,8 @@ fn upgrade() -> Value {
     serde_json::from_str(&told.stdout).unwrap_or_else(|error| panic!("{error}: {told}"))
 }
 
-/// Waits until so many ends were told, which nobody else who waits is kept for; no more
-/// must be.
+/// Waits until so many ends were told: events come after the answers. There must be no
+/// more of them.
 #[track_caller]
 fn ends_are_told(pod: &Pod, count: usize) {
     let told = || {

@@ -17,11 +17,10 @@ use super::{
     outgoing::Outgoing,
     window::Window,
 };
-use crate::{
-    error::{Error, Result},
-    io::BUFFER,
-};
+use crate::error::{Error, Result};
 
+/// Bytes that are read from the guest at once.
+const BUFFER: usize = 64 << 10;
 /// Time for a stream to be opened that a request has named: callers open it before.
 const OPENING: Duration = Duration::from_secs(2);
 /// Time for a caller to say what it had begun to say.
