@@ -29,6 +29,14 @@ impl Memory {
         }
     }
 
+    /// The same with so many bytes more, of which nothing is used yet.
+    pub(crate) fn and(self, more: u64) -> Self {
+        Self {
+            total: self.total.saturating_add(more),
+            free: self.free.saturating_add(more),
+        }
+    }
+
     /// What all containers together may use. The rest is for the agent, its
     /// helpers and what the kernel does not account to anybody.
     pub(crate) fn for_containers(self) -> u64 {

@@ -13,6 +13,7 @@ use std::{
     os::fd::{AsRawFd, IntoRawFd},
     panic,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use bulkhead_agent_api::{
@@ -31,6 +32,7 @@ use crate::{
     baseline::{self, Memory},
     container::Config,
     rpc::{self, End},
+    size::Machine,
     sys,
 };
 
@@ -93,7 +95,9 @@ fn run() -> Result<End> {
     let memory = Memory::of_this_machine();
     set_baseline(memory)?;
     raise_limits()?;
-    set_up_cgroups(memory)?;
+    set_up_cgroups()?;
+    let machine = Machine::new(memory, Path::new(CONTAINER_CGROUPS));
+    machine.limit_containers(memory)?;
     bring_up_loopback()?;
     mount_share()?;
     close_root()?;
@@ -101,7 +105,7 @@ fn run() -> Result<End> {
         .enable_all()
         .build()
         .doing("start the runtime")?;
-    runtime.block_on(serve())
+    runtime.block_on(serve(machine))
 }
 
 fn move_to_tmpfs() -> Result<()> {
@@ -245,9 +249,8 @@ fn raise_limits() -> Result<()> {
         .doing("raise the limit of processes")
 }
 
-/// The agent leaves the root cgroup; containers get every controller there is, and
-/// together less than all.
-fn set_up_cgroups(memory: Memory) -> Result<()> {
+/// The agent leaves the root cgroup; containers get every controller there is.
+fn set_up_cgroups() -> Result<()> {
     make_dir(AGENT_CGROUP)?;
     make_dir(CONTAINER_CGROUPS)?;
     write(&format!("{AGENT_CGROUP}/cgroup.procs"), "0")?;
@@ -262,16 +265,6 @@ fn set_up_cgroups(memory: Memory) -> Result<()> {
             &format!("{cgroup}/cgroup.subtree_control"),
             &enable.join(" "),
         )?;
-    }
-    for (file, value) in [
-        ("memory.max", memory.for_containers()),
-        ("pids.max", memory.threads_of_containers()),
-    ] {
-        let path = format!("{CONTAINER_CGROUPS}/{file}");
-        // Absent without the controller.
-        if Path::new(&path).exists() {
-            write(&path, &value.to_string())?;
-        }
     }
     Ok(())
 }
@@ -290,7 +283,7 @@ fn bring_up_loopback() -> Result<()> {
     sys::bring_up_interface(c"lo").doing("bring up the loopback interface")
 }
 
-async fn serve() -> Result<End> {
+async fn serve(machine: Machine) -> Result<End> {
     // The host may connect a stream as soon as it has been greeted.
     let streams = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))
         .doing(format!("listen on vsock port {STREAM_PORT}"))?;
@@ -302,6 +295,7 @@ async fn serve() -> Result<End> {
         cgroups: CONTAINER_CGROUPS.into(),
         shares: shares(),
         sockets: SOCKETS_DIR.into(),
+        machine: Some(Arc::new(machine)),
     };
     Ok(rpc::serve(config, host, from_host(streams)).await?)
 }

@@ -40,14 +40,15 @@ use self::{
 use crate::{
     cgroup::Cgroup,
     channel::{Fds, Job},
-    disk::Disk,
+    disk::Disks,
     error::{Doing, Error},
     launch::{Launched, Waiting, launch},
     reaper::{Exit, ExitWatch, Reaper, ended},
+    size::Machine,
     sockets::Sockets,
     spec::{
         self, Inherited,
-        plan::{ContainerPlan, Filesystem, IdMap, MountKind},
+        plan::{ContainerPlan, Filesystem, IdMap, MountKind, guest_id},
     },
     stdio::{Connected, Pumps, prepare},
     streams::Streams,
@@ -68,6 +69,8 @@ pub struct Config {
     pub shares: Vec<PathBuf>,
     /// Directory for the sockets that containers reach, a directory for each.
     pub sockets: PathBuf,
+    /// The machine, if its size is the agent's to change.
+    pub machine: Option<Arc<Machine>>,
 }
 
 /// What ended, and how.
@@ -117,8 +120,8 @@ struct Container {
     freezer: AsyncMutex<()>,
     /// It stands still.
     paused: AtomicBool,
-    /// Its root file system, if that is a disk.
-    disk: Mutex<Option<Disk>>,
+    /// Its root file system, if that is a disk, and disks that are its devices.
+    disks: Mutex<Disks>,
     /// Those of the host that its processes reach.
     sockets: Option<Sockets>,
 }
@@ -156,10 +159,7 @@ impl Containers {
         let mut plan = spec::container(spec, seccomp)?.plan;
         plan.process.terminal = terminal_size(stdio)?;
         let sockets = Sockets::listen(&self.config.sockets, id, &request.sockets)?;
-        let disk = match request.root_disk.as_ref() {
-            Some(disk) => Some(Disk::mount(id, disk.clone()).await?),
-            None => None,
-        };
+        let disks = Disks::take(request, &mut plan).await?;
         let cgroup = Cgroup::create(&self.config.cgroups, id, &plan.resources)?;
         // Where a container can write to its cgroup, its user must be allowed to.
         let owner = guest_id(&plan.uid_maps, plan.process.uid);
@@ -170,7 +170,7 @@ impl Containers {
             Ok(mut container) => {
                 let pid = container.init.pid;
                 container.cgroup = Mutex::new(Some(Arc::new(cgroup)));
-                container.disk = Mutex::new(disk);
+                container.disks = Mutex::new(disks);
                 container.sockets = Some(sockets);
                 making.done(Arc::new(container));
                 Ok(pid)
@@ -178,9 +178,7 @@ impl Containers {
             Err(error) => {
                 // The caller's news is why it failed, not what followed.
                 let _ = cgroup.remove().await;
-                if let Some(disk) = disk {
-                    let _ = disk.let_go().await;
-                }
+                let _ = disks.let_go().await;
                 Err(error)
             }
         }
@@ -226,7 +224,7 @@ impl Containers {
             keyring,
             freezer: AsyncMutex::default(),
             paused: AtomicBool::new(false),
-            disk: Mutex::default(),
+            disks: Mutex::default(),
             sockets: None,
         })
     }
@@ -335,11 +333,8 @@ impl Containers {
         if let Some(sockets) = &container.sockets {
             sockets.close().await;
         }
-        let disk = lock(&container.disk).take();
-        let let_go = match disk {
-            Some(disk) => disk.let_go().await,
-            None => Ok(()),
-        };
+        let disks = std::mem::take(&mut *lock(&container.disks));
+        let let_go = disks.let_go().await;
         lock(&self.all).remove(id);
         removed.doing("remove the container's cgroup")?;
         let_go
@@ -390,12 +385,6 @@ impl Containers {
 }
 
 impl Container {
-    /// Where its root file system is, if that is a disk.
-    fn disk_directory(&self) -> Option<PathBuf> {
-        let disk = lock(&self.disk);
-        disk.as_ref()?.directory().map(Path::to_owned)
-    }
-
     fn state(&self) -> State {
         if self.init.exit.borrow().is_some() {
             State::Stopped
@@ -539,17 +528,6 @@ fn new_keyring_name() -> Result<String, Error> {
     Ok(format!("_ses.{}", uuid.doing("name a keyring")?.trim_end()))
 }
 
-/// The id in the guest of a user of a container.
-fn guest_id(maps: &[IdMap], id: u32) -> Option<u32> {
-    if maps.is_empty() {
-        return Some(id);
-    }
-    maps.iter().find_map(|map| {
-        let offset = id.checked_sub(map.container_id)?;
-        (offset < map.size).then(|| map.guest_id + offset)
-    })
-}
-
 /// A program may open `/dev/stdout`, which asks for permission anew. A user
 /// that the container does not map is refused by its init.
 fn give_to_user(pipes: &[OwnedFd; 3], uid: Option<u32>) -> Result<(), Error> {
@@ -565,20 +543,6 @@ fn give_to_user(pipes: &[OwnedFd; 3], uid: Option<u32>) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_user_of_the_container_has_an_id_in_the_guest() {
-        let map = |container_id, guest_id, size| IdMap {
-            container_id,
-            guest_id,
-            size,
-        };
-        assert_eq!(guest_id(&[], 7), Some(7));
-        let maps = [map(0, 100_000, 10), map(10, 5, 1)];
-        assert_eq!(guest_id(&maps, 9), Some(100_009));
-        assert_eq!(guest_id(&maps, 10), Some(5));
-        assert_eq!(guest_id(&maps, 11), None);
-    }
 
     #[test]
     fn a_failed_making_gives_the_id_back() {

@@ -75,6 +75,9 @@ pub enum Error {
     /// A stream that a request names and the host has not opened.
     #[error("Stream {0} has not come")]
     StreamMissing(u64),
+    /// This is not the first process of a machine.
+    #[error("The size of this machine is not the agent's to change")]
+    NotTheMachine,
     /// A size that no terminal can have.
     #[error("A terminal cannot have {columns} columns and {rows} rows")]
     BadSize {
@@ -163,6 +166,7 @@ impl Error {
             | Self::NoTerminal { .. }
             | Self::Beyond { .. }
             | Self::InUse { .. }
+            | Self::NotTheMachine
             | Self::StreamMissing(_) => Code::FAILED_PRECONDITION,
             Self::BadId(_)
             | Self::BadSignal(_)
@@ -216,7 +220,8 @@ impl Error {
             | Self::Restless(_)
             | Self::Unwritten(_)
             | Self::CopyGivenUp(_)
-            | Self::NoTerminal { .. } => (Kind::OTHER, None),
+            | Self::NoTerminal { .. }
+            | Self::NotTheMachine => (Kind::OTHER, None),
         };
         let kind = match errno {
             Some(libc::ENOMEM) => Kind::OUT_OF_MEMORY,

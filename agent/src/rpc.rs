@@ -17,9 +17,9 @@ use bulkhead_agent_api::{
     agent::{
         AcceptRequest, AcceptResponse, CancelCopyRequest, ClockRequest, ClockResponse,
         ContainerRequest, CopyInRequest, CopyOutRequest, CreateRequest, Empty, ExecRequest,
-        KillRequest, PidsResponse, ProcessRequest, ProcessResponse, ResizePtyRequest,
-        StatsResponse, Stdio, UpdateRequest, UpdateResponse, WaitOomRequest, WaitOomResponse,
-        WaitResponse,
+        KillRequest, NetworkRequest, PidsResponse, ProcessRequest, ProcessResponse,
+        ResizePtyRequest, ResizeRequest, ResizeResponse, StatsResponse, Stdio, UpdateRequest,
+        UpdateResponse, WaitOomRequest, WaitOomResponse, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
 };
@@ -36,6 +36,7 @@ use crate::{
     container::{Config, Containers},
     error::{Doing, Error},
     reaper::Reaper,
+    size::Size,
     streams::Streams,
 };
 
@@ -259,6 +260,25 @@ impl Agent for Service {
             notes,
             ..Default::default()
         })
+    }
+
+    async fn resize(&self, _: &TtrpcContext, r: ResizeRequest) -> ttrpc::Result<ResizeResponse> {
+        let to = Size {
+            processors: r.processors,
+            more_memory: r.more_memory_bytes,
+        };
+        let device = Some(r.memory_device).filter(|device| *device > 0);
+        let size = self.containers.resize_machine(to, device).await?;
+        Ok(ResizeResponse {
+            processors: size.processors,
+            more_memory_bytes: size.more_memory,
+            ..Default::default()
+        })
+    }
+
+    async fn set_up_network(&self, _: &TtrpcContext, r: NetworkRequest) -> ttrpc::Result<Empty> {
+        self.containers.set_up_network(&r.interfaces).await?;
+        Ok(Empty::default())
     }
 
     async fn freeze(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {

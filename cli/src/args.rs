@@ -87,6 +87,7 @@ Examples:
   bulkhead run --rm -ti debian.tar -- bash
   bulkhead run --rm -v $PWD:/src:ro -w /src --memory 1g --cpus 2 gcc.tar -- make
   bulkhead run --rootfs /srv/rootfs -- /bin/sh -c 'uname -a'
+  bulkhead run --rm --device /dev/sdb:r debian.tar -- head -c 512 /dev/sdb
   tar c . | bulkhead run --rm -i debian.tar -- tar t
 
 The exit code is that of the command; 127 if it does not exist, 126 if it cannot be executed,
@@ -106,7 +107,7 @@ pub(crate) struct Run {
     #[arg(
         long,
         value_name = "DIR",
-        conflicts_with_all = ["env", "volume", "workdir", "user", "cpus", "memory", "hostname", "read_only", "command", "tty"],
+        conflicts_with_all = ["env", "volume", "device", "workdir", "user", "cpus", "memory", "hostname", "read_only", "command", "tty"],
     )]
     pub(crate) bundle: Option<PathBuf>,
     /// The process.
@@ -115,6 +116,9 @@ pub(crate) struct Run {
     /// Show a directory or file of the host in the container.
     #[arg(short, long, value_name = "SRC:DST[:ro]")]
     pub(crate) volume: Vec<Volume>,
+    /// Give the container a disk of the host (or /dev/fuse, /dev/net/tun); r: to read only.
+    #[arg(long, value_name = "PATH[:DST][:r]")]
+    pub(crate) device: Vec<Device>,
     /// Processors, such as 2 or 0.5.
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<Cpus>,
@@ -389,6 +393,50 @@ impl FromStr for Volume {
     }
 }
 
+/// A device of the host, and where it appears.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Device {
+    /// On the host.
+    pub(crate) source: PathBuf,
+    /// In the container; absolute.
+    pub(crate) destination: String,
+    /// Writable or not.
+    pub(crate) access: Access,
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts: Vec<&str> = text.split(':').collect();
+        let access = match parts.last() {
+            // With or without the right to make nodes, as others write it.
+            Some(&("r" | "rm")) => Some(Access::ReadOnly),
+            Some(&("rw" | "rwm")) => Some(Access::ReadWrite),
+            _ => None,
+        };
+        if access.is_some() {
+            parts.pop();
+        }
+        let (source, destination) = match parts[..] {
+            [source] => (source, source),
+            [source, destination] => (source, destination),
+            _ => return Err("a device is PATH, PATH:DST, PATH:r or PATH:DST:r".to_owned()),
+        };
+        if let Some(bad) = [source, destination]
+            .iter()
+            .find(|path| !path.starts_with('/'))
+        {
+            return Err(format!("{bad:?} is not an absolute path"));
+        }
+        Ok(Device {
+            source: source.into(),
+            destination: destination.to_owned(),
+            access: access.unwrap_or(Access::ReadWrite),
+        })
+    }
+}
+
 /// Processor time, in thousandths of a processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Cpus {
@@ -514,6 +562,21 @@ mod tests {
             "9999999999",
         ] {
             assert!(text.parse::<Cpus>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn devices_that_are_not_understood_are_refused() {
+        let device = |text: &str| {
+            let device: Device = text.parse().unwrap();
+            (device.destination, device.access)
+        };
+        assert_eq!(device("/a"), ("/a".to_owned(), Access::ReadWrite));
+        assert_eq!(device("/a:r"), ("/a".to_owned(), Access::ReadOnly));
+        assert_eq!(device("/a:/b"), ("/b".to_owned(), Access::ReadWrite));
+        assert_eq!(device("/a:/b:rm"), ("/b".to_owned(), Access::ReadOnly));
+        for text in ["", "r", "a", "/a:b", "/a:/b:x", "/a:/b:r:r", "/a:ro"] {
+            assert!(text.parse::<Device>().is_err(), "{text}");
         }
     }
 

@@ -6,8 +6,8 @@
 
 use std::{
     fs,
-    io::{Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown},
+    io::{self, Read, Write},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown},
     path::{Path, PathBuf},
 };
 
@@ -381,6 +381,7 @@ fn settings(
             .map_err(at("use as a volume", &volume.source))?;
         volumes.push((utf8(&source)?, volume.destination.clone(), volume.access));
     }
+    let devices: Result<_> = args.device.iter().map(device).collect();
     let settings = Settings {
         args: command,
         env,
@@ -390,10 +391,31 @@ fn settings(
         hostname,
         read_only: args.read_only,
         volumes,
+        devices: devices?,
         cpus: args.cpus.map(|cpus| cpus.thousandths),
         memory: args.memory.map(|memory| memory.bytes),
     };
     Ok((settings, told, home))
+}
+
+/// Looks at the node of a device that the caller names.
+fn device(wanted: &args::Device) -> Result<spec::Device> {
+    let found = fs::metadata(&wanted.source).map_err(at("use as a device", &wanted.source))?;
+    let kind = match found.file_type() {
+        kind if kind.is_block_device() => "b",
+        kind if kind.is_char_device() => "c",
+        _ => {
+            let reason = io::Error::other("it is no device; --volume shows files and directories");
+            return Err(at("use as a device", &wanted.source)(reason).into());
+        }
+    };
+    let number = found.rdev();
+    Ok(spec::Device {
+        kind,
+        numbers: (rustix::fs::major(number), rustix::fs::minor(number)),
+        path: wanted.destination.clone(),
+        access: wanted.access,
+    })
 }
 
 /// A directory that the caller names.

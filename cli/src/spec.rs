@@ -54,10 +54,45 @@ pub(crate) struct Settings {
     pub(crate) read_only: bool,
     /// Source on the host (absolute), destination, access.
     pub(crate) volumes: Vec<(String, String, Access)>,
+    /// Devices of the host.
+    pub(crate) devices: Vec<Device>,
     /// Thousandths of a processor.
     pub(crate) cpus: Option<u32>,
     /// Bytes.
     pub(crate) memory: Option<u64>,
+}
+
+/// A device of the host.
+#[derive(Clone, Debug)]
+pub(crate) struct Device {
+    /// `b` or `c`.
+    pub(crate) kind: &'static str,
+    /// Major and minor.
+    pub(crate) numbers: (u32, u32),
+    /// In the container.
+    pub(crate) path: String,
+    /// Writable or not.
+    pub(crate) access: Access,
+}
+
+impl Device {
+    /// For `linux.devices`.
+    fn node(&self) -> Value {
+        let (major, minor) = self.numbers;
+        json!({"path": self.path, "type": self.kind, "major": major, "minor": minor})
+    }
+
+    /// For `linux.resources.devices`.
+    fn rule(&self) -> Value {
+        let access = match self.access {
+            Access::ReadOnly => "rm",
+            Access::ReadWrite => "rwm",
+        };
+        let (major, minor) = self.numbers;
+        json!({
+            "allow": true, "type": self.kind, "major": major, "minor": minor, "access": access,
+        })
+    }
 }
 
 impl Settings {
@@ -73,6 +108,7 @@ impl Settings {
             "mounts": self.mounts(),
             "linux": {
                 "namespaces": namespaces,
+                "devices": self.devices.iter().map(Device::node).collect::<Vec<_>>(),
                 "resources": self.resources(),
                 "seccomp": seccomp::default_profile(),
                 "maskedPaths": [
@@ -188,6 +224,10 @@ impl Settings {
         if let Some(thousandths) = self.cpus {
             resources.insert("cpu".to_owned(), cpu_limit(thousandths));
         }
+        if !self.devices.is_empty() {
+            let rules: Vec<_> = self.devices.iter().map(Device::rule).collect();
+            resources.insert("devices".to_owned(), json!(rules));
+        }
         Value::Object(resources)
     }
 }
@@ -273,6 +313,29 @@ mod tests {
         );
         assert_eq!(resources["memory"]["limit"], 1 << 29);
         assert_eq!(Settings::default().spec()["linux"]["resources"], json!({}));
+    }
+
+    #[test]
+    fn a_device_has_a_node_and_a_rule() {
+        let device = Device {
+            kind: "b",
+            numbers: (8, 1),
+            path: "/dev/data".to_owned(),
+            access: Access::ReadOnly,
+        };
+        let settings = Settings {
+            devices: vec![device],
+            ..Settings::default()
+        };
+        let linux = &settings.spec()["linux"];
+        assert_eq!(
+            linux["devices"],
+            json!([{"path": "/dev/data", "type": "b", "major": 8, "minor": 1}])
+        );
+        assert_eq!(
+            linux["resources"]["devices"],
+            json!([{"allow": true, "type": "b", "major": 8, "minor": 1, "access": "rm"}])
+        );
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! one text in a memory file, which names descriptors by their numbers.
 //!
 //! Between two programs [`FORMAT`] must be the same, and the protocol with agents that
-//! run already; `-carries` prints both, and is asked before anything is begun.
+//! run already. `-carries` prints both, and is asked before anything is begun; then it is
+//! given what the other program would get, and must have understood it.
 
 use std::{
     ffi::{CString, OsString},
@@ -30,15 +31,31 @@ use rustix::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Counts up whenever a newer program cannot read what an older one hands over.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 3;
 
 /// Environment variable with the number of the memory file.
 pub(crate) const CARRIED_FD: &str = "BULKHEAD_CARRIED_FD";
 
-/// What `-carries` says: who says the same can take over.
+/// What `-carries` says: who says the same may take over.
 #[must_use]
-pub fn version() -> String {
+pub(crate) fn version() -> String {
     format!("bulkhead-shim carries {FORMAT} agents {PROTOCOL}\n")
+}
+
+/// The same, of a program that understands this text if there is any: what it would get.
+pub(crate) fn understood<T: DeserializeOwned>(text: &[u8]) -> io::Result<String> {
+    if !text.is_empty() {
+        serde_json::from_slice::<T>(text)?;
+    }
+    Ok(version())
+}
+
+/// A file in memory with the text of what goes along.
+pub(crate) fn shown(carried: &impl Serialize) -> io::Result<File> {
+    let mut file = File::from(memfd_create("carried", MemfdFlags::CLOEXEC)?);
+    file.write_all(&serde_json::to_vec(carried)?)?;
+    file.rewind()?;
+    Ok(file)
 }
 
 /// Duplicates of descriptors that outlive an execution. Dropping it closes them.
@@ -104,9 +121,7 @@ pub(crate) fn listens() -> io::Result<()> {
 /// Returns only if that fails, and then nothing has changed.
 pub(crate) fn execute(path: &Path, carried: &impl Serialize, mut bag: Bag) -> io::Error {
     let mut prepared = || -> io::Result<_> {
-        let mut file = File::from(memfd_create("carried", MemfdFlags::CLOEXEC)?);
-        file.write_all(&serde_json::to_vec(carried)?)?;
-        file.rewind()?;
+        let file = shown(carried)?;
         let number = bag.put(&file)?.0;
         let text = |text: OsString| CString::new(text.into_vec()).map_err(io::Error::from);
         let path = CString::new(path.as_os_str().as_bytes())?;
@@ -179,6 +194,17 @@ mod tests {
         let mut said = String::new();
         reader.read_to_string(&mut said).unwrap();
         assert_eq!(said, "word");
+    }
+
+    #[test]
+    fn who_does_not_understand_what_it_would_get_does_not_say_so() {
+        assert_eq!(understood::<CarriedFd>(b"").unwrap(), version());
+        assert_eq!(understood::<CarriedFd>(b"7").unwrap(), version());
+        assert!(understood::<CarriedFd>(b"{\"other\": 7}").is_err());
+        let mut text = String::new();
+        let mut file = shown(&CarriedFd(7)).unwrap();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "7");
     }
 
     #[test]

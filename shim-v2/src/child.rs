@@ -14,6 +14,7 @@ use std::{
     },
     path::Path,
     process::ExitStatus,
+    sync::Mutex,
 };
 
 use rustix::{
@@ -28,6 +29,7 @@ use crate::{
     carry::pointers,
     cgroup::Entrance,
     inherit,
+    lock::lock,
     statedir::{ended, signal},
 };
 
@@ -210,12 +212,16 @@ impl Child {
         signal(&self.pidfd, number)
     }
 
-    /// Ends it, and reaps it if it is gone so soon. The kernel cannot end what is frozen
-    /// by cgroup v1; that one is left to whoever comes after this process.
-    pub(crate) fn end(mut self, limit_ms: u32) {
+    /// Ends it, and reaps it if it is gone so soon; else whoever ends the next one does. The
+    /// kernel cannot end what is frozen by cgroup v1; that one is left to whoever comes
+    /// after this process.
+    pub(crate) fn end(self, limit_ms: u32) {
+        /// Those that took longer.
+        static LATE: Mutex<Vec<Child>> = Mutex::new(Vec::new());
+        lock(&LATE).retain(|late| !ended(&late.pidfd, 0));
         let _ = signal(&self.pidfd, Signal::KILL);
         if !ended(&self.pidfd, limit_ms) {
-            self.reaped = true;
+            lock(&LATE).push(self);
         }
     }
 
@@ -469,6 +475,17 @@ mod tests {
             Child::adopt(1).unwrap_err().raw_os_error(),
             Some(libc::ECHILD)
         );
+    }
+
+    #[test]
+    fn a_child_that_ends_late_is_reaped_with_the_next_lc_42() {
+        let sleeps = || start("/bin/sleep", &["1000"], &io::stderr()).unwrap();
+        let child = sleeps();
+        let (pid, pidfd) = (child.pid(), child.pidfd().unwrap());
+        child.end(0);
+        assert!(ended(&pidfd, 5_000));
+        sleeps().end(5_000);
+        assert!(HostProcess::of(pid).is_err());
     }
 
     #[test]

@@ -69,6 +69,12 @@ pub struct Config {
     pub vcpus: u8,
     /// Memory in MiB of the guest of a container without a limit.
     pub memory_mib: u32,
+    /// The most virtual processors that a pod can have. If nothing is said: those of the
+    /// host, of which it gets no more than 4 while it runs, or 16 if others join it.
+    pub most_vcpus: Option<u8>,
+    /// The most memory in MiB that its guest can have; that of the host if nothing is
+    /// said.
+    pub most_memory_mib: Option<u32>,
     /// Memory in MiB that a guest has above its container's limit: for the
     /// kernel, the agent and page tables.
     pub guest_overhead_mib: u32,
@@ -93,6 +99,8 @@ impl Default for Config {
             assets_dir: installed_assets(std::env::current_exe().ok().as_deref()),
             vcpus: 1,
             memory_mib: 512,
+            most_vcpus: None,
+            most_memory_mib: None,
             guest_overhead_mib: 128,
             boot_timeout_s: 30,
             rpc_timeout_s: 10,
@@ -119,6 +127,8 @@ struct Layer {
     assets_dir: Option<PathBuf>,
     vcpus: Option<u8>,
     memory_mib: Option<u32>,
+    most_vcpus: Option<u8>,
+    most_memory_mib: Option<u32>,
     guest_overhead_mib: Option<u32>,
     boot_timeout_s: Option<u64>,
     rpc_timeout_s: Option<u64>,
@@ -199,6 +209,8 @@ impl Config {
         set(&mut self.assets_dir, layer.assets_dir);
         set(&mut self.vcpus, layer.vcpus);
         set(&mut self.memory_mib, layer.memory_mib);
+        self.most_vcpus = layer.most_vcpus.or(self.most_vcpus);
+        self.most_memory_mib = layer.most_memory_mib.or(self.most_memory_mib);
         set(&mut self.guest_overhead_mib, layer.guest_overhead_mib);
         set(&mut self.boot_timeout_s, layer.boot_timeout_s);
         set(&mut self.rpc_timeout_s, layer.rpc_timeout_s);
@@ -209,6 +221,13 @@ impl Config {
         for (key, value, low, high) in [
             ("vcpus", u64::from(self.vcpus), 1, 64),
             ("memory_mib", u64::from(self.memory_mib), 64, 1_048_576),
+            ("most_vcpus", self.most_vcpus.map_or(1, u64::from), 1, 64),
+            (
+                "most_memory_mib",
+                self.most_memory_mib.map_or(64, u64::from),
+                64,
+                1_048_576,
+            ),
             (
                 "guest_overhead_mib",
                 u64::from(self.guest_overhead_mib),

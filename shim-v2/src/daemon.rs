@@ -117,6 +117,14 @@ pub(crate) struct Going {
     pub(crate) pod: pod::Carried,
 }
 
+/// The answer to who asks whether this program can take over. It is refused if there is
+/// something in `shown`, what it would get, and this is not understood.
+pub fn carries(mut shown: impl Read) -> io::Result<String> {
+    let mut text = Vec::new();
+    shown.read_to_end(&mut text)?;
+    carry::understood::<Carried>(&text)
+}
+
 fn begin(flags: &Flags) -> Result<Begun> {
     let namespace = Namespace::new(&flags.namespace)?;
     let group = GroupId::new(&flags.id)?;

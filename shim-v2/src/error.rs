@@ -87,6 +87,19 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A limit beyond what the virtual machine can become.
+    #[error(
+        "linux.resources.{what} = {asked}: the virtual machine can have at most {most}; \
+         most_vcpus and most_memory_mib in the configuration say how much"
+    )]
+    Beyond {
+        /// The field.
+        what: &'static str,
+        /// Its value.
+        asked: String,
+        /// What there can be.
+        most: String,
+    },
     /// A call or option that does not exist here.
     #[error("{0} is not supported by bulkhead")]
     Unsupported(&'static str),
@@ -207,6 +220,7 @@ impl Error {
             | Error::Config(_)
             | Error::Assets(_)
             | Error::Hook { .. }
+            | Error::Beyond { .. }
             | Error::Busy(_)
             | Error::Kvm { .. } => Code::FAILED_PRECONDITION,
             Error::Unsupported(_) | Error::NoTransfer(_) => Code::UNIMPLEMENTED,

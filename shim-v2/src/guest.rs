@@ -16,7 +16,7 @@ use crate::{
     error::Result,
     io::Dialer,
     statedir::HostProcess,
-    vm::{Carried, Size, holder::Holder, vmm::End},
+    vm::{Carried, Shape, Size, holder::Holder, vmm::End},
 };
 
 /// Time for the guest's end to be seen after its agent said farewell.
@@ -29,7 +29,7 @@ pub trait Boots: Debug + Send + Sync {
     /// begun. Without a place for the cgroup it gets one of its own choice.
     async fn boot(
         &self,
-        size: Size,
+        shape: Shape,
         oom_score_adj: i32,
         cgroup: Option<Place>,
     ) -> Result<Arc<dyn Guest>>;
@@ -56,6 +56,23 @@ pub trait Guest: Debug + Send + Sync {
 
     /// Takes the disk with this number away.
     async fn detach(&self, device: u8) -> Result<()>;
+
+    /// Gives it a network interface, the other side of a tap, which its kernel does not
+    /// look at before it is told to. Answers the number of the device.
+    async fn attach_interface(&self, tap: File, mac: [u8; 6], mtu: u16) -> Result<u8>;
+
+    /// The network namespace of the pod's own.
+    fn network(&self) -> BorrowedFd<'_>;
+
+    /// The largest that it can become.
+    fn most(&self) -> Size;
+
+    /// How large it is.
+    async fn size(&self) -> Size;
+
+    /// Makes it so large, within what it can be; answers how large it is then. It may
+    /// have kept memory that it is to give back, and be late with what it is to get.
+    async fn resize(&self, to: Size) -> Result<Size>;
 
     /// Makes a process of the host that stands for one of the guest's, under this label:
     /// in the pod's own network namespace, or in another one. For the thread only that

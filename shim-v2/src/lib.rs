@@ -43,6 +43,7 @@ mod lock;
 pub mod log;
 pub mod mount;
 pub mod names;
+pub mod network;
 pub mod options;
 pub mod pod;
 pub mod process;

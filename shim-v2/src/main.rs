@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use bulkhead_shim::{
-    carry, daemon, delete,
+    daemon, delete,
     flags::{Action, Flags},
     info, start,
 };
@@ -41,7 +41,7 @@ fn answer(flags: &Flags) -> Result<Vec<u8>> {
         Action::Start => start::run(flags)?,
         Action::Delete => delete::run(flags)?,
         Action::Info => info::run()?,
-        Action::Carries => carry::version().into_bytes(),
+        Action::Carries => daemon::carries(io::stdin())?.into_bytes(),
         Action::Version | Action::Serve => format!(
             "containerd-shim-bulkhead-v2 {}\n",
             env!("CARGO_PKG_VERSION")

@@ -3,7 +3,7 @@
 //! Pure. An id that exists as a value of these types is safe as a single path
 //! component; a socket's name is a hash, so that no id makes it too long.
 
-use std::{fmt, path::PathBuf};
+use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -114,6 +114,39 @@ pub enum Role {
     Member,
 }
 
+/// Annotations that name the pod; the first one that is there counts.
+const GROUPS: [&str; 4] = [
+    "io.containerd.runc.v2.group",
+    "io.kubernetes.cri.sandbox-id",
+    "io.kubernetes.cri-o.SandboxID",
+    "io.kubernetes.sandbox.id",
+];
+
+/// Annotations that say what a container is to its pod.
+const ROLES: [&str; 3] = [
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.cri-o.ContainerType",
+    "io.kubernetes.docker.type",
+];
+
+/// Whether more containers will join the one with these annotations.
+#[must_use]
+pub fn expects_members(annotations: &BTreeMap<String, String>) -> bool {
+    let role = ROLES.iter().find_map(|key| annotations.get(*key));
+    role.is_some_and(|role| role == "sandbox" || role == "podsandbox")
+}
+
+/// The annotation, and the pod that it names, of a container that joins one.
+#[must_use]
+pub fn joins(annotations: &BTreeMap<String, String>) -> Option<(&'static str, &str)> {
+    let role = ROLES.iter().find_map(|key| annotations.get(*key))?;
+    let given = |key: &&'static str| Some((*key, annotations.get(*key)?.as_str()));
+    GROUPS
+        .iter()
+        .find_map(given)
+        .filter(|_| role == "container")
+}
+
 /// The pod that a bundle belongs to, and its role there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
@@ -127,19 +160,8 @@ impl Group {
     /// Reads the group from the annotations of a `config.json`; the first key
     /// that is present wins. Without a specification the bundle is a sandbox.
     pub fn of(id: &ContainerId, spec: Option<&Value>) -> Result<Self, Error> {
-        const KEYS: [&str; 4] = [
-            "io.containerd.runc.v2.group",
-            "io.kubernetes.cri.sandbox-id",
-            "io.kubernetes.cri-o.SandboxID",
-            "io.kubernetes.sandbox.id",
-        ];
-        const ROLES: [&str; 3] = [
-            "io.kubernetes.cri.container-type",
-            "io.kubernetes.cri-o.ContainerType",
-            "io.kubernetes.docker.type",
-        ];
         let annotation = |key: &&str| spec?.get("annotations")?.get(*key)?.as_str();
-        let group = KEYS.iter().find_map(annotation).unwrap_or(id.as_str());
+        let group = GROUPS.iter().find_map(annotation).unwrap_or(id.as_str());
         let member = ROLES.iter().find_map(annotation) == Some("container") && group != id.as_str();
         Ok(Group {
             id: GroupId::new(group)?,
@@ -193,6 +215,16 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_sandbox_expects_members() {
+        let expects = |role: &str| {
+            let key = "io.kubernetes.cri.container-type".to_owned();
+            expects_members(&BTreeMap::from([(key, role.to_owned())]))
+        };
+        assert!(expects("sandbox") && !expects("container"));
+        assert!(!expects_members(&BTreeMap::new()));
+    }
 
     #[test]
     fn ids_that_could_leave_their_directory_are_refused_b18_lc_12() {

@@ -17,7 +17,9 @@ mod exec;
 mod hold;
 mod last;
 mod making;
+mod network;
 mod resources;
+mod size;
 mod watch;
 
 use std::{
@@ -42,8 +44,8 @@ use tokio::{
 use tracing::{info, warn};
 use ttrpc::Code;
 
-use self::carry::Work;
 pub use self::{carry::Carried, create::Create, hold::HostPid};
+use self::{carry::Work, create::Creation};
 use crate::{
     agent::ProcessName,
     cgroup::Place,
@@ -55,13 +57,15 @@ use crate::{
     io::{Patience, StreamHost, streaming::Hub},
     lock::lock,
     names::{ContainerId, ExecId, Namespace},
+    network::Network,
     process::{Exit, Process},
     settings::Settings,
     share::{ContainerShare, Share},
     sockets::{Places, Service},
+    spec::Limits,
     state::{self, Op, Refusal, State},
     statedir::{Held, kept::Kept},
-    vm::{Size, vmm::End},
+    vm::{Shape, vmm::End},
 };
 
 /// Time that output gets to be delivered after its process ended.
@@ -134,6 +138,10 @@ pub struct Pod {
     /// One for each task that is at work beside the requests.
     work: Work,
     slots: Mutex<BTreeMap<ContainerId, Slot>>,
+    /// What the guest is joined with.
+    network: AsyncMutex<Option<Network>>,
+    /// Held while the machine gets another size.
+    sizing: AsyncMutex<()>,
     stopping: AtomicBool,
     stopped: OnceCell<()>,
 }
@@ -143,15 +151,6 @@ pub struct Pod {
 enum Slot {
     Creating(Arc<Creation>),
     Ready(Arc<Container>),
-}
-
-/// A creation under way.
-#[derive(Debug, Default)]
-struct Creation {
-    /// Asks it to give up.
-    cancel: Notify,
-    /// It is over, one way or the other.
-    over: Notify,
 }
 
 /// A container.
@@ -168,8 +167,8 @@ struct Container {
     /// What is told of its specification.
     told: Mutex<Option<Kept>>,
     hooks: Hooks,
-    /// Its root file system, if that is a disk.
-    disk: Mutex<Option<Attached>>,
+    /// Its root file system, if that is a disk, and block devices of the host.
+    disks: Mutex<Vec<Attached>>,
     /// Held while it is deleted.
     deleting: AsyncMutex<()>,
     /// A SIGKILL was not answered; the next one ends the VM.
@@ -178,6 +177,8 @@ struct Container {
     ooms: AtomicU64,
     /// What it has used, as far as the guest has told.
     used: Mutex<Option<Metrics>>,
+    /// Those that decide how large the machine must be.
+    limits: Mutex<Limits>,
 }
 
 /// The further processes of a container.
@@ -221,6 +222,8 @@ impl Pod {
             copies: Semaphore::new(COPIES),
             work: Work::default(),
             slots: Mutex::default(),
+            network: AsyncMutex::default(),
+            sizing: AsyncMutex::default(),
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),
         })
@@ -260,6 +263,7 @@ impl Pod {
             .map_err(|refusal| refused(init, Op::Start, refusal))?;
         let guest = self.living()?;
         let run = async {
+            self.connect(guest, container).await?;
             let before = container.hooks.limit_in_guest();
             guest.agent().start(&container.id, before).await?;
             container.hooks.run(Moment::Poststart, init.pid()).await
@@ -340,7 +344,7 @@ impl Pod {
 
     /// Forgets an ended process; of the first one: removes the container. Answers
     /// pid and end.
-    pub async fn delete(&self, name: &ProcessName) -> Result<(u32, Exit)> {
+    pub async fn delete(self: &Arc<Self>, name: &ProcessName) -> Result<(u32, Exit)> {
         if name.exec.is_none() {
             self.cancel_create(&name.container).await;
         }
@@ -365,8 +369,8 @@ impl Pod {
             .values()
             .map(|exec| exec.close_streams(Patience::SHORT));
         join_all(closing).await;
-        let disk = lock(&container.disk).take();
-        if let Some(disk) = disk {
+        let disks = std::mem::take(&mut *lock(&container.disks));
+        for disk in disks {
             disk.detach().await;
         }
         tokio::join!(
@@ -374,6 +378,7 @@ impl Pod {
             self.keep_fate(&container.id, None)
         );
         lock(&self.slots).remove(&container.id);
+        self.shrink();
         let pid = process.pid();
         self.events.publish(Event::Delete(TaskDelete {
             container_id: container.id.to_string(),
@@ -527,12 +532,12 @@ impl Pod {
     /// The guest, booted by whoever comes first.
     async fn boot(
         self: &Arc<Self>,
-        size: Size,
+        shape: Shape,
         oom_score_adj: i32,
         cgroup: Option<Place>,
     ) -> Result<Arc<dyn Guest>> {
         let boot = || async {
-            let guest = self.hypervisor.boot(size, oom_score_adj, cgroup).await?;
+            let guest = self.hypervisor.boot(shape, oom_score_adj, cgroup).await?;
             let (dir, process) = (Arc::clone(&self.dir), guest.process());
             let recorded = tokio::task::spawn_blocking(move || dir.record_vmm(process)).await;
             recorded

@@ -14,7 +14,7 @@ use containerd_shim_protos::api::Mount;
 use rustix::mount::MountAttrFlags;
 
 use crate::{
-    disk::Disk,
+    disk,
     error::{Error, Result},
     mount::{self, Scope},
 };
@@ -25,7 +25,7 @@ pub enum Source {
     /// Mounts of the request, in order; each covers the one before.
     Mounts(Vec<Mount>),
     /// A disk, which the guest mounts: nothing is done here.
-    Disk(Disk),
+    Disk(disk::Root),
     /// A directory that is mounted already: `root.path` of the specification.
     Directory {
         /// The bundle.
@@ -53,10 +53,10 @@ impl Source {
             });
         }
         if let [mount] = mounts
-            && Disk::is_meant(mount)
+            && disk::Root::is_meant(mount)
         {
             check_target(mount)?;
-            return Disk::new(mount).map(Source::Disk);
+            return disk::Root::new(mount).map(Source::Disk);
         }
         for mount in mounts {
             check(mount)?;

@@ -183,7 +183,9 @@ fn dial(path: &Path) -> io::Result<StdStream> {
     set_socket_timeout(&socket, Timeout::Send, Some(DIAL))?;
     // By the descriptor: what was looked at, and its name may be too long for an address.
     let address = format!("/proc/self/fd/{}", place.as_raw_fd());
-    connect(&socket, &SocketAddrUnix::new(address)?)?;
+    let address = SocketAddrUnix::new(address)?;
+    // With a limit of time a signal, as of a child that ends, breaks it off.
+    rustix::io::retry_on_intr(|| connect(&socket, &address))?;
     let stream = StdStream::from(socket);
     stream.set_nonblocking(true)?;
     Ok(stream)

@@ -12,12 +12,17 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use bulkhead_agent_api::{SHARE_DIR, SOCKETS_DIR};
 pub use bulkhead_spec::Error;
-use bulkhead_spec::{Inherited, Note, json, oci, plan};
+use bulkhead_spec::{
+    Inherited, Note,
+    devices::{self, HostDisk},
+    json, oci, plan,
+};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
@@ -55,12 +60,57 @@ pub struct Socket {
 }
 
 /// Limits that decide the size of the VM.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Processors, rounded up; `None` without a limit.
-    pub cpus: Option<u64>,
+    /// Microseconds of processors in a period; `None` without a limit.
+    pub quota: Option<u64>,
+    /// The period in microseconds; 0 if none was given.
+    pub period: u64,
     /// Memory in bytes; `None` without a limit.
     pub memory: Option<u64>,
+}
+
+impl Limits {
+    /// Thousandths of a processor, rounded up; `None` without a limit.
+    #[must_use]
+    pub fn thousandths(self) -> Option<u64> {
+        /// In microseconds, unless one is given.
+        const PERIOD: u64 = 100_000;
+        let period = if self.period == 0 {
+            PERIOD
+        } else {
+            self.period
+        };
+        let quota = self.quota?;
+        Some(quota.saturating_mul(1_000).div_ceil(period))
+    }
+
+    /// As they are with these resources: what they do not name stays.
+    #[must_use]
+    fn with(self, resources: &oci::Resources) -> Self {
+        let set = |value: i64, before| match u64::try_from(value) {
+            Ok(0) => before,
+            given => given.ok(),
+        };
+        let (cpu, memory) = (&resources.cpu, &resources.memory);
+        Limits {
+            quota: set(cpu.quota, self.quota),
+            period: if cpu.period == 0 {
+                self.period
+            } else {
+                cpu.period
+            },
+            memory: set(memory.limit, self.memory),
+        }
+    }
+
+    /// The same of an update, `linux.resources` as JSON. One that is not understood
+    /// changes nothing: it will be refused.
+    #[must_use]
+    pub fn updated(self, resources: &[u8]) -> Self {
+        let resources = json::from_slice("linux.resources", resources);
+        resources.map_or(self, |resources| self.with(&resources))
+    }
 }
 
 /// A specification that was accepted.
@@ -74,6 +124,8 @@ pub struct Prepared {
     pub volumes: Vec<Volume>,
     /// Sockets of the host, by their numbers in the guest.
     pub sockets: Vec<Socket>,
+    /// Block devices of the host among its devices.
+    pub disks: Vec<HostDisk>,
     /// `linux.seccomp`, taken out and compiled.
     pub filter: Filter,
     /// Limits of the container.
@@ -86,6 +138,8 @@ pub struct Prepared {
     pub console: (u32, u32),
     /// The network namespace of the host that it names: the container's pid shall be there.
     pub network: Option<PathBuf>,
+    /// It has a network namespace, with a name or without.
+    pub has_network: bool,
     /// Programs to run at points of its life.
     pub hooks: plan::Hooks,
     /// What its caller remembers of it.
@@ -140,7 +194,12 @@ pub fn prepare(
     }
     let mut filter = Filter::default();
     let (mut cgroup, mut network) = (None, None);
+    let mut has_network = false;
     if let Some(linux) = &mut spec.linux {
+        has_network = linux
+            .namespaces
+            .iter()
+            .any(|namespace| namespace.kind == "network");
         cgroup = Place::new(&linux.cgroups_path)?;
         network = leave_host_namespaces(&mut linux.namespaces)?;
         if let Some(profile) = linux.seccomp.take() {
@@ -153,7 +212,10 @@ pub fn prepare(
     let compiled = bulkhead_spec::seccomp(&filter.program, filter.flags)?;
     let checked = bulkhead_spec::container(spec.clone(), compiled)?;
     notes.extend(checked.notes);
-    let limits = limits(&spec);
+    let limits = spec
+        .linux
+        .as_ref()
+        .map(|linux| Limits::default().with(&linux.resources));
     let guest = serde_json::to_vec(&spec)
         .map_err(|error| Error::new("config.json", "as the guest gets it", error.to_string()))?;
     fits("config.json", guest.len(), filter.program.len())?;
@@ -162,12 +224,14 @@ pub fn prepare(
         root,
         volumes: volumes(taken.volumes, &checked.plan.mounts),
         sockets: taken.sockets,
+        disks: devices::host_disks(&checked.plan),
         filter,
-        limits,
+        limits: limits.unwrap_or_default(),
         oom_score_adj: checked.plan.process.oom_score_adj,
         cgroup,
         console: console(&checked.plan.process),
         network,
+        has_network,
         hooks: checked.plan.hooks,
         annotations: spec.annotations,
         fields: bulkhead_spec::report(&given, &notes),
@@ -354,6 +418,11 @@ fn take_sources(
             notes.push(Note::changed(at, how));
             continue;
         }
+        if is_of_the_kernel(&mount.source) && ids.is_none() {
+            let how = "that of the guest: it belongs to the kernel of the host";
+            notes.push(Note::changed(format!("{at}.source"), how));
+            continue;
+        }
         let in_guest = format!("{SHARE_DIR}/{id}/volumes/{}", taken.volumes.len()).into();
         taken.volumes.push(Source {
             mount: n,
@@ -362,6 +431,32 @@ fn take_sources(
         });
     }
     Ok(taken)
+}
+
+/// Whether a path names what is a part of a kernel rather than a file of somebody's. The
+/// guest has its own under the same name. What is below a process in `/proc` may lead to
+/// files.
+fn is_of_the_kernel(path: &Path) -> bool {
+    let Ok(below) = path.strip_prefix("/") else {
+        return false;
+    };
+    let names: Option<Vec<&str>> = below
+        .components()
+        .map(|part| match part {
+            Component::Normal(name) => name.to_str(),
+            _ => None,
+        })
+        .collect();
+    match names.as_deref() {
+        Some(["sys", ..] | ["proc"] | ["dev"]) => true,
+        Some(["proc", name, ..]) => {
+            !matches!(*name, "self" | "thread-self") && name.parse::<u32>().is_err()
+        }
+        Some(["dev", ..]) => devices::DEVICES
+            .iter()
+            .any(|device| path == Path::new(device.path)),
+        _ => false,
+    }
 }
 
 /// What was taken out.
@@ -419,22 +514,6 @@ fn volumes(sources: Vec<Source>, mounts: &[plan::Mount]) -> Vec<Volume> {
             })
         })
         .collect()
-}
-
-/// The limits of a specification that was accepted.
-fn limits(spec: &oci::Spec) -> Limits {
-    /// In microseconds, unless one is given.
-    const PERIOD: u64 = 100_000;
-    let Some(linux) = &spec.linux else {
-        return Limits::default();
-    };
-    let given = |value: i64| u64::try_from(value).ok().filter(|value| *value != 0);
-    let (memory, cpu) = (&linux.resources.memory, &linux.resources.cpu);
-    let period = if cpu.period == 0 { PERIOD } else { cpu.period };
-    Limits {
-        cpus: given(cpu.quota).map(|quota| quota.div_ceil(period)),
-        memory: given(memory.limit),
-    }
 }
 
 #[cfg(test)]

@@ -192,7 +192,7 @@ impl Successor {
     }
 
     async fn try_it(&self) -> Result<Infallible> {
-        self.ask().await?;
+        self.ask(Stdio::null()).await?;
         // They last as long as their processes.
         if self.callers.is_asked(streaming::SERVICE, streaming::METHOD) {
             return Err(Error::Busy("a stream of containerd's".to_owned()));
@@ -204,8 +204,10 @@ impl Successor {
     }
 
     /// Hands over in a moment in which nothing is under way. New requests wait for that
-    /// only where it is near.
+    /// only where it is near. What the other program would get it is shown first, in
+    /// another such moment.
     async fn when_still(&self) -> Result<Infallible> {
+        let mut is_understood = false;
         loop {
             while self.busy().is_some() {
                 self.news().await;
@@ -214,6 +216,13 @@ impl Successor {
             let mut bag = Bag::default();
             if let Ok(packed) = timeout(HELD, self.pack(&mut bag)).await {
                 let carried = packed.map_err(host("pack what goes along"))?;
+                if !is_understood {
+                    let shown = carry::shown(&carried).map_err(host("show what goes along"))?;
+                    drop((gate, bag));
+                    self.ask(shown.into()).await?;
+                    is_understood = true;
+                    continue;
+                }
                 // Nothing else has run since it was packed.
                 return Err(Error::Path {
                     action: "execute",
@@ -234,13 +243,14 @@ impl Successor {
         }
     }
 
-    /// Asks the other program whether it understands what it would get.
-    async fn ask(&self) -> Result<()> {
+    /// Asks the other program whether it can take over, and whether it understands what it
+    /// would get, if that is shown.
+    async fn ask(&self, shown: Stdio) -> Result<()> {
         let mut command = Command::new(&self.own);
         command
             .arg("-carries")
             .env_clear()
-            .stdin(Stdio::null())
+            .stdin(shown)
             .stderr(Stdio::null());
         let asked = timeout(ASK, spawn_blocking(move || command.output())).await;
         let said = asked

@@ -8,6 +8,7 @@ mod acceptor;
 pub mod control;
 pub(crate) mod cores;
 pub mod holder;
+mod size;
 pub mod vmm;
 
 use std::{
@@ -27,10 +28,15 @@ use async_trait::async_trait;
 use bulkhead_agent_api::{AGENT_PORT, PRIVATE_TAG, SHARE_TAG};
 use bulkhead_vmm::{config as vmm_config, jail::threads};
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout, timeout_at},
+};
 use tracing::info;
 
+pub use self::size::{Pod, Shape, Size};
 use self::{
+    control::Control,
     holder::{HOLDERS, Holder},
     vmm::{End, Launch, Vmm},
 };
@@ -45,12 +51,12 @@ use crate::{
     io::Dialer,
     mount,
     settings::Settings,
-    spec::Limits,
     statedir::{HostProcess, StateDir},
 };
 
-/// Base of the guest kernel's command line.
-pub const CMDLINE: &str = "quiet panic=-1 reboot=k";
+/// Base of the guest kernel's command line. Who waits in the kernel until all processors
+/// have seen a change (of mounts, of cgroups) waits for no tick by it.
+pub const CMDLINE: &str = "quiet panic=-1 reboot=k rcupdate.rcu_expedited=1";
 
 /// Name of the listening socket of the vsock device.
 const VSOCK: &str = "vsock.sock";
@@ -60,59 +66,6 @@ const REPORT: Duration = Duration::from_millis(500);
 /// Time for a VMM that did not come up to be gone.
 const GONE: Duration = Duration::from_secs(3);
 
-/// Size of a virtual machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size {
-    /// Virtual processors, 1 to 64.
-    pub vcpus: u8,
-    /// Guest memory in MiB.
-    pub memory_mib: u32,
-    /// Places for disks.
-    pub places: u8,
-}
-
-impl Size {
-    /// The size for a container with these limits on a host of so many processors
-    /// and so much memory.
-    ///
-    /// Processors: the limit rounded up, at most those of the host. Memory: the
-    /// limit and the guest's own need above it, at most the host's; without a
-    /// limit what the configuration says.
-    #[must_use]
-    pub fn of(limits: Limits, config: &Config, host_cpus: u64, host_mib: u64) -> Self {
-        let cpus = limits
-            .cpus
-            .unwrap_or_else(|| u64::from(config.vcpus))
-            .clamp(1, host_cpus.clamp(1, 64));
-        let most = host_mib.clamp(64, 1_048_576);
-        let memory = match limits.memory {
-            Some(bytes) => {
-                (bytes.div_ceil(1 << 20)).saturating_add(u64::from(config.guest_overhead_mib))
-            }
-            None => u64::from(config.memory_mib),
-        };
-        Size {
-            vcpus: u8::try_from(cpus).unwrap_or(1),
-            memory_mib: u32::try_from(memory.min(most)).unwrap_or(config.memory_mib),
-            places: 0,
-        }
-    }
-
-    /// The size for a container on this host.
-    #[must_use]
-    pub fn on_this_host(limits: Limits, config: &Config) -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let info = rustix::system::sysinfo();
-        let bytes = info.totalram.saturating_mul(u64::from(info.mem_unit));
-        Self::of(
-            limits,
-            config,
-            u64::try_from(cpus).unwrap_or(1),
-            bytes >> 20,
-        )
-    }
-}
-
 /// What a boot needs.
 #[derive(Debug)]
 pub struct Boot<'a> {
@@ -120,8 +73,8 @@ pub struct Boot<'a> {
     pub config: &'a Config,
     /// The pod's state.
     pub dir: &'a StateDir,
-    /// The size.
-    pub size: Size,
+    /// How large it is.
+    pub shape: Shape,
     /// `oom_score_adj` of the VMM.
     pub oom_score_adj: i32,
     /// Where its cgroup shall be, if not where its state directory says.
@@ -134,6 +87,36 @@ pub struct Vm {
     agent: Agent,
     dialer: Dialer,
     vmm: Vmm,
+    /// The largest that it can become.
+    most: Size,
+    extent: Mutex<Extent>,
+}
+
+/// How large it has become.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Extent {
+    first: Size,
+    most: Size,
+    /// What it was asked to be last, and what it was then.
+    asked: Size,
+    now: Size,
+    /// Processors that exist: those that are not online any more do, too.
+    made: u8,
+    /// The number of the device by which memory comes, once some has.
+    device: Option<u8>,
+}
+
+impl Extent {
+    fn of(shape: &Shape) -> Self {
+        Extent {
+            first: shape.first,
+            most: shape.most,
+            asked: shape.first,
+            now: shape.first,
+            made: shape.first.vcpus,
+            device: None,
+        }
+    }
 }
 
 impl Vm {
@@ -143,11 +126,11 @@ impl Vm {
         let deadline = begun + boot.config.boot_timeout();
         let config = boot.config.clone();
         let dir = boot.dir.clone();
-        let (size, oom_score_adj) = (boot.size, boot.oom_score_adj);
+        let (shape, oom_score_adj) = (boot.shape, boot.oom_score_adj);
         let place = boot.cgroup;
         let place = place.unwrap_or_else(|| Place::like(boot.dir.path()));
         let prepared = tokio::task::spawn_blocking(move || {
-            prepare(&config, &dir, size, oom_score_adj, &place)
+            prepare(&config, &dir, shape, oom_score_adj, &place)
         })
         .await
         .map_err(|error| host("prepare the virtual machine")(std::io::Error::other(error)))??;
@@ -173,14 +156,16 @@ impl Vm {
             Ok(Ok(agent)) => {
                 info!(
                     boot_ms = begun.elapsed().as_millis(),
-                    vcpus = size.vcpus,
-                    memory_mib = size.memory_mib,
+                    vcpus = shape.first.vcpus,
+                    memory_mib = shape.first.memory_mib,
                     "virtual machine is up"
                 );
                 return Ok(Vm {
                     agent,
                     dialer: Dialer::new(state, VSOCK),
                     vmm,
+                    most: shape.most,
+                    extent: Mutex::new(Extent::of(&shape)),
                 });
             }
             // The VMM's own end says more than a connection that closed.
@@ -189,6 +174,7 @@ impl Vm {
                 Err(_) => error,
             },
             Err(_) => {
+                let standing = standing(vmm.control()).await;
                 // Once the shim seems gone, the VMM reports what the console said.
                 vmm.control().release();
                 let console = match timeout(REPORT, vmm.ended()).await {
@@ -199,7 +185,7 @@ impl Vm {
                 };
                 let limit = boot.config.boot_timeout_s;
                 Error::Boot(format!(
-                    "the agent did not connect within {limit} s{console}"
+                    "the agent did not connect within {limit} s; {standing}{console}"
                 ))
             }
         };
@@ -210,12 +196,27 @@ impl Vm {
     }
 }
 
+/// Where a machine stands that does not come up. The processors are stopped for it.
+async fn standing(control: &Control) -> String {
+    let told = async {
+        // Those that do not stop are a part of the answer.
+        let _ = timeout(REPORT, control.pause()).await;
+        control.standing().await
+    };
+    match timeout(2 * REPORT, told).await {
+        Ok(Ok(words)) => words,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "the VMM does not say where it stands".to_owned(),
+    }
+}
+
 /// What goes along of a virtual machine when the program changes.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Carried {
     agent: agent::Carried,
     next_stream: u64,
     vmm: vmm::Carried,
+    extent: Extent,
 }
 
 /// Boots virtual machines for one pod.
@@ -231,7 +232,7 @@ pub struct Kvm {
 impl Boots for Kvm {
     async fn boot(
         &self,
-        size: Size,
+        shape: Shape,
         oom_score_adj: i32,
         cgroup: Option<Place>,
     ) -> Result<Arc<dyn Guest>> {
@@ -239,7 +240,7 @@ impl Boots for Kvm {
         let boot = Boot {
             config: self.settings.get(),
             dir: &self.dir,
-            size,
+            shape,
             oom_score_adj: oom_score(oom_score_adj, &own),
             cgroup,
         };
@@ -252,6 +253,8 @@ impl Boots for Kvm {
             vmm: Vmm::unpack(carried.vmm)?,
             agent: Agent::unpack(carried.agent)?,
             dialer: Dialer::unpack(state, VSOCK, carried.next_stream),
+            most: carried.extent.most,
+            extent: Mutex::new(carried.extent),
         }))
     }
 }
@@ -284,11 +287,61 @@ impl Guest for Vm {
         self.vmm.control().detach(device).await
     }
 
+    async fn attach_interface(&self, tap: File, mac: [u8; 6], mtu: u16) -> Result<u8> {
+        self.vmm.control().attach_interface(tap, mac, mtu).await
+    }
+
+    fn network(&self) -> BorrowedFd<'_> {
+        self.vmm.quarters().network()
+    }
+
+    fn most(&self) -> Size {
+        self.most
+    }
+
+    async fn size(&self) -> Size {
+        self.extent.lock().await.now
+    }
+
+    async fn resize(&self, to: Size) -> Result<Size> {
+        let mut extent = self.extent.lock().await;
+        let to = to.or(extent.first).and(extent.most);
+        if to == extent.now && to == extent.asked {
+            return Ok(to);
+        }
+        // If this fails nobody knows what it is.
+        let before = std::mem::replace(&mut extent.asked, to);
+        if to.vcpus > extent.made {
+            self.vmm.control().processors(to.vcpus).await?;
+            extent.made = to.vcpus;
+        }
+        if to.memory_mib != before.memory_mib || to.memory_mib != extent.now.memory_mib {
+            let device = self.vmm.control().memory(to.memory_mib).await?;
+            extent.device = Some(device);
+        }
+        let more_mib = to.memory_mib.saturating_sub(extent.first.memory_mib);
+        let resized = self.agent.resize_machine(to.vcpus, more_mib, extent.device);
+        let (vcpus, more_mib) = resized.await?;
+        extent.now = Size {
+            vcpus,
+            memory_mib: extent.first.memory_mib.saturating_add(more_mib),
+        };
+        info!(
+            vcpus = extent.now.vcpus,
+            memory_mib = extent.now.memory_mib,
+            "the virtual machine has another size"
+        );
+        Ok(extent.now)
+    }
+
     fn hold(&self, label: &str, network: Option<BorrowedFd<'_>>) -> Result<Holder> {
         self.vmm.quarters().hold(label, network)
     }
 
     fn carry(&self, bag: &mut Bag) -> io::Result<Option<Carried>> {
+        let Ok(extent) = self.extent.try_lock() else {
+            return Ok(None);
+        };
         if self.agent.is_busy() {
             return Ok(None);
         }
@@ -299,6 +352,7 @@ impl Guest for Vm {
             agent: self.agent.carry(bag)?,
             next_stream: self.dialer.next(),
             vmm,
+            extent: *extent,
         }))
     }
 
@@ -323,7 +377,7 @@ impl Guest for Vm {
 fn prepare(
     config: &Config,
     dir: &StateDir,
-    size: Size,
+    shape: Shape,
     oom_score_adj: i32,
     place: &Place,
 ) -> Result<(Launch, OwnedFd)> {
@@ -341,9 +395,9 @@ fn prepare(
         cmdline.push(' ');
         cmdline.push_str(&config.kernel_cmdline);
     }
-    let shares = shares(&dir.share(), size.vcpus);
+    let shares = shares(&dir.share(), shape.first.vcpus);
     // Last: nothing that may still fail has to take it back.
-    let tasks = threads::most(size.vcpus, shares.len(), size.places) + HOLDERS;
+    let tasks = threads::most(shape.most.vcpus, shares.len(), shape.all_places()) + HOLDERS;
     let cgroup = Cgroup::make(place, tasks, dir.path())?;
     let launch = Launch {
         binary,
@@ -354,9 +408,7 @@ fn prepare(
         acceptor: theirs,
         console: config.guest_console,
         cmdline,
-        vcpus: size.vcpus,
-        memory_mib: size.memory_mib,
-        places: size.places,
+        shape,
         share: dir.share(),
         shares,
         oom_score_adj,
@@ -424,44 +476,6 @@ fn listen(dir: &StateDir) -> Result<UnixListener> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_vm_is_as_large_as_its_container_and_the_guest_itself_b11_cl_13() {
-        let config = Config::default();
-        let size = |cpus, memory| Size::of(Limits { cpus, memory }, &config, 8, 16_384);
-        assert_eq!(
-            size(None, None),
-            Size {
-                vcpus: 1,
-                memory_mib: 512,
-                places: 0,
-            }
-        );
-        assert_eq!(
-            size(Some(2), Some(256 << 20)),
-            Size {
-                vcpus: 2,
-                memory_mib: 384,
-                places: 0,
-            }
-        );
-        assert_eq!(
-            size(Some(100), Some(1 << 50)),
-            Size {
-                vcpus: 8,
-                memory_mib: 16_384,
-                places: 0,
-            }
-        );
-        assert_eq!(
-            size(Some(0), Some(1)),
-            Size {
-                vcpus: 1,
-                memory_mib: 129,
-                places: 0,
-            }
-        );
-    }
 
     #[test]
     fn a_vmm_is_never_harder_to_kill_than_its_shim_lc_45() {

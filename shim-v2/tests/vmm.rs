@@ -15,7 +15,10 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_shim::vm::vmm::{Launch, Vmm};
+use bulkhead_shim::vm::{
+    Shape, Size,
+    vmm::{Launch, Vmm},
+};
 use bulkhead_vmm::config::{Policy, Share};
 use rustix::{
     fs::MemfdFlags,
@@ -96,9 +99,10 @@ fn with_vmm<F: Future<Output = ()>>(
             acceptor,
             console: false,
             cmdline: String::new(),
-            vcpus: 2,
-            memory_mib: 64,
-            places: 0,
+            shape: Shape::fixed(Size {
+                vcpus: 2,
+                memory_mib: 64,
+            }),
             share: share.clone(),
             shares: vec![Share {
                 tag: "bulkhead".into(),

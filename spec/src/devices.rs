@@ -1,11 +1,12 @@
 //! The devices of the guest that a container may have.
 //!
 //! One table: device nodes, the rules of the device controller and the judgement
-//! of `linux.devices` all come from it.
+//! of `linux.devices` all come from it. Block devices are the host's: each is a disk
+//! that the virtual machine is given, and has numbers of its own there.
 
 use crate::{
     Error, Note, check, oci,
-    plan::{DeviceKind, DeviceNode, DeviceRule, NodeKind},
+    plan::{ContainerPlan, DeviceKind, DeviceNode, DeviceRule, NodeKind},
 };
 
 /// Whether a container has a device without asking.
@@ -95,8 +96,88 @@ pub fn default_rules() -> impl Iterator<Item = DeviceRule> {
 /// Most device nodes.
 const NODES_MAX: usize = 4_096;
 
+/// Numbers of a device: major and minor.
+pub type Numbers = (u32, u32);
+
+/// A block device of the host that a container uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostDisk {
+    /// Its numbers on the host.
+    pub numbers: Numbers,
+    /// The container may not write to it.
+    pub read_only: bool,
+}
+
+/// The block devices of the host that a container uses, each once. It writes to those
+/// that the rules of its device controller let it write to.
+#[must_use]
+pub fn host_disks(plan: &ContainerPlan) -> Vec<HostDisk> {
+    let mut disks: Vec<HostDisk> = Vec::new();
+    for device in &plan.devices {
+        if let NodeKind::Block(major, minor) = device.kind
+            && !disks.iter().any(|disk| disk.numbers == (major, minor))
+        {
+            let rules = &plan.resources.devices;
+            disks.push(HostDisk {
+                numbers: (major, minor),
+                read_only: !is_allowed(rules, (major, minor), DeviceRule::WRITE),
+            });
+        }
+    }
+    disks
+}
+
+/// Whether the rules let this access to a block device pass: the last one that matches
+/// decides, and what none matches is denied.
+fn is_allowed(rules: &[DeviceRule], numbers: Numbers, access: u32) -> bool {
+    let decides = |rule: &&DeviceRule| rule.is_about(numbers) && rule.access & access != 0;
+    let rule = rules.iter().rev().find(decides);
+    rule.is_some_and(|rule| rule.allow)
+}
+
+/// Gives the block devices of a plan the numbers that they have in the guest, in its
+/// nodes and in its rules; `known` are pairs of the host's numbers and the guest's. A rule
+/// about other numbers of block devices is about none that is there.
+pub fn renumber(plan: &mut ContainerPlan, known: &[(Numbers, Numbers)]) -> Result<(), Error> {
+    for (n, device) in plan.devices.iter_mut().enumerate() {
+        if let NodeKind::Block(major, minor) = device.kind {
+            let pair = known.iter().find(|(host, _)| *host == (major, minor));
+            let (_, guest) = pair.ok_or_else(|| {
+                let numbers = format!("b {major}:{minor}");
+                let reason = "the virtual machine was not given it";
+                Error::new(format!("linux.devices[{n}]"), numbers, reason)
+            })?;
+            device.kind = NodeKind::Block(guest.0, guest.1);
+        }
+    }
+    let rules = std::mem::take(&mut plan.resources.devices).into_iter();
+    plan.resources.devices = rules.flat_map(|rule| in_guest(rule, known)).collect();
+    Ok(())
+}
+
+/// A rule by the numbers of the guest. Those of character devices are the same.
+fn in_guest(rule: DeviceRule, known: &[(Numbers, Numbers)]) -> Vec<DeviceRule> {
+    let is_about_all = rule.major.is_none() && rule.minor.is_none();
+    if is_about_all || rule.kind == Some(DeviceKind::Char) {
+        return vec![rule];
+    }
+    let meant = known.iter().filter(|(host, _)| rule.is_about(*host));
+    let block = meant.map(|(_, (major, minor))| DeviceRule {
+        kind: Some(DeviceKind::Block),
+        major: Some(*major),
+        minor: Some(*minor),
+        ..rule
+    });
+    let character = DeviceRule {
+        kind: Some(DeviceKind::Char),
+        ..rule
+    };
+    let character = rule.kind.is_none().then_some(character);
+    character.into_iter().chain(block).collect()
+}
+
 /// Judges `linux.devices`. An engine gives a privileged container each device of the
-/// host: there those that the guest does not have are left out, elsewhere refused.
+/// host: there those that the guest does not have are left out.
 pub(crate) fn nodes(
     from: Vec<oci::Device>,
     privileged: bool,
@@ -110,7 +191,11 @@ pub(crate) fn nodes(
             *count += 1;
             return Ok(None);
         }
-        node(at, device).map(Some)
+        let node = node(at, device)?;
+        if let NodeKind::Block(..) = node.kind {
+            notes.push(Note::disk(at));
+        }
+        Ok(Some(node))
     })?;
     if let Some((first, count)) = left_out {
         let how = match count {
@@ -137,16 +222,21 @@ fn known(device: &oci::Device) -> Option<&'static Device> {
 fn node(at: &str, from: oci::Device) -> Result<DeviceNode, Error> {
     let known = known(&from);
     let path = check::absolute(&format!("{at}.path"), from.path)?;
+    let number = |name, value: i64| {
+        let refuse = |_| Error::new(format!("{at}.{name}"), value, "it is not a device number");
+        u32::try_from(value).map_err(refuse)
+    };
     let kind = match (from.kind.as_str(), known) {
         // "u" is an unbuffered character device: the same node.
         ("c" | "u", Some(known)) => NodeKind::Char(known.major, known.minor),
         ("p", _) => NodeKind::Fifo,
-        ("c" | "u" | "b", _) => {
+        ("b", _) => NodeKind::Block(number("major", from.major)?, number("minor", from.minor)?),
+        ("c" | "u", None) => {
             let numbers = format!("{} {}:{}", from.kind, from.major, from.minor);
             return Err(Error::new(
                 at,
                 numbers,
-                "devices of the host are not passed to a virtual machine",
+                "character devices of the host are not passed to a virtual machine",
             ));
         }
         (other, _) => {

@@ -86,6 +86,15 @@ impl Note {
         Note::new(field, Fate::Missing, why)
     }
 
+    /// A block device of the host.
+    pub(crate) fn disk(field: impl Into<String>) -> Self {
+        Note::new(
+            field,
+            Fate::Both,
+            "the virtual machine has it as a disk, under other numbers",
+        )
+    }
+
     /// A label: policies are the host's, and the guest's kernel has none.
     pub(crate) fn label(field: impl Into<String>) -> Self {
         Note {

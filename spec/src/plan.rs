@@ -234,6 +234,18 @@ pub struct IdMap {
     pub size: u32,
 }
 
+/// The id in the guest of a user of a container with these maps, or with none.
+#[must_use]
+pub fn guest_id(maps: &[IdMap], id: u32) -> Option<u32> {
+    if maps.is_empty() {
+        return Some(id);
+    }
+    maps.iter().find_map(|map| {
+        let offset = id.checked_sub(map.container_id)?;
+        (offset < map.size).then(|| map.guest_id + offset)
+    })
+}
+
 /// The ids of the files of a mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountIds {
@@ -362,6 +374,9 @@ pub struct DeviceNode {
 pub enum NodeKind {
     /// A character device: major and minor number.
     Char(u32, u32),
+    /// A block device: major and minor number, the host's until
+    /// [`renumber`](crate::devices::renumber) has given it the guest's.
+    Block(u32, u32),
     /// A named pipe.
     Fifo,
 }
@@ -418,6 +433,14 @@ impl DeviceRule {
     pub const READ: u32 = 2;
     /// `BPF_DEVCG_ACC_WRITE`.
     pub const WRITE: u32 = 4;
+
+    /// Whether it says anything of the block device with these numbers.
+    #[must_use]
+    pub fn is_about(&self, (major, minor): (u32, u32)) -> bool {
+        self.kind.is_none_or(|kind| kind == DeviceKind::Block)
+            && self.major.is_none_or(|number| number == major)
+            && self.minor.is_none_or(|number| number == minor)
+    }
 }
 
 /// Kind of a device; the values are those of `BPF_DEVCG_DEV_*`.

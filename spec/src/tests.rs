@@ -1,3 +1,4 @@
+mod devices;
 mod hooks;
 mod mounts;
 mod process;

@@ -13,8 +13,10 @@ pub use inside::{
     command::{Command, Outcome, Running},
     image,
     leaks::{LEFT_BEHIND, LeakCheck},
-    process,
+    loop_device::LoopDevice,
+    netns, process,
     reader::Reader,
+    setting::Setting,
     terminal::Terminal,
     volume,
 };

@@ -1,6 +1,6 @@
 //! The runtime under containerd, driven by `ctr`.
 
-use std::fs;
+use std::{fs, thread, time::Duration};
 
 use bulkhead_tests::{Command, Outcome};
 
@@ -19,6 +19,31 @@ fn ctr_run_gives_output_and_exit_code() {
         .chain([IMAGE, "c1", "sh", "-c", "uname -r; exit 42"]));
     assert!(out.stdout.starts_with("6.12."), "{out}");
     assert_eq!(out.code, 42, "{out}");
+}
+
+/// Layers are images with erofs there, and containerd puts them up for a runtime that does
+/// not ask for them as they are.
+#[test]
+fn a_root_of_the_erofs_snapshotter_can_be_used_and_is_taken_down_again_fs_15() {
+    let line = "test -x /bin/busybox && echo new > /bin/new && rm /etc/passwd &&
+        ls /bin/new /etc/passwd; exit 9";
+    let snapshotter = ["--snapshotter", "erofs"];
+    let run = RUN.into_iter().chain(snapshotter);
+    let out = ctr(run.chain([IMAGE, "erofs", "sh", "-c", line]));
+    assert_eq!(out.code, 9, "{out}");
+    assert!(out.stdout.contains("/bin/new\n"), "{out}");
+    assert!(out.stderr.contains("/etc/passwd"), "{out}");
+    let is_up = || {
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        mounts.lines().any(|mount| mount.contains(" erofs "))
+    };
+    for _ in 0..100 {
+        if !is_up() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    panic!("{}", fs::read_to_string("/proc/self/mounts").unwrap());
 }
 
 #[test]

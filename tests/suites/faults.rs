@@ -12,7 +12,7 @@ use std::{
 };
 
 use bulkhead_agent_api::SHARE_DIR;
-use bulkhead_tests::{BUSYBOX, Command, LeakCheck, Outcome, Running, bundle};
+use bulkhead_tests::{BUSYBOX, Command, LeakCheck, Outcome, Running, Setting, bundle};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -223,6 +223,18 @@ fn a_killed_agent_is_reported_as_what_it_is_f53() {
     let outcome = run.wait();
     assert_eq!(outcome.code, 255, "{outcome}");
     assert_said(&outcome, "Attempted to kill init!");
+}
+
+#[test]
+fn a_guest_that_never_comes_up_is_ended_and_told_with_where_it_stands_tt_10_a6() {
+    // It finds no first program, and waits long before it looks for another root.
+    let hang = "boot_timeout_s = 5\nkernel_cmdline = \"rdinit=/none rootdelay=1000\"\n";
+    let setting = Setting::put(hang);
+    let outcome = run_true();
+    drop(setting);
+    assert_said(&outcome, "the agent did not connect within 5 s; device 0");
+    assert_said(&outcome, ", processor 0 is halted at 0xffffffff8");
+    run_true().success();
 }
 
 #[test]

@@ -103,7 +103,8 @@ fn streams_are_those_of_runc() {
             case("an input", ["cat"]).input(&input),
             case("a part of an input", ["head", "-n", "3"]).input(&input),
             case("an input that is counted", ["wc", "-c"]).input(&input),
-            shell("no input", "cat; echo end"),
+            // Not without an input: ctr closes none that ends before the task is made,
+            // and "cat" waits for ever with either runtime.
             shell("an output that is closed", "exec >&-; echo x; echo $? >&2"),
             shell(
                 "no terminal",

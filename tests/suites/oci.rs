@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_tests::{BUSYBOX_NAME, Command, Outcome, bundle};
+use bulkhead_tests::{BUSYBOX_NAME, Command, Outcome, Setting, bundle};
 use serde_json::{Value, json};
 
 /// A bundle with a script whose specification this has changed.
@@ -314,27 +314,65 @@ fn what_became_of_a_specification_can_be_asked_whoever_started_it_oc_01() {
     );
 }
 
-/// A file that is removed at the end.
-struct Setting(&'static str);
-
-impl Drop for Setting {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(self.0);
-        for dir in Path::new(self.0).ancestors().skip(1).take(2) {
-            let _ = fs::remove_dir(dir);
-        }
-    }
-}
-
 #[test]
 fn a_strict_administrator_has_no_container_without_the_protection_it_asks_for_oc_01_b17() {
-    fs::create_dir_all("/etc/bulkhead/config.d").unwrap();
-    let setting = Setting("/etc/bulkhead/config.d/50-strict.toml");
-    fs::write(setting.0, "strict = true\n").unwrap();
+    let setting = Setting::put("strict = true\n");
     let label = |config: &mut Value| config["process"]["apparmorProfile"] = json!("docker-default");
     let out = run("true", label);
     assert!(out.failure().contains("process.apparmorProfile"));
     run("true", |_| {}).success();
     drop(setting);
     run("true", label).success();
+}
+
+/// Binds what the host has at `source`.
+fn bind(config: &mut Value, source: &Path, destination: &str, options: &[&str]) {
+    let mount = json!({
+        "destination": destination, "type": "bind", "source": source, "options": options,
+    });
+    config["mounts"].as_array_mut().unwrap().push(mount);
+}
+
+#[test]
+fn a_volume_is_read_only_with_all_below_it_as_kubernetes_asks_for_it_fs_29() {
+    let volume = tempfile::tempdir().unwrap();
+    let below = volume.path().join("below");
+    fs::create_dir(&below).unwrap();
+    let mounted = below.to_str().unwrap();
+    Command::new("mount", ["-t", "tmpfs", "tmpfs", mounted])
+        .run()
+        .success();
+    fs::write(below.join("f"), "kept").unwrap();
+    let script = "touch /data/g; touch /data/below/g; cat /data/below/f";
+    let out = run(script, |config| {
+        bind(
+            config,
+            volume.path(),
+            "/data",
+            &["rbind", "rprivate", "rro"],
+        );
+    });
+    Command::new("umount", [mounted]).run().success();
+    assert_eq!(out.stdout, "kept", "{out}");
+    let refused = out.stderr.matches("Read-only file system").count();
+    assert_eq!(refused, 2, "{out}");
+}
+
+#[test]
+fn a_bound_part_of_proc_sys_or_dev_is_the_guests_fs_31() {
+    let script = "ls /host/dev | grep -c ^kvm$; ls /host/cgroup | grep -c ^system.slice$
+        cat /host/cgroup/cgroup.controllers > /dev/null && echo cgroup
+        cd /proc/sys/kernel/random; cat boot_id /host/proc/sys/kernel/random/boot_id | uniq | wc -l
+        echo 1 2>/dev/null > /host/proc/sys/kernel/panic || echo refused";
+    assert!(Path::new("/dev/kvm").exists() && Path::new("/sys/fs/cgroup/system.slice").exists());
+    let out = run(script, |config| {
+        for (source, place, access) in [
+            ("/proc", "/host/proc", "ro"),
+            ("/sys/fs/cgroup", "/host/cgroup", "ro"),
+            ("/dev", "/host/dev", "rw"),
+        ] {
+            bind(config, Path::new(source), place, &["rbind", access]);
+        }
+    });
+    assert_eq!(out.stdout, "0\n0\ncgroup\n1\nrefused\n", "{out}");
 }

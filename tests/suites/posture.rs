@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bulkhead_tests::{BUSYBOX, BUSYBOX_NAME, Command, bundle};
+use bulkhead_tests::{BUSYBOX, BUSYBOX_NAME, Command, Setting, bundle};
 use bulkhead_vmm::jail::{
     posture,
     threads::{self, ThreadKind},
@@ -28,9 +28,15 @@ fn process(name: &str) -> String {
 
 #[test]
 fn every_thread_of_the_vmm_has_what_the_table_says() {
+    let _setting = Setting::put("most_vcpus = 2\n");
     let script = "echo ready; read line; echo $line > /file; cat /file";
-    let run = Command::bulkhead(["run", "-i", "--rm", BUSYBOX, "--", "sh", "-c", script]).start();
+    let run = ["run", "-i", "--rm", "--name", "seen", "--memory", "128m"];
+    let command = [BUSYBOX, "--", "sh", "-c", script];
+    let run = Command::bulkhead(run.into_iter().chain(command)).start();
     run.wait_for_output("ready");
+    // Some threads come when the machine grows.
+    let update = ["update", "--memory", "300m", "--cpus", "2", "seen"];
+    Command::bulkhead(update).run().success();
     let vmm = Path::new("/proc").join(process("bulkhead-vmm"));
     let mut kinds = HashSet::new();
     let mut user = None;
@@ -59,7 +65,7 @@ fn every_thread_of_the_vmm_has_what_the_table_says() {
     }
     let kinds: HashSet<_> = kinds.into_iter().map(|(kind, _)| kind).collect();
     for kind in ThreadKind::ALL {
-        let has_none = [ThreadKind::Disk, ThreadKind::Hotplug].contains(&kind);
+        let has_none = [ThreadKind::Disk, ThreadKind::Network].contains(&kind);
         assert_eq!(kinds.contains(&kind), !has_none, "{kind:?}");
     }
     // It is still good for something.
@@ -148,8 +154,9 @@ fn the_vmm_lives_in_a_cgroup_of_its_own_that_limits_its_tasks() {
         let text = fs::read_to_string(dir(&place).join(name)).unwrap();
         text.trim_end().parse().unwrap()
     };
-    // And 1,024 processes that stand for those of containers.
-    assert_eq!(number("pids.max"), threads::most(1, 2, 0) + 1024);
+    // Memory and two interfaces may come. And 1,024 processes that stand for those of
+    // containers.
+    assert_eq!(number("pids.max"), threads::most(1, 2, 3) + 1024);
     let (now, most) = (number("pids.current"), number("pids.max"));
     assert!(now <= most, "{now} of {most}");
     // What the virtual machine costs can be seen.

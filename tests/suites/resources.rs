@@ -1,9 +1,14 @@
 //! What a container may use and has used, and its standing still: under containerd and
 //! by the command line.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
-use bulkhead_tests::{BUSYBOX, BUSYBOX_NAME, Command, Outcome, Running};
+use bulkhead_tests::{
+    BUSYBOX, BUSYBOX_NAME, Command, DEBIAN_NAME, Outcome, Running, Setting, volume::volume,
+};
 use serde_json::Value;
 
 fn ctr<'a>(args: impl IntoIterator<Item = &'a str>) -> Outcome {
@@ -15,9 +20,13 @@ struct Task(&'static str);
 
 impl Task {
     fn run(id: &'static str, options: &[&str], line: &str) -> Task {
+        Task::of(BUSYBOX_NAME, id, options, line)
+    }
+
+    fn of(image: &str, id: &'static str, options: &[&str], line: &str) -> Task {
         let runtime = ["run", "--runtime", "io.containerd.bulkhead.v2", "--detach"];
         let task = Task(id);
-        let command = [BUSYBOX_NAME, id, "sh", "-c", line];
+        let command = [image, id, "sh", "-c", line];
         let arguments = runtime.iter().chain(options).chain(&command).copied();
         ctr(arguments).success();
         task
@@ -99,6 +108,42 @@ fn a_paused_container_stands_still_until_it_is_resumed_ta_51() {
     let told = events.wait().stdout;
     assert_eq!(told.matches("/tasks/paused").count(), 1, "{told}");
     assert_eq!(told.matches("/tasks/resumed").count(), 1, "{told}");
+}
+
+/// A program that writes into a file through memory and keeps it mapped.
+const MAPS: &str = r#"
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+int main(void) {
+    int file = open("/v/file", O_RDWR | O_CREAT, 0644);
+    if (ftruncate(file, 8192))
+        return 1;
+    char *page = mmap(0, 8192, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    page[0] = 'a';
+    page[4096] = 'b';
+    creat("/v/ready", 0644);
+    for (;;)
+        pause();
+}
+"#;
+
+#[test]
+fn what_was_written_through_memory_is_on_the_host_when_it_stands_still_ta_53() {
+    let (dir, _) = volume();
+    let place = dir.path().to_str().expect("UTF-8");
+    fs::write(dir.path().join("maps.c"), MAPS).expect("the volume");
+    let mount = format!("type=bind,src={place},dst=/v,options=rbind:rw");
+    let line = "cc -o /tmp/maps /v/maps.c && exec /tmp/maps";
+    let task = Task::of(DEBIAN_NAME, "maps", &["--mount", &mount], line);
+    let end = Instant::now() + Duration::from_secs(240);
+    while !dir.path().join("ready").exists() {
+        assert!(Instant::now() < end, "it does not run: {}", task.status());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    task.does("pause").success();
+    let file = fs::read(dir.path().join("file")).expect("the file");
+    assert_eq!((file[0], file[4096], file.len()), (b'a', b'b', 8192));
 }
 
 #[test]
@@ -220,5 +265,44 @@ fn limits_change_in_the_guest_and_others_stay_ta_66() {
             .any(|line| line.contains("grown") && line.contains("256.0 MiB")),
         "{table}"
     );
+    end("grown", run);
+}
+
+#[test]
+fn a_machine_grows_for_an_update_and_gives_back_what_is_not_needed_ta_66_rs_14() {
+    let _setting = Setting::put("most_vcpus = 3\nmost_memory_mib = 1024\n");
+    let line = "echo ready; exec sleep 1000";
+    let run = named("grown", &["--memory", "128m", "--cpus", "1"], BUSYBOX, line);
+    let exec = |line: &str| bulkhead(&["exec", "grown", "sh", "-c", line]);
+    let size = || {
+        let line = "nproc; awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo";
+        let lines = exec(line).success();
+        let mut lines = lines.lines().map(|line| line.parse::<u64>());
+        let mut next = || lines.next().and_then(Result::ok).expect("a number");
+        (next(), next())
+    };
+    let (processors, memory) = size();
+    assert_eq!(processors, 1);
+    bulkhead(&["update", "--memory", "600m", "--cpus", "2.5", "grown"]).success();
+    assert_eq!(size(), (3, memory + 472));
+    // All of it can be used at once, which the machine had no place for at first.
+    exec("dd if=/dev/zero of=/dev/null bs=500M count=1").success();
+    exec("for n in 0 1 2; do taskset -p $((1 << n)) $$ || exit 1; done").success();
+    for (option, value, field) in [
+        ("--memory", "1025m", "memory.limit"),
+        ("--cpus", "3.01", "cpu.quota"),
+    ] {
+        let refused = bulkhead(&["update", option, value, "grown"]).failure();
+        assert!(
+            refused.contains(field) && refused.contains("can have at most"),
+            "{refused}"
+        );
+    }
+    bulkhead(&["update", "--memory", "128m", "--cpus", "1", "grown"]).success();
+    // What the guest's kernel uses itself it cannot give back.
+    let end_at = Instant::now() + Duration::from_secs(60);
+    while !matches!(size(), (1, now) if now <= memory + 16) {
+        assert!(Instant::now() < end_at, "{:?}, not {memory}", size());
+    }
     end("grown", run);
 }

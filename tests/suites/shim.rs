@@ -13,10 +13,16 @@
 
 #[path = "shim/client.rs"]
 mod client;
+#[path = "shim/devices.rs"]
+mod devices;
 #[path = "shim/events.rs"]
 mod events;
 #[path = "shim/execs.rs"]
 mod execs;
+#[path = "shim/growth.rs"]
+mod growth;
+#[path = "shim/network.rs"]
+mod network;
 #[path = "shim/output.rs"]
 mod output;
 #[path = "shim/pod.rs"]

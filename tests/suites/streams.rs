@@ -260,3 +260,21 @@ fn a_stream_goes_on_for_who_comes_again_io_22() {
     same(&second.read_to_end(), &numbers(LINES));
     remove("again");
 }
+
+#[test]
+fn a_shim_with_a_stream_of_containerds_stays_the_program_it_is_and_says_why() {
+    let socket = Caller::socket("stays");
+    let uri = format!("ttrpc+unix://{}?streaming_id=it", socket.display());
+    let line = format!("seq 1 10; sleep 1000 & trap 'kill $!' TERM; wait $!; {NUMBERS}");
+    run(&["--detach", "--log-uri", &uri], "stays", &line).success();
+    let mut caller = Caller::call(&socket, "it");
+    let beginning = numbers(10);
+    same(&caller.read(beginning.len()), &beginning);
+    let told = Command::bulkhead(["upgrade", "stays", "--format", "json"]).run();
+    assert_eq!(told.code, 125, "{told}");
+    assert!(told.stdout.contains("a stream of containerd's"), "{told}");
+    // It lost nothing by that.
+    ctr(["task", "kill", "--signal", "TERM", "stays"]).success();
+    same(&caller.read_to_end(), &numbers(LINES));
+    remove("stays");
+}

@@ -8,8 +8,12 @@
     reason = "the whole crate is a suite"
 )]
 
+#[path = "vmm/growth.rs"]
+mod growth;
 #[path = "vmm/machine.rs"]
 mod machine;
+#[path = "vmm/network.rs"]
+mod network;
 
 use std::{
     fs,
@@ -205,7 +209,7 @@ fn disks_come_and_go_while_the_guest_runs() -> io::Result<()> {
     running.wait_for("done");
     let gone = ask(&socket, Request::Detach { device: 3 });
     assert_eq!(gone, Some(Answer::Done));
-    let twice = Answer::Refused("no disk was attached as device 3".into());
+    let twice = Answer::Refused("nothing was attached as device 3".into());
     assert_eq!(ask(&socket, Request::Detach { device: 3 }), Some(twice));
     // The place and its thread serve the next one.
     assert_eq!(attach(&socket, &fourth, false), Some(Answer::Attached(3)));

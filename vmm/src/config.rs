@@ -15,7 +15,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{hotplug::MOST_PLACES, memory};
+use crate::{
+    hotplug::{MOST_INTERFACES, MOST_PLACES},
+    memory,
+};
 
 /// An inherited descriptor, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,14 +51,24 @@ pub struct Config {
     pub cmdline: String,
     /// Virtual processors, 1 to 64.
     pub vcpus: u8,
+    /// Processors that may come while the machine runs; 64 with the others.
+    #[serde(default)]
+    pub more_vcpus: u8,
     /// Guest memory in MiB, 32 to 1,048,576.
     pub memory_mib: u32,
+    /// Memory in MiB that may come while the machine runs; 1,048,576 with the other.
+    #[serde(default)]
+    pub more_memory_mib: u32,
     /// File systems shared with the guest.
     pub shares: Vec<Share>,
     /// Sockets between guest and host.
     pub vsock: Option<Vsock>,
     /// Block devices, in the order of their names in the guest: vda, vdb, …
     pub disks: Vec<Disk>,
+    /// Places for network interfaces that come while the machine runs, up to
+    /// [`MOST_INTERFACES`](crate::hotplug::MOST_INTERFACES).
+    #[serde(default)]
+    pub interfaces: u8,
     /// Places for disks that come while the machine runs, up to
     /// [`MOST_PLACES`](crate::hotplug::MOST_PLACES).
     #[serde(default)]
@@ -190,6 +203,17 @@ pub enum Error {
     /// virtio 1.2, 5.10.4: 0 to 2 are reserved.
     #[error("The guest cannot have the vsock context id {0}: 3 or more are possible")]
     GuestCid(u32),
+    /// Together more than [`VCPUS`].
+    #[error("{0} virtual processors and {1} later are not possible: at most 64 in all are")]
+    MoreVcpus(u8, u8),
+    /// Together more than [`memory::SIZES_MIB`].
+    #[error(
+        "Guest memory of {0} MiB and {1} MiB later is not possible: at most 1048576 MiB in all are"
+    )]
+    MoreMemory(u32, u32),
+    /// The same of network interfaces.
+    #[error("{0} places for interfaces are too many: at most {MOST_INTERFACES} are possible")]
+    Interfaces(u8),
     /// Each costs the guest a look.
     #[error("{0} places for disks are too many: at most {MOST_PLACES} are possible")]
     Places(u8),
@@ -213,8 +237,15 @@ impl Config {
         if !VCPUS.contains(&self.vcpus) {
             return Err(Error::Vcpus(self.vcpus));
         }
+        if !VCPUS.contains(&self.most_vcpus()) {
+            return Err(Error::MoreVcpus(self.vcpus, self.more_vcpus));
+        }
         if !memory::SIZES_MIB.contains(&self.memory_mib) {
             return Err(Error::Memory(self.memory_mib));
+        }
+        let most = self.memory_mib.saturating_add(self.more_memory_mib);
+        if !memory::SIZES_MIB.contains(&most) {
+            return Err(Error::MoreMemory(self.memory_mib, self.more_memory_mib));
         }
         let mut tags = HashSet::new();
         for Share { tag, queues, .. } in &self.shares {
@@ -239,9 +270,14 @@ impl Config {
         if self.places > MOST_PLACES {
             return Err(Error::Places(self.places));
         }
+        if self.interfaces > MOST_INTERFACES {
+            return Err(Error::Interfaces(self.interfaces));
+        }
         let devices = self.shares.len()
             + self.disks.len()
             + usize::from(self.places)
+            + usize::from(self.interfaces)
+            + usize::from(self.more_memory_mib > 0)
             + usize::from(self.vsock.is_some())
             + usize::from(self.console.is_some())
             + usize::from(self.rng)
@@ -264,6 +300,12 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    /// The most processors that the machine can have.
+    #[must_use]
+    pub fn most_vcpus(&self) -> u8 {
+        self.vcpus.saturating_add(self.more_vcpus)
     }
 
     /// The descriptors that it names.
@@ -313,6 +355,16 @@ mod tests {
             |c| c.vcpus = 0,
             "0 virtual processors are not possible: 1 to 64 are",
         );
+        check(|c| c.more_vcpus = 63, "");
+        check(
+            |c| c.more_vcpus = 64,
+            "1 virtual processors and 64 later are not possible: at most 64 in all are",
+        );
+        check(|c| c.more_memory_mib = 1_048_320, "");
+        check(
+            |c| c.more_memory_mib = 1_048_321,
+            "Guest memory of 256 MiB and 1048321 MiB later is not possible: at most 1048576 MiB in all are",
+        );
         check(|c| c.memory_mib = 32, "");
         check(
             |c| c.memory_mib = 31,
@@ -345,6 +397,11 @@ mod tests {
         check(
             |c| c.disks = disks(14).collect(),
             "18 devices are too many: at most 17 are possible",
+        );
+        check(|c| c.interfaces = 4, "");
+        check(
+            |c| c.interfaces = 5,
+            "5 places for interfaces are too many: at most 4 are possible",
         );
         check(|c| c.places = 8, "");
         check(

@@ -22,7 +22,10 @@ use rustix::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
-    devices::block::Access,
+    devices::{
+        block::Access,
+        net::{Options, Totals},
+    },
     exit::{End, Ending, Exits},
     hotplug::{Hotplug, Order},
     pause::Gate,
@@ -53,17 +56,43 @@ pub enum Request {
     Resume,
     /// How the machine is: [`Answer::Status`]. Always possible.
     Status,
+    /// Where the machine stands: [`Answer::Standing`]. Always possible; of processors
+    /// more is known while they are stopped.
+    Standing,
     /// Puts the disk whose descriptor comes with the message (SCM_RIGHTS) at a free
     /// place: [`Answer::Attached`]. The guest's driver does not look by itself.
     Attach {
         /// Refuse writes.
         read_only: bool,
     },
-    /// Takes the disk at this device's place away and closes it: [`Answer::Done`]. What
+    /// Puts a network interface, the tap whose descriptor comes with the message, at a
+    /// free place: [`Answer::Attached`]. How the tap must be:
+    /// [`Net::new`](crate::devices::net::Net::new).
+    AttachInterface {
+        /// Its address in the guest.
+        mac: [u8; 6],
+        /// That of the tap, in bytes.
+        mtu: u16,
+    },
+    /// Takes what is at this device's place away and closes it: [`Answer::Done`]. What
     /// the guest still asks of it fails.
     Detach {
         /// As it was answered.
         device: u8,
+    },
+    /// What has passed through the interfaces that are attached: [`Answer::Interfaces`].
+    Interfaces,
+    /// Has the guest have so much memory in all. Answered by the number of the device by
+    /// which it comes, which the guest's driver is to look at; what the guest has taken
+    /// of it, the status tells.
+    Memory {
+        /// MiB.
+        mib: u32,
+    },
+    /// Makes processors until there are so many, which the guest is to bring online.
+    Processors {
+        /// In all.
+        count: u8,
     },
 }
 
@@ -84,7 +113,11 @@ pub enum Answer {
     Done,
     /// How the machine is.
     Status(Status),
-    /// The disk is this device, in the order in which the guest was told of its
+    /// Where it stands: one line for people who look for a fault.
+    Standing(String),
+    /// Each interface by its device's number.
+    Interfaces(Vec<(u8, Totals)>),
+    /// What was attached is this device, in the order in which the guest was told of its
     /// devices: `virtio-mmio.N` to Linux.
     Attached(u8),
     /// It is not done, for this reason: one line.
@@ -96,10 +129,14 @@ pub enum Answer {
 pub struct Status {
     /// No processor is in the guest.
     pub paused: bool,
-    /// Virtual processors.
+    /// Virtual processors that there are.
     pub vcpus: u8,
-    /// Guest memory in MiB.
+    /// The most that there can be.
+    pub most_vcpus: u8,
+    /// Guest memory in MiB: what it began with, and what it has taken since.
     pub memory_mib: u32,
+    /// The most that it can have.
+    pub most_memory_mib: u32,
     /// Exits to the VMM so far.
     pub exits: Exits,
     /// Microseconds since the first processor entered the guest.
@@ -117,18 +154,20 @@ pub fn decode<T: DeserializeOwned>(message: &[u8]) -> io::Result<T> {
 }
 
 /// The machine's end of the socket.
-pub(crate) struct Control<'a, S> {
+pub(crate) struct Control<'a, S, T> {
     /// Without one nothing is asked.
     pub(crate) socket: Option<OwnedFd>,
     /// Where processors stop.
     pub(crate) gate: &'a Gate,
-    /// Brings disks and takes them away, if there are places for some.
+    /// Brings what comes while the machine runs, if anything may.
     pub(crate) hotplug: Option<&'a Hotplug>,
     /// Tells how the machine is, but for whether it is paused.
     pub(crate) status: S,
+    /// Tells where it stands.
+    pub(crate) standing: T,
 }
 
-impl<S: Fn(bool) -> Status> Control<'_, S> {
+impl<S: Fn(bool) -> Status, T: Fn() -> String> Control<'_, S, T> {
     /// Serves requests until the machine ends, by itself or with the socket.
     pub(crate) fn serve(&self, ending: &Ending) -> (End, String) {
         // The pause that waits for the processors.
@@ -233,25 +272,48 @@ impl<S: Fn(bool) -> Status> Control<'_, S> {
                 let status = (self.status)(self.gate.all_wait());
                 self.answer(number, Answer::Status(status))
             }
-            Request::Attach { read_only } => match file {
-                Some(file) => {
-                    let access = if read_only {
-                        Access::ReadOnly
-                    } else {
-                        Access::ReadWrite
-                    };
-                    self.order(number, Order::Attach(file.into(), access))
-                }
-                None => self.answer(number, Answer::Refused("no descriptor came along".into())),
-            },
+            Request::Standing => {
+                let mut words = (self.standing)();
+                // Plain ASCII; a machine with very many queues says less.
+                words.truncate(LONGEST / 2);
+                self.answer(number, Answer::Standing(words))
+            }
+            Request::Attach { read_only } => {
+                let access = if read_only {
+                    Access::ReadOnly
+                } else {
+                    Access::ReadWrite
+                };
+                let order = file.map(|file| Order::Attach(file.into(), access));
+                self.order_with(number, order)
+            }
+            Request::AttachInterface { mac, mtu } => {
+                let options = Options { mac, mtu };
+                let order = file.map(|tap| Order::AttachInterface(tap, options));
+                self.order_with(number, order)
+            }
             Request::Detach { device } => self.order(number, Order::Detach(device)),
+            Request::Interfaces => {
+                let interfaces = self.hotplug.map(Hotplug::interfaces);
+                self.answer(number, Answer::Interfaces(interfaces.unwrap_or_default()))
+            }
+            Request::Memory { mib } => self.order(number, Order::Memory(mib)),
+            Request::Processors { count } => self.order(number, Order::Processors(count)),
+        }
+    }
+
+    /// The same, if there was a descriptor to make it with.
+    fn order_with(&self, number: u64, order: Option<Order>) -> io::Result<()> {
+        match order {
+            Some(order) => self.order(number, order),
+            None => self.answer(number, Answer::Refused("no descriptor came along".into())),
         }
     }
 
     fn order(&self, number: u64, order: Order) -> io::Result<()> {
         let ordered = match self.hotplug {
             Some(hotplug) => hotplug.order(number, order).map_err(|e| e.to_string()),
-            None => Err("the machine has no places for disks".into()),
+            None => Err("the machine is as large as it will ever be".into()),
         };
         match ordered {
             Ok(()) => Ok(()),
@@ -331,6 +393,7 @@ mod tests {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, socketpair};
 
     use super::*;
+    use crate::standing::Stand;
     use std::sync::Arc;
 
     struct Served {
@@ -360,10 +423,13 @@ mod tests {
                 status: |paused| Status {
                     paused,
                     vcpus: 3,
+                    most_vcpus: 4,
                     memory_mib: 64,
+                    most_memory_mib: 128,
                     exits: Exits::default(),
                     running_us: 5,
                 },
+                standing: || "x".repeat(LONGEST),
             };
             control.serve(&its_ending)
         });
@@ -431,7 +497,9 @@ mod tests {
         };
         assert_eq!((number, status.paused, status.vcpus), (2, false, 3));
         let gate = Arc::clone(&served.gate);
-        let processor = thread::spawn(move || gate.wait(&std::sync::atomic::AtomicU8::new(1)));
+        let processor = thread::spawn(move || {
+            gate.wait(0, Stand::default(), &std::sync::atomic::AtomicU8::new(1));
+        });
         assert_eq!(served.answer(), (1, Answer::Done));
         served.ask(3, Request::Pause);
         assert_eq!(served.answer(), (3, Answer::Done), "paused already");
@@ -469,13 +537,20 @@ mod tests {
     }
 
     #[test]
+    fn words_without_end_are_cut_to_what_a_message_holds() {
+        let served = serve(1);
+        served.ask(1, Request::Standing);
+        assert!(matches!(served.answer(), (1, Answer::Standing(words)) if words.len() > 1000));
+    }
+
+    #[test]
     fn a_disk_needs_a_descriptor_and_a_place() {
         let served = serve(1);
         served.ask(1, Request::Attach { read_only: true });
         let refused = Answer::Refused("no descriptor came along".into());
         assert_eq!(served.answer(), (1, refused));
         served.ask(2, Request::Detach { device: 0 });
-        let refused = Answer::Refused("the machine has no places for disks".into());
+        let refused = Answer::Refused("the machine is as large as it will ever be".into());
         assert_eq!(served.answer(), (2, refused));
     }
 

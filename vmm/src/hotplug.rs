@@ -1,14 +1,16 @@
-//! Disks that come and go while the machine runs.
+//! What comes while the machine runs: disks and network interfaces, which also go, memory
+//! and processors.
 //!
-//! The guest knows the places from its start; an empty one is an absent device. Who
-//! starts the machine hands over a disk and then has the guest's driver look at the
-//! place, and has it let go before the disk is taken away; a guest that keeps it finds
-//! nothing there any more.
+//! The guest knows the places of devices from its start; an empty one is an absent
+//! device. Who starts the machine hands over a disk and then has the guest's driver look
+//! at the place, and has it let go before the disk is taken away; a guest that keeps it
+//! finds nothing there any more. Memory comes by a device at a place of its own.
+//! Processors are known to the guest from its start too, which is told to leave those
+//! alone that do not exist yet.
 //!
 //! All of this is done by one thread, since it may have to wait for the host: for a
-//! disk that is busy, or for what a guest still asked of it. Each disk has a thread of
-//! its own, which is kept for the next one. So the thread that serves the control
-//! socket waits for nobody.
+//! disk that is busy, or for what a guest still asked of it. So the thread that serves
+//! the control socket waits for nobody.
 #![cfg_attr(
     not(test),
     deny(
@@ -19,47 +21,72 @@
     )
 )]
 
+mod memory;
+mod places;
+mod processors;
+mod reserved;
+
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
-    os::fd::{AsFd, BorrowedFd},
-    sync::{Arc, Mutex, PoisonError, mpsc},
-    thread,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    thread::{self, JoinHandle},
 };
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+pub(crate) use self::{
+    memory::More,
+    places::Places,
+    processors::Processors,
+    reserved::{Reserved, starters},
+};
 use crate::{
     control::Answer,
-    devices::block::{Access, Block},
+    devices::{
+        block::{Access, Block},
+        net::{Counters, Net, Options, Totals},
+    },
     event_loop::{EventLoop, event_fd},
-    exit::Ending,
-    jail::{Confined, threads::ThreadKind},
-    mmio::Window,
-    vcpu::Machine,
+    exit::{End, Ending},
+    jail::{Confined, Seal, threads::ThreadKind},
 };
 
 /// Most disks that can be there at once.
 pub const MOST_PLACES: u8 = 8;
+/// Most network interfaces that can be there at once.
+pub const MOST_INTERFACES: u8 = 4;
 
-/// Stack of a disk's thread, in bytes.
-const STACK: usize = 64 << 10;
+/// Stack of a device's thread, in bytes.
+const STACK: usize = 256 << 10;
 
 /// What is to be done.
 #[derive(Debug)]
 pub(crate) enum Order {
     /// Puts a disk at a free place.
     Attach(File, Access),
-    /// Takes the one at this device's place away.
+    /// Puts the interface of this tap at a free place.
+    AttachInterface(OwnedFd, Options),
+    /// Takes what is at this device's place away.
     Detach(u8),
+    /// Has the guest have so much memory in all, in MiB.
+    Memory(u32),
+    /// Makes processors until there are so many.
+    Processors(u8),
 }
 
 /// Orders that are done, by the numbers of their requests.
 type Done = Arc<Mutex<Vec<(u64, Answer)>>>;
 
+/// What passes through the interfaces that are there, by their devices' numbers.
+type Counted = Arc<Mutex<BTreeMap<u8, Arc<Counters>>>>;
+
 /// Takes orders for the thread that does them.
 #[derive(Debug)]
 pub(crate) struct Hotplug {
+    counted: Counted,
     orders: mpsc::Sender<(u64, Order)>,
     done: Done,
     event: Arc<EventFd>,
@@ -73,39 +100,23 @@ impl AsFd for Hotplug {
 }
 
 impl Hotplug {
-    /// Starts the thread for the places of these devices, which are absent as yet.
-    pub(crate) fn start(
-        devices: &[u8],
-        machine: &Arc<Machine>,
-        confined: &Confined,
-        ending: &Ending,
-    ) -> io::Result<Hotplug> {
+    /// Starts the thread.
+    pub(crate) fn start(mut keeper: Keeper, confined: &Confined) -> io::Result<Hotplug> {
         let event = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let done = Done::default();
+        let counted = Arc::clone(&keeper.counted);
         let (orders, taken) = mpsc::channel();
-        let places = devices.iter().map(|device| Place {
-            device: *device,
-            events: None,
-            taken: false,
-        });
-        let mut keeper = Keeper {
-            places: places.collect(),
-            machine: Arc::clone(machine),
-            ending: ending.clone(),
-        };
         let (finished, told) = (Arc::clone(&done), Arc::clone(&event));
         confined.spawn(ThreadKind::Hotplug, "hotplug".into(), move || {
             for (number, order) in taken {
                 let answer = keeper.serve(order).unwrap_or_else(Answer::Refused);
-                finished
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .push((number, answer));
+                lock(&finished).push((number, answer));
                 // The counter cannot overflow.
                 let _ = told.write(1);
             }
         })?;
         Ok(Hotplug {
+            counted,
             orders,
             done,
             event,
@@ -118,89 +129,104 @@ impl Hotplug {
         sent.map_err(|_| io::Error::other("the thread has ended"))
     }
 
+    /// What has passed through the interfaces that are there.
+    pub(crate) fn interfaces(&self) -> Vec<(u8, Totals)> {
+        let counted = lock(&self.counted);
+        let totals = counted.iter();
+        totals
+            .map(|(device, counters)| (*device, counters.totals()))
+            .collect()
+    }
+
     /// What was done since this was asked last.
     pub(crate) fn finished(&self) -> Vec<(u64, Answer)> {
         // Nothing was signalled: then there is nothing.
         let _ = self.event.read();
-        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut *done)
+        std::mem::take(&mut *lock(&self.done))
     }
-}
-
-/// Where a disk can be.
-#[derive(Debug)]
-struct Place {
-    /// Number of the device, in the order in which the guest is told of them.
-    device: u8,
-    /// What serves its disks, once there was one.
-    events: Option<Arc<EventLoop>>,
-    taken: bool,
 }
 
 /// Does what is ordered.
 #[derive(Debug)]
-struct Keeper {
-    places: Vec<Place>,
-    machine: Arc<Machine>,
-    ending: Ending,
+pub(crate) struct Keeper {
+    pub(crate) disks: Places,
+    pub(crate) interfaces: Places,
+    pub(crate) counted: Counted,
+    /// None if the machine's memory is what it is.
+    pub(crate) memory: Option<More>,
+    pub(crate) processors: Processors,
 }
 
 impl Keeper {
     fn serve(&mut self, order: Order) -> Result<Answer, String> {
         match order {
-            Order::Attach(file, access) => self.attach(file, access).map(Answer::Attached),
-            Order::Detach(device) => self.detach(device).map(|()| Answer::Done),
+            Order::Attach(file, access) => {
+                let attached = self.disks.attach(|device, events| {
+                    let name = format!("bulkhead-at-{device}");
+                    Ok(Box::new(Block::new(events, file, access, name)?))
+                });
+                attached.map(Answer::Attached)
+            }
+            Order::AttachInterface(tap, options) => {
+                let mut counters = Arc::default();
+                let device = self.interfaces.attach(|_, events| {
+                    let net = Net::new(events, tap, options)?;
+                    counters = net.counters();
+                    Ok(Box::new(net))
+                })?;
+                lock(&self.counted).insert(device, counters);
+                Ok(Answer::Attached(device))
+            }
+            Order::Detach(device) => {
+                let places = [&mut self.disks, &mut self.interfaces];
+                let place = places.into_iter().find(|places| places.has(device));
+                let place =
+                    place.ok_or_else(|| format!("nothing was attached as device {device}"))?;
+                place.detach(device)?;
+                lock(&self.counted).remove(&device);
+                Ok(Answer::Done)
+            }
+            Order::Memory(mib) => match &mut self.memory {
+                Some(memory) => memory.ask(mib).map(Answer::Attached),
+                None => Err("the machine's memory cannot change".into()),
+            },
+            Order::Processors(count) => self.processors.have(count).map(|()| Answer::Done),
         }
-    }
-
-    fn attach(&mut self, file: File, access: Access) -> Result<u8, String> {
-        let all = self.places.len();
-        let place = self.places.iter_mut().find(|place| !place.taken);
-        let place = place.ok_or_else(|| format!("all {all} places for disks are taken"))?;
-        let events = place.events(&self.ending);
-        let events = events.map_err(|error| format!("a disk's thread does not start: {error}"))?;
-        let name = format!("bulkhead-at-{}", place.device);
-        let block = Block::new(events, file, access, name);
-        let block = block.map_err(|error| format!("the disk cannot be used: {error}"))?;
-        if !window(&self.machine).plug(place.device.into(), Box::new(block)) {
-            return Err("the guest is still resetting the place: ask again".into());
-        }
-        place.taken = true;
-        Ok(place.device)
-    }
-
-    fn detach(&mut self, device: u8) -> Result<(), String> {
-        let place = self.places.iter_mut().find(|place| place.device == device);
-        let place = place.filter(|place| place.taken);
-        let place = place.ok_or_else(|| format!("no disk was attached as device {device}"))?;
-        let unplugged = window(&self.machine).unplug(device.into());
-        let unplugged = unplugged.ok_or("the guest is still resetting the disk: ask again")?;
-        // Waits for what the disk is doing, then closes the file.
-        unplugged.finish(&self.machine.window);
-        place.taken = false;
-        Ok(())
     }
 }
 
-impl Place {
-    fn events(&mut self, ending: &Ending) -> io::Result<Arc<EventLoop>> {
-        if let Some(events) = &self.events {
-            return Ok(Arc::clone(events));
-        }
-        let events = EventLoop::new("disk")?;
-        let (served, ending) = (Arc::clone(&events), ending.clone());
-        thread::Builder::new()
-            .name(format!("disk-{}", self.device))
-            .stack_size(STACK)
-            .spawn(move || served.run(&ending))?;
-        Ok(Arc::clone(self.events.insert(events)))
-    }
+/// A panic ends the process: what it left is never seen.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn window(machine: &Machine) -> std::sync::MutexGuard<'_, Window> {
-    // A panic ends the process: what it left is never seen.
-    machine
-        .window
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
+/// How threads are started that serve what comes.
+#[derive(Clone, Debug)]
+pub(crate) struct Starter {
+    pub(crate) seal: Seal,
+    pub(crate) ending: Ending,
+}
+
+impl Starter {
+    /// One that seals itself and then runs `body`.
+    fn thread(
+        &self,
+        name: String,
+        body: impl FnOnce(&Ending) + Send + 'static,
+    ) -> io::Result<JoinHandle<()>> {
+        let Starter { seal, ending } = self.clone();
+        let builder = thread::Builder::new().name(name.clone()).stack_size(STACK);
+        builder.spawn(move || match seal.narrow() {
+            Ok(()) => body(&ending),
+            Err(error) => ending.end(End::Device, format!("{name} is not confined: {error}")),
+        })
+    }
+
+    /// A loop with a thread of its own, for a device.
+    fn events(&self, kind: &'static str, device: u8) -> io::Result<Arc<EventLoop>> {
+        let events = EventLoop::new(kind)?;
+        let served = Arc::clone(&events);
+        self.thread(format!("{kind}-{device}"), move |ending| served.run(ending))?;
+        Ok(events)
+    }
 }

@@ -265,14 +265,27 @@ impl Seal {
             set_thread_res_uid(user, user, user)?;
         }
         set_capabilities(None, only(self.kind.capabilities()))?;
-        let filter = ThreadKind::ALL
-            .iter()
-            .zip(&rules.filters)
-            .find(|(kind, _)| **kind == self.kind);
-        match filter {
-            Some((kind, filter)) => filter.get_or_init(|| Filter::new(*kind)).install(),
-            None => Err(io::ErrorKind::NotFound.into()),
+        rules.filter(self.kind)?.install()
+    }
+}
+
+impl Seal {
+    /// Confines the calling thread, which was started by one that is sealed, further: to
+    /// what its own kind may do of what that one may.
+    pub fn narrow(&self) -> io::Result<()> {
+        match &self.rules {
+            Some(rules) => rules.filter(self.kind)?.install(),
+            None => Ok(()),
         }
+    }
+}
+
+impl Rules {
+    fn filter(&self, kind: ThreadKind) -> io::Result<&Filter> {
+        let mut filters = ThreadKind::ALL.iter().zip(&self.filters);
+        let filter = filters.find(|(other, _)| **other == kind);
+        let (_, filter) = filter.ok_or(io::ErrorKind::NotFound)?;
+        Ok(filter.get_or_init(|| Filter::new(kind)))
     }
 }
 

@@ -19,5 +19,7 @@ pub mod mmio;
 pub mod pause;
 pub mod ports;
 pub mod probe;
+pub mod processors;
+pub mod standing;
 pub mod vcpu;
 pub mod vm;

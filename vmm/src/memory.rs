@@ -1,18 +1,22 @@
 //! The guest's memory and where it lies among guest-physical addresses.
 //!
-//! One private anonymous mapping, aligned to 2 MiB so that transparent huge
-//! pages back it from the first byte, kept out of core dumps. It is never
-//! unmapped: it lives as long as the process, and devices keep references to it.
+//! Private anonymous mappings, aligned to 2 MiB so that transparent huge
+//! pages back them from the first byte, kept out of core dumps. They are never
+//! unmapped: they live as long as the process, and devices keep references to them.
 //!
 //! ```text
 //! 0 … 3 GiB          RAM
 //! 3 GiB … 4 GiB      no RAM: device registers, I/O APIC, local APICs
 //! 4 GiB …            the rest of the RAM
+//! n × 2 GiB …        what the guest gets while it runs
 //! ```
 
-use std::{io, ops::RangeInclusive, ptr};
+use std::{io, ops::RangeInclusive, ptr, sync::Arc};
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap,
+    GuestRegionMmap, MmapRegion,
+};
 
 /// Guest memory in MiB that a configuration may ask for.
 pub const SIZES_MIB: RangeInclusive<u32> = 32..=1_048_576;
@@ -23,6 +27,68 @@ pub const HOLE_START: u64 = 3 << 30;
 pub const HOLE_END: u64 = 4 << 30;
 
 const HUGE_PAGE: usize = 2 << 20;
+
+/// Alignment of what the guest gets while it runs: the most that Linux takes together.
+const LATER_ALIGNMENT: u64 = 2 << 30;
+
+/// Guest memory as devices reach it: more may come while they run, and none goes.
+/// Clones are the same memory.
+#[derive(Clone, Debug)]
+pub struct Memory(GuestMemoryAtomic<GuestMemoryMmap>);
+
+impl Memory {
+    /// All that there is now.
+    #[must_use]
+    pub fn now(&self) -> Arc<GuestMemoryMmap> {
+        self.0.memory().into_inner()
+    }
+
+    /// Maps `length` bytes, a multiple of 2 MiB, and lets devices reach them at this
+    /// guest-physical address, where nothing is. Where they are in this process.
+    pub fn grow(&self, start: u64, length: u64) -> io::Result<*mut u8> {
+        let size = usize::try_from(length).map_err(io::Error::other)?;
+        let host = map_aligned(size)?;
+        let region = describe(host, size, start).ok_or(io::ErrorKind::InvalidInput)?;
+        // One thread does this: nobody else's change is lost.
+        let more = self.now().insert_region(Arc::new(region));
+        let lock = self.0.lock().map_err(|_| io::ErrorKind::Deadlock)?;
+        lock.replace(more.map_err(io::Error::other)?);
+        Ok(host)
+    }
+
+    /// Gives pages back to the host: the guest finds zeros there.
+    pub fn discard(&self, start: u64, length: u64) -> io::Result<()> {
+        let memory = self.now();
+        let length = usize::try_from(length).map_err(io::Error::other)?;
+        for slice in memory.get_slices(GuestAddress(start), length) {
+            let slice = slice.map_err(io::Error::other)?;
+            let address = slice.ptr_guard_mut().as_ptr();
+            // SAFETY: the slice lies in a private anonymous mapping that is guest memory:
+            // what it holds may change at any time, and nobody here refers to it otherwise.
+            let outcome =
+                unsafe { libc::madvise(address.cast(), slice.len(), libc::MADV_DONTNEED) };
+            if outcome != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl From<Arc<GuestMemoryMmap>> for Memory {
+    fn from(memory: Arc<GuestMemoryMmap>) -> Self {
+        Memory(GuestMemoryAtomic::from(memory))
+    }
+}
+
+/// Where what a guest with so much memory gets while it runs begins.
+#[must_use]
+pub fn later(mib: u32) -> u64 {
+    let end = ranges(mib)
+        .last()
+        .map_or(0, |(start, length)| start + length);
+    end.max(HOLE_END).next_multiple_of(LATER_ALIGNMENT)
+}
 
 /// Why there is no guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -77,17 +143,17 @@ pub fn map(mib: u32) -> Result<GuestMemoryMmap, Error> {
         // SAFETY: the ranges add up to `size`, the length of the mapping at
         // `base`, so the pointer stays in it.
         let host = unsafe { base.add(offset) };
-        // SAFETY: `host` and `length` lie in the mapping, which is never unmapped.
-        let region = unsafe { MmapRegion::build_raw(host, length, PROTECTION, FLAGS) };
-        regions.push(
-            region
-                .ok()
-                .and_then(|region| GuestRegionMmap::new(region, GuestAddress(start)))
-                .ok_or(Error::Layout { mib })?,
-        );
+        regions.push(describe(host, length, start).ok_or(Error::Layout { mib })?);
         offset += length;
     }
     GuestMemoryMmap::from_regions(regions).map_err(|_| Error::Layout { mib })
+}
+
+/// A part of a mapping that is never unmapped, as guest memory at this address.
+fn describe(host: *mut u8, length: usize, start: u64) -> Option<GuestRegionMmap> {
+    // SAFETY: `host` and `length` lie in the mapping, which is never unmapped.
+    let region = unsafe { MmapRegion::build_raw(host, length, PROTECTION, FLAGS) };
+    GuestRegionMmap::new(region.ok()?, GuestAddress(start))
 }
 
 const PROTECTION: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
@@ -129,6 +195,32 @@ mod tests {
         assert_eq!(memory.num_regions(), 2);
         assert!(memory.read_obj::<u8>(GuestAddress(HOLE_START)).is_err());
         assert_eq!(memory.read_obj::<u8>(GuestAddress(HOLE_END)).unwrap(), 0);
+    }
+
+    #[test]
+    fn more_memory_is_reached_by_whoever_had_the_old_and_comes_back_empty_when_discarded() {
+        let memory = Memory::from(Arc::new(map(32).unwrap()));
+        let before = memory.now();
+        let start = later(32);
+        assert_eq!(start, 4 << 30);
+        let at = GuestAddress(start + (2 << 20));
+        assert!(before.write_obj(7_u8, at).is_err());
+        memory.clone().grow(start, 4 << 20).unwrap();
+        assert!(before.write_obj(7_u8, at).is_err(), "it is as it was");
+        memory.now().write_obj(7_u8, at).unwrap();
+        memory.now().write_obj(8_u8, GuestAddress(5)).unwrap();
+        assert_eq!(before.read_obj::<u8>(GuestAddress(5)).unwrap(), 8);
+        assert!(memory.grow(start + (2 << 20), 4 << 20).is_err(), "taken");
+        memory.discard(start + (2 << 20), 2 << 20).unwrap();
+        assert_eq!(memory.now().read_obj::<u8>(at).unwrap(), 0);
+        assert!(memory.discard(start, 6 << 20).is_err());
+    }
+
+    #[test]
+    fn what_comes_later_lies_behind_all_that_is_there() {
+        assert_eq!(later(3 << 10), 4 << 30);
+        assert_eq!(later(4 << 10), 6 << 30);
+        assert_eq!(later((5 << 10) + 1), 8 << 30);
     }
 
     #[test]

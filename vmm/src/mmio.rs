@@ -34,16 +34,20 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, MmapRegion, VolatileMemory};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::{
     interrupt::{CHANGE_ACKNOWLEDGED, Clear, Interrupt},
     window::{Stopping, Unplugged, Window},
 };
-use crate::devices::{
-    Device, Io, Worker,
-    queue::{Ring, State},
+use crate::{
+    devices::{
+        Device, Io, Worker,
+        queue::{Ring, State},
+    },
+    memory::Memory,
+    standing::Progress,
 };
 
 /// Bytes of registers of one device.
@@ -165,7 +169,7 @@ struct Setup {
 #[derive(Debug)]
 pub struct Wiring {
     /// All of the guest's memory.
-    pub memory: Arc<GuestMemoryMmap>,
+    pub memory: Memory,
     /// The page of registers that the guest reads.
     pub page: Registers,
     /// Interrupt line.
@@ -406,7 +410,7 @@ impl Transport {
             }
             queues.push(Some(Ring::new(
                 queue,
-                Arc::clone(memory),
+                memory.clone(),
                 notify.try_clone().ok()?,
                 self.wiring.interrupt.clone(),
             )));
@@ -424,7 +428,7 @@ impl Transport {
         let in_ram = rings(setup).into_iter().all(|ring| {
             ring.is_some_and(|ring| {
                 let length = ring.end.saturating_sub(ring.start);
-                let memory = &self.wiring.memory;
+                let memory = self.wiring.memory.now();
                 usize::try_from(length)
                     .is_ok_and(|length| memory.get_slice(GuestAddress(ring.start), length).is_ok())
             })
@@ -438,6 +442,26 @@ impl Transport {
             next_available: 0,
             next_used: 0,
         })
+    }
+
+    /// How far the queues that are ready are.
+    fn progress(&self) -> Vec<Progress> {
+        let memory = self.wiring.memory.now();
+        // 2.7.6, 2.7.8: both rings begin with flags and index.
+        let index = |ring: u64| {
+            let at = GuestAddress(ring.checked_add(2)?);
+            let index: u16 = memory.load(at, Ordering::Relaxed).ok()?;
+            Some(u16::from_le(index))
+        };
+        let ready = self.queues.iter().filter(|queue| queue.ready);
+        ready
+            .filter_map(|queue| {
+                Some(Progress {
+                    available: index(queue.driver)?,
+                    used: index(queue.device)?,
+                })
+            })
+            .collect()
     }
 
     fn features(&self) -> u64 {

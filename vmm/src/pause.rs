@@ -9,6 +9,7 @@
 //! A machine begins with its gate closed.
 
 use std::{
+    collections::BTreeMap,
     fmt, io,
     os::fd::{AsFd, BorrowedFd},
     sync::{
@@ -24,7 +25,7 @@ use vmm_sys_util::{
     signal::{Killable, SIGRTMIN, register_signal_handler},
 };
 
-use crate::event_loop::event_fd;
+use crate::{event_loop::event_fd, standing::Stand};
 
 /// Where all processors of a machine can be stopped.
 #[derive(Debug)]
@@ -41,9 +42,15 @@ struct State {
     closed: bool,
     /// Processors of the machine.
     processors: usize,
-    /// How many of them wait at the gate.
-    waiting: usize,
+    /// Those that wait at the gate, by number.
+    waiting: BTreeMap<u8, Stand>,
     kicks: Vec<Kick>,
+}
+
+impl State {
+    fn all_wait(&self) -> bool {
+        self.closed && self.waiting.len() == self.processors
+    }
 }
 
 /// How a processor is taken out of the guest.
@@ -52,6 +59,14 @@ pub struct Kick {
     pub immediate_exit: &'static AtomicU8,
     /// Its thread.
     pub thread: JoinHandle<()>,
+}
+
+impl Kick {
+    fn send(&self) {
+        self.immediate_exit.store(1, Ordering::Release);
+        // Fails only for a thread that has ended, and with it the machine.
+        let _ = self.thread.kill(SIGRTMIN());
+    }
 }
 
 impl fmt::Debug for Kick {
@@ -71,7 +86,7 @@ impl Gate {
             state: Mutex::new(State {
                 closed: true,
                 processors,
-                waiting: 0,
+                waiting: BTreeMap::new(),
                 kicks: Vec::new(),
             }),
             opened: Condvar::new(),
@@ -84,16 +99,42 @@ impl Gate {
         self.state().kicks.push(kick);
     }
 
+    /// The same of one that began to run while the machine did: it may have passed an
+    /// open gate that was closed since.
+    pub(crate) fn add_late(&self, kick: Kick) {
+        let mut state = self.state();
+        if state.closed {
+            kick.send();
+        }
+        state.kicks.push(kick);
+    }
+
+    /// The machine gets another processor: it is not stopped before that one waits too.
+    pub(crate) fn expect_one_more(&self) {
+        let mut state = self.state();
+        state.processors = state.processors.saturating_add(1);
+    }
+
+    /// It does not get it after all.
+    pub(crate) fn expect_one_less(&self) {
+        let mut state = self.state();
+        state.processors = state.processors.saturating_sub(1);
+        if state.all_wait() {
+            let _ = self.all_wait.write(1);
+        }
+    }
+
     /// Whether the processor that asks must stop.
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// A processor, outside of the guest, waits until the gate is open.
-    pub(crate) fn wait(&self, immediate_exit: &AtomicU8) {
+    /// Processor `id`, outside of the guest where it stands so, waits until the gate
+    /// is open.
+    pub(crate) fn wait(&self, id: u8, stand: Stand, immediate_exit: &AtomicU8) {
         let mut state = self.state();
-        state.waiting = state.waiting.saturating_add(1);
-        if state.closed && state.waiting == state.processors {
+        state.waiting.insert(id, stand);
+        if state.all_wait() {
             // The counter cannot overflow: closing the gate resets it.
             let _ = self.all_wait.write(1);
         }
@@ -103,7 +144,7 @@ impl Gate {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        state.waiting = state.waiting.saturating_sub(1);
+        state.waiting.remove(&id);
         // Under the lock, so that what closes the gate next is not undone.
         immediate_exit.store(0, Ordering::Release);
     }
@@ -121,11 +162,9 @@ impl Gate {
         state.closed = true;
         self.closed.store(true, Ordering::Release);
         for kick in &state.kicks {
-            kick.immediate_exit.store(1, Ordering::Release);
-            // Fails only for a thread that has ended, and with it the machine.
-            let _ = kick.thread.kill(SIGRTMIN());
+            kick.send();
         }
-        if state.waiting == state.processors {
+        if state.all_wait() {
             let _ = self.all_wait.write(1);
         }
     }
@@ -141,8 +180,17 @@ impl Gate {
     /// Whether the gate is closed and no processor is in the guest.
     #[must_use]
     pub fn all_wait(&self) -> bool {
+        self.state().all_wait()
+    }
+
+    /// Each processor with where it stands, if it waits here.
+    #[must_use]
+    pub fn stands(&self) -> Vec<(u8, Option<Stand>)> {
         let state = self.state();
-        state.closed && state.waiting == state.processors
+        let stands = (0..).take(state.processors);
+        stands
+            .map(|id| (id, state.waiting.get(&id).copied()))
+            .collect()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -181,13 +229,13 @@ mod tests {
     /// Processors whose guest is an endless `poll` that a signal or a set
     /// `immediate_exit` ends, as with KVM_RUN.
     fn processors(gate: &Arc<Gate>, count: usize, rounds: &Arc<AtomicU64>) {
-        for _ in 0..count {
+        for id in (0..).take(count) {
             let immediate_exit: &'static AtomicU8 = Box::leak(Box::default());
             let (its_gate, rounds) = (Arc::clone(gate), Arc::clone(rounds));
             let thread = thread::spawn(move || {
                 loop {
                     if its_gate.is_closed() {
-                        its_gate.wait(immediate_exit);
+                        its_gate.wait(id, Stand::default(), immediate_exit);
                     }
                     rounds.fetch_add(1, Ordering::Relaxed);
                     // Like KVM, in slices: this cannot look and sleep in one.
@@ -217,6 +265,7 @@ mod tests {
         assert!(readable(&gate, 10) && gate.all_wait());
         assert_eq!(rounds.load(Ordering::Relaxed), 0, "nothing runs before");
         for round in 1..200 {
+            assert!(gate.stands().iter().all(|(_, stand)| stand.is_some()));
             gate.open();
             assert!(!gate.all_wait());
             let begun = Instant::now();

@@ -19,6 +19,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, AtomicU64, Ordering},
     },
+    thread::JoinHandle,
 };
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -29,6 +30,7 @@ use crate::{
     mmio::Window,
     pause::{Gate, Kick},
     ports::Ports,
+    standing::Stand,
 };
 
 /// What all processors of a machine share.
@@ -155,33 +157,65 @@ impl Vcpu {
     /// Starts the processor's thread, which runs as long as the machine and enters
     /// the guest once the gate opens.
     pub fn spawn(self, confined: &Confined) -> io::Result<()> {
+        let (gate, name) = (Arc::clone(&self.gate), format!("vcpu{}", self.id));
+        let kick = self.start(|run| confined.spawn(ThreadKind::Processor, name, run))?;
+        gate.add(kick);
+        Ok(())
+    }
+
+    /// The same for one of which the gate does not know yet, in a thread that `spawn`
+    /// starts.
+    pub fn start_later(
+        self,
+        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
+    ) -> io::Result<()> {
         let gate = Arc::clone(&self.gate);
+        gate.expect_one_more();
+        match self.start(spawn) {
+            Ok(kick) => gate.add_late(kick),
+            Err(error) => {
+                gate.expect_one_less();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn start(
+        self,
+        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
+    ) -> io::Result<Kick> {
         let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
         // SAFETY: the byte lies in the mapping of the processor's `kvm_run`, which
         // is never unmapped because `fd` is never dropped. Everybody who accesses
         // it, but for the kernel, does so through this.
         let immediate_exit: &'static AtomicU8 = unsafe { AtomicU8::from_ptr(immediate_exit) };
-        let name = format!("vcpu{}", self.id);
-        let thread = confined.spawn(ThreadKind::Processor, name, move || {
+        let thread = spawn(Box::new(move || {
             let mut this = self;
             let (end, reason) = this.run(immediate_exit);
             this.ending.end(end, reason);
-        })?;
-        gate.add(Kick {
+        }))?;
+        Ok(Kick {
             immediate_exit,
             thread,
-        });
-        Ok(())
+        })
     }
 
     fn run(&mut self, immediate_exit: &AtomicU8) -> (End, String) {
+        let mut ran = false;
         loop {
             if self.gate.is_closed() {
                 // The guest's watchdogs are told that it did not run. One that has
                 // no clock of KVM's, or not yet, cannot be told.
                 let _ = self.fd.kvmclock_ctrl();
-                self.gate.wait(immediate_exit);
+                let stand = if ran {
+                    Stand::of(self.fd)
+                } else {
+                    Stand::default()
+                };
+                self.gate.wait(self.id, stand, immediate_exit);
             }
+            ran = true;
             let action = match self.fd.run() {
                 Ok(exit) => serve(exit, &self.machine),
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Action::Resume,

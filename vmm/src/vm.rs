@@ -7,11 +7,11 @@ use std::{
     fs::File,
     io,
     os::fd::{FromRawFd, OwnedFd},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::Ordering},
     time::Duration,
 };
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use rustix::time::{ClockId, clock_gettime};
 use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
@@ -25,25 +25,26 @@ use crate::{
     },
     config::{self, Config, MOST_DEVICES, Policy},
     control::{Control, Status},
-    cpuid::{self, Processor},
     devices::{
         Device, Interrupt,
-        absent::Absent,
-        block::{self, Access, Block},
+        block::{Access, Block},
         console::{Console, Output},
         fs::Fs,
+        mem::Pool,
         notices::Notices,
         rng::Rng,
         vsock::Vsock,
     },
     event_loop::EventLoop,
     exit::{End, Ending, Report, Stats},
-    hotplug::Hotplug,
+    hotplug::{self, Hotplug, More, Processors, Reserved},
     jail::{self, threads::ThreadKind},
-    memory,
+    memory::{self, Memory},
     mmio::{self, Registers, Transport, Window, Wiring},
     pause::Gate,
     ports::{self, Ports, SerialPort},
+    processors::{self, Maker},
+    standing,
     vcpu::{Counts, Machine, Vcpu},
 };
 
@@ -96,6 +97,9 @@ pub enum Error {
         /// Why not.
         source: kvm_ioctls::Error,
     },
+    /// See [`processors::Error`].
+    #[error(transparent)]
+    Processor(#[from] processors::Error),
     /// KVM is too old.
     #[error("KVM of this host does not support {0}")]
     Lacks(&'static str),
@@ -160,11 +164,12 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
             return Err(Error::Lacks(what));
         }
     }
-    let vm = kvm.create_vm().during("create a virtual machine")?;
+    let vm = Arc::new(kvm.create_vm().during("create a virtual machine")?);
     vm.set_tss_address(KVM_TSS).during("set the TSS address")?;
     vm.create_irq_chip()
         .during("create interrupt controllers")?;
     add_memory(&vm, &memory)?;
+    let every = Memory::from(Arc::new(memory.clone()));
 
     jail::report_violations(config.report.map(|config::Fd(fd)| fd))?;
     let confined = jail::enter(config.jail.as_ref())?;
@@ -203,32 +208,29 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
     if let Some(notices) = notices {
         devices.push(Box::new(notices));
     }
-    let places: Vec<u8> = (0..)
-        .skip(devices.len())
-        .take(config.places.into())
-        .collect();
-    for _ in &places {
-        devices.push(Box::new(Absent(block::QUEUES)));
-    }
+    let reserved = Reserved::append(&mut devices, config);
 
     let slots: Vec<Slot> = slots(devices.len());
-    let cmdline = cmdline::with_devices(&config.cmdline, &slots)?;
+    let first_processors = (config.more_vcpus > 0).then_some(config.vcpus);
+    let cmdline = cmdline::complete(&config.cmdline, &slots, first_processors)?;
     let images = kernel::Images {
         kernel: &fds.kernel,
         initramfs: fds.initramfs.as_ref(),
         cmdline: &cmdline,
     };
-    let entry = kernel::load(&memory, config.memory_mib, config.vcpus, &images)?;
+    let entry = kernel::load(&memory, config.memory_mib, config.most_vcpus(), &images)?;
     // Other machines' as well: whoever takes this one over must not hold them.
     drop((fds.kernel, fds.initramfs));
     boot::cpu::write_tables(&memory).map_err(kernel::Error::Memory)?;
     let machine = Arc::new(Machine {
         ports: Mutex::new(Ports::new(serial(&vm, extras.serial)?)),
-        window: Mutex::new(connect(&vm, &memory, devices, &slots)?),
+        window: Mutex::new(connect(&vm, &every, devices, &slots)?),
         counts: Counts::default(),
     });
     let gate = Gate::new(config.vcpus.into()).during("stop processors")?;
-    let vcpus = processors(&kvm, &vm, config.vcpus, entry, &machine, &ending, &gate)?;
+    let mut maker = Maker::new(&kvm, &vm, config.most_vcpus(), &machine, &ending, &gate)?;
+    let vcpus = processors(&mut maker, config.vcpus, entry)?;
+    let processors_made = maker.count();
 
     for (kind, events) in loops.all {
         let (name, ending) = (events.name().into(), ending.clone());
@@ -236,12 +238,22 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
             .spawn(kind, name, move || events.run(&ending))
             .during("a device's thread")?;
     }
-    let hotplug = if places.is_empty() {
-        None
-    } else {
-        let started = Hotplug::start(&places, &machine, &confined, &ending);
-        Some(started.during("the thread for disks that come later")?)
+    let starter = hotplug::starters(&confined, &ending);
+    let more = match reserved.memory(&slots) {
+        Some((device, slot)) => {
+            let place = (device, acknowledgements(&vm, slot.address)?);
+            let starter = starter(ThreadKind::Memory);
+            Some(More::new(config, &vm, &every, &machine, starter, place))
+        }
+        None => None,
     };
+    let pool = more.as_ref().map(More::pool);
+    let processors = Processors::new(maker, starter(ThreadKind::Processor));
+    let hotplug = reserved
+        .keeper(&machine, more, processors, starter)
+        .map(|keeper| Hotplug::start(keeper, &confined))
+        .transpose()
+        .during("the thread for what comes later")?;
     for vcpu in vcpus {
         vcpu.spawn(&confined).during("a processor's thread")?;
     }
@@ -254,10 +266,23 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
         hotplug: hotplug.as_ref(),
         status: |paused| Status {
             paused,
-            vcpus: config.vcpus,
-            memory_mib: config.memory_mib,
+            vcpus: processors_made.load(Ordering::Relaxed),
+            most_vcpus: config.most_vcpus(),
+            memory_mib: config
+                .memory_mib
+                .saturating_add(plugged_mib(pool.as_deref())),
+            most_memory_mib: config.memory_mib.saturating_add(config.more_memory_mib),
             exits: machine.counts.snapshot(),
             running_us: now_us().saturating_sub(first_run_us),
+        },
+        standing: || {
+            // A processor that holds it may be what does not go on.
+            let devices = machine
+                .window
+                .try_lock()
+                .ok()
+                .map(|window| window.started());
+            standing::words(gate.stands().into_iter(), devices.as_deref())
         },
     };
     let (end, reason) = control.serve(&ending);
@@ -395,7 +420,7 @@ fn add_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
 /// Gives each device its registers, notifications and interrupt.
 fn connect(
     vm: &VmFd,
-    memory: &GuestMemoryMmap,
+    memory: &Memory,
     devices: Vec<Box<dyn Device>>,
     slots: &[Slot],
 ) -> Result<Window, Error> {
@@ -406,12 +431,11 @@ fn connect(
         .map_err(io::Error::other)
         .during("device registers")?;
     let file = Arc::new(file);
-    let shared = Arc::new(memory.clone());
     let mut transports = Vec::new();
     for (index, (device, slot)) in devices.into_iter().zip(slots).enumerate() {
         let page = Registers::new(Arc::clone(&file), index);
         let wiring = Wiring {
-            memory: Arc::clone(&shared),
+            memory: memory.clone(),
             interrupt: interrupt(vm, slot.irq, page.clone())?,
             page,
             notify: notifications(vm, slot.address, device.queue_sizes().len())?,
@@ -426,7 +450,7 @@ fn connect(
         transports.push(Transport::new(device, wiring));
     }
     let registers = kvm_userspace_memory_region {
-        slot: u32::try_from(memory.num_regions()).unwrap_or(u32::MAX),
+        slot: u32::try_from(memory.now().num_regions()).unwrap_or(u32::MAX),
         flags: KVM_MEM_READONLY,
         guest_phys_addr: REGISTERS,
         memory_size: file.size() as u64,
@@ -445,6 +469,15 @@ fn interrupt(vm: &VmFd, irq: u32, page: Registers) -> Result<Interrupt, Error> {
     vm.register_irqfd(&line, irq)
         .during("connect an interrupt")?;
     Ok(Interrupt::new(Arc::new(line), page))
+}
+
+/// Signalled when a driver acknowledges a change of the device's configuration.
+fn acknowledgements(vm: &VmFd, address: u64) -> Result<EventFd, Error> {
+    let register = IoEventAddress::Mmio(address + mmio::INTERRUPT_ACK);
+    let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).during("a change's event")?;
+    vm.register_ioevent(&event, &register, mmio::CHANGE_ACKNOWLEDGED)
+        .during("connect acknowledgements of changes")?;
+    Ok(event)
 }
 
 fn notifications(vm: &VmFd, address: u64, queues: usize) -> Result<Vec<EventFd>, Error> {
@@ -471,51 +504,22 @@ fn serial(vm: &VmFd, output: Option<File>) -> Result<Option<SerialPort>, Error> 
         .transpose()
 }
 
-fn processors(
-    kvm: &Kvm,
-    vm: &VmFd,
-    count: u8,
-    entry: u64,
-    machine: &Arc<Machine>,
-    ending: &Ending,
-    gate: &Arc<Gate>,
-) -> Result<Vec<Vcpu>, Error> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .during("say what processors it supports")?;
-    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+/// The processors that the guest begins with.
+fn processors(maker: &mut Maker, count: u8, entry: u64) -> Result<Vec<Vcpu>, Error> {
     let mut vcpus = Vec::new();
-    for id in 0..count {
-        let mut fd = vm
-            .create_vcpu(u64::from(id))
-            .during("create a virtual processor")?;
-        let table = cpuid::table(
-            &supported,
-            Processor {
-                id,
-                vcpus: count,
-                tsc_deadline,
-            },
-        )
-        .map_err(io::Error::other)
-        .during("a processor's CPUID")?;
-        fd.set_cpuid2(&table).during("set a processor's CPUID")?;
-        boot::cpu::prepare(&fd).during("prepare a processor")?;
-        if id == 0 {
-            boot::cpu::start_at(&fd, entry).during("set the first processor's registers")?;
-        }
-        fd.map_coalesced_mmio_ring()
-            .during("map its ring of collected writes")?;
-        vcpus.push(Vcpu {
-            id,
-            // The thread of the processor runs as long as the process.
-            fd: Box::leak(Box::new(fd)),
-            machine: Arc::clone(machine),
-            ending: ending.clone(),
-            gate: Arc::clone(gate),
-        });
+    for _ in 0..count {
+        vcpus.push(maker.make()?);
+    }
+    if let Some(first) = vcpus.first() {
+        boot::cpu::start_at(first.fd, entry).during("set the first processor's registers")?;
     }
     Ok(vcpus)
+}
+
+/// MiB of memory that the guest has taken since its start.
+fn plugged_mib(pool: Option<&Pool>) -> u32 {
+    let bytes = pool.map_or(0, Pool::plugged);
+    u32::try_from(bytes >> 20).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

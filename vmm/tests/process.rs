@@ -114,7 +114,9 @@ impl Machine {
             initramfs: None,
             cmdline: String::new(),
             vcpus,
+            more_vcpus: 0,
             memory_mib: 32,
+            more_memory_mib: 0,
             shares: vec![bulkhead_vmm::config::Share {
                 tag: "share".into(),
                 dir: root.path().into(),
@@ -125,6 +127,7 @@ impl Machine {
             vsock: None,
             disks: Vec::new(),
             places: 0,
+            interfaces: 0,
             console: None,
             rng: true,
             notices: true,

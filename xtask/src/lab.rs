@@ -37,10 +37,23 @@ impl Ready {
         Ready::with_containerd(programs::CONTAINERD, prefix, progress)
     }
 
+    /// What a session without containerd needs: see [`Ready::with_containerd`].
+    fn without_containerd(prefix: &Path, progress: &dyn Progress) -> Result<Ready> {
+        Ready::make(None, Some(prefix), progress)
+    }
+
     /// Finds or makes programs and images, and builds what the lab host needs. With
     /// `prefix` the product, laid out as below `/usr`, is installed in each session.
     pub(crate) fn with_containerd(
         containerd: &str,
+        prefix: Option<&Path>,
+        progress: &dyn Progress,
+    ) -> Result<Ready> {
+        Ready::make(Some(containerd), prefix, progress)
+    }
+
+    fn make(
+        containerd: Option<&str>,
         prefix: Option<&Path>,
         progress: &dyn Progress,
     ) -> Result<Ready> {
@@ -58,7 +71,9 @@ impl Ready {
             &[],
         )?;
         let lab = LabHost {
-            programs: Programs::ensure(&cache, containerd, progress)?,
+            programs: containerd
+                .map(|version| Programs::ensure(&cache, version, progress))
+                .transpose()?,
             images: images(&cache, progress)?,
             accelerator: accelerator(&install_dir().join("bin/bulkhead"))?,
             cache,
@@ -182,7 +197,7 @@ pub(crate) fn demo(tty: bool, command: &[String]) -> Result<ExitCode> {
     eprintln!(
         "This machine cannot run virtual machines (see `bulkhead check`): running in the lab host."
     );
-    let mut session = Ready::new(Some(&prefix), &bar)?.session(Clock::Wall, &bar)?;
+    let mut session = Ready::without_containerd(&prefix, &bar)?.session(Clock::Wall, &bar)?;
     drop(bar);
     let argv = ["bulkhead"].into_iter().chain(arguments);
     let argv = argv.chain([DEBIAN, "--"]).map(str::to_owned);
@@ -279,8 +294,7 @@ pub(crate) fn bench(name: &str, rounds: u32) -> Result<ExitCode> {
             .silence(*round);
         match session.run(job, false) {
             Ok(exit) => return ended(exit),
-            // The emulator's clock may stand still for ever when it counts
-            // instructions: nothing of ours runs then.
+            // The emulator ended, or what it runs comes to no end.
             Err(error) => eprintln!("Lost the lab host in try {attempt}, begun anew: {error:#}"),
         }
     }

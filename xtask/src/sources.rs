@@ -14,8 +14,8 @@ use anyhow::{Context, Result};
 use crate::build::workspace;
 
 /// The families of ids with a dash, as they stand in names: `ta_12` or `ta12`.
-const FAMILIES: [&str; 11] = [
-    "TT", "LC", "TA", "IO", "FS", "SS", "OC", "CL", "SX", "NW", "K8",
+const FAMILIES: [&str; 12] = [
+    "TT", "LC", "TA", "IO", "FS", "SS", "OC", "CL", "SX", "NW", "RS", "K8",
 ];
 
 /// The families of ids without one.

@@ -18,13 +18,13 @@ use rustix::{
 };
 use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver, time::timeout};
 
-use super::{Container, Containers, cgroup_fd, give_to_user, guest_id};
+use super::{Container, Containers, cgroup_fd, give_to_user};
 use crate::{
     channel::{Failure, FailureKind, Fds, Job, Place},
     error::{Doing, Error},
     launch::launch,
     reaper::ended,
-    spec::plan::{ContainerPlan, Hook, Namespace, ProcessPlan},
+    spec::plan::{ContainerPlan, Hook, Namespace, ProcessPlan, guest_id},
 };
 
 /// Last bytes of a hook's output that go into an error.

@@ -3,17 +3,18 @@
 //! A call of the kernel that may take its time, as one that has to make room or to
 //! write files back, gets a thread of its own: whoever kills must not wait for it.
 
-use std::{io, path::PathBuf, sync::atomic::Ordering, time::Duration};
+use std::{fs::File, io, path::PathBuf, sync::atomic::Ordering, time::Duration};
 
-use bulkhead_agent_api::agent::StatsResponse;
-use rustix::fs::{Mode, OFlags};
+use bulkhead_agent_api::agent::{NetworkInterface, StatsResponse};
 use tokio::time::timeout;
 
-use super::{Containers, state::Op};
+use super::{Containers, lock, state::Op};
 use crate::{
     baseline::Memory,
     error::{Doing, Error},
+    network,
     reaper::ended,
+    size::Size,
     spec::{self, Update},
 };
 
@@ -49,7 +50,7 @@ impl Containers {
         let resources = spec::json::from_slice("linux.resources", resources)?;
         let checked = spec::update(resources, cgroup.in_force())?;
         let plan = checked.plan;
-        Machine::this().can_give(&plan)?;
+        Capacity::this().can_give(&plan)?;
         if let Some(limit) = plan.not_in_use {
             let used = cgroup.memory_in_use();
             if used > limit {
@@ -61,6 +62,22 @@ impl Containers {
         Ok(remarks.map(ToString::to_string).collect())
     }
 
+    /// Makes the machine so large, as far as its kernel does; answers how large it is.
+    pub(crate) async fn resize_machine(
+        &self,
+        to: Size,
+        device: Option<u32>,
+    ) -> Result<Size, Error> {
+        let machine = self.config.machine.clone().ok_or(Error::NotTheMachine)?;
+        blocking(move || machine.resize(to, device)).await?
+    }
+
+    /// Sets up interfaces that the host has attached.
+    pub(crate) async fn set_up_network(&self, all: &[NetworkInterface]) -> Result<(), Error> {
+        self.config.machine.as_ref().ok_or(Error::NotTheMachine)?;
+        network::set_up(all).await
+    }
+
     /// Stops every process of a container where it is, and has the host get what they
     /// wrote.
     pub async fn freeze(&self, id: &str) -> Result<(), Error> {
@@ -69,9 +86,9 @@ impl Containers {
         container.check(Op::Freeze)?;
         let cgroup = container.cgroup()?;
         let frozen = cgroup.freeze().await?;
-        let mut shares = self.config.shares.clone();
-        shares.extend(container.disk_directory());
-        match timeout(SYNC_MAX, blocking(move || sync(&shares))).await {
+        let mut places = self.config.shares.clone();
+        places.extend(lock(&container.disks).places());
+        match timeout(SYNC_MAX, blocking(move || sync(&places))).await {
             Ok(synced) => synced?.doing("write the container's files back")?,
             Err(_) => return Err(Error::Unwritten(SYNC_MAX)),
         }
@@ -99,24 +116,27 @@ async fn blocking<T: Send + 'static>(
     worked.map_err(io::Error::other).doing("use a thread")
 }
 
-/// Has the host get what was written into these file systems, also through memory.
-fn sync(shares: &[PathBuf]) -> io::Result<()> {
-    for share in shares {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let share = rustix::fs::open(share, flags, Mode::empty())?;
-        rustix::fs::syncfs(share)?;
+/// Has the host get what was written into these file systems, also through memory, and to
+/// these disks.
+fn sync(places: &[PathBuf]) -> io::Result<()> {
+    for place in places {
+        let place = File::open(place)?;
+        match place.metadata()?.is_dir() {
+            true => rustix::fs::syncfs(place)?,
+            false => place.sync_all()?,
+        }
     }
     Ok(())
 }
 
 /// What all containers share.
 #[derive(Clone, Copy, Debug)]
-struct Machine {
+struct Capacity {
     memory: u64,
     processors: u64,
 }
 
-impl Machine {
+impl Capacity {
     fn this() -> Self {
         let processors = std::thread::available_parallelism();
         Self {
@@ -152,7 +172,7 @@ mod tests {
 
     #[test]
     fn more_than_the_machine_has_is_refused_with_the_most_there_is_ta_68() {
-        let machine = Machine {
+        let machine = Capacity {
             memory: 256 << 20,
             processors: 2,
         };

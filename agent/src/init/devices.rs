@@ -52,6 +52,7 @@ fn make(root: &Root, device: &DeviceNode) -> Result<()> {
         // The multiplexer for terminals must be that of the container's devpts.
         NodeKind::Char(5, 2) => return Ok(()),
         NodeKind::Char(major, minor) => (FileType::CharacterDevice, (major, minor)),
+        NodeKind::Block(major, minor) => (FileType::BlockDevice, (major, minor)),
         NodeKind::Fifo => (FileType::Fifo, (0, 0)),
     };
     let (parent, name) = root.make_parent(&device.path).doing(&doing)?;
@@ -67,7 +68,7 @@ fn make(root: &Root, device: &DeviceNode) -> Result<()> {
         }
     }
     let onto = root.make_file(&device.path).doing(&doing)?;
-    let node = guest_node(numbers)?;
+    let node = guest_node(device.kind)?;
     move_to(&clone_tree(&node, false).doing(&doing)?, &onto).doing(&doing)
 }
 
@@ -89,18 +90,32 @@ fn give_to(parent: &OwnedFd, name: &std::ffi::OsStr, device: &DeviceNode) -> io:
     )?)
 }
 
-/// The guest's node with the same numbers.
-fn guest_node(numbers: (u32, u32)) -> Result<OwnedFd> {
-    let path = DEVICES
-        .iter()
-        .find(|known| (known.major, known.minor) == numbers)
-        .map(|known| known.path)
-        .ok_or_else(|| Error::Refused {
-            what: format!("device {}:{}", numbers.0, numbers.1),
-            reason: "the guest has no such device",
-        })?;
-    let doing = format!("open {path} of the guest");
-    rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).doing(doing)
+/// The guest's node of the same kind, with the same numbers.
+fn guest_node(kind: NodeKind) -> Result<OwnedFd> {
+    let (path, (major, minor)) = match kind {
+        NodeKind::Char(major, minor) => {
+            let mut known = DEVICES.iter();
+            let known = known.find(|known| (known.major, known.minor) == (major, minor));
+            (known.map(|known| known.path.into()), (major, minor))
+        }
+        NodeKind::Block(major, minor) => {
+            // A link to the device, whose name is that of its node.
+            let link = format!("/sys/dev/block/{major}:{minor}");
+            let device = std::fs::read_link(link).ok();
+            let name = device.as_deref().and_then(Path::file_name);
+            (
+                name.map(|name| Path::new("/dev").join(name)),
+                (major, minor),
+            )
+        }
+        NodeKind::Fifo => (None, (0, 0)),
+    };
+    let path = path.ok_or_else(|| Error::Refused {
+        what: format!("device {major}:{minor}"),
+        reason: "the guest has no such device",
+    })?;
+    let doing = format!("open {} of the guest", path.display());
+    rustix::fs::openat(CWD, &path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).doing(doing)
 }
 
 /// What gives way to a link.

@@ -227,6 +227,7 @@ impl Host {
             cgroups: cgroups.clone(),
             shares: vec![rootfs.clone()],
             sockets: directory.path().join("sockets"),
+            machine: None,
         };
         let agent = tokio::spawn(async { rpc::serve(config, theirs, accepted).await.unwrap() });
         let mut ours = ours;

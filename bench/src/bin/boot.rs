@@ -26,7 +26,7 @@ use bulkhead_shim::{
     names::{GroupId, Namespace},
     share::{Share, enter_private_namespace},
     statedir::StateDir,
-    vm::{Boot as BootOf, Size, Vm},
+    vm::{Boot as BootOf, Pod, Shape, Size, Vm},
 };
 use nix::sys::{
     socket::{
@@ -173,17 +173,22 @@ fn boot_ours() -> Result<Boot> {
     let held = dir.take("bench-boot", None)?;
     let share = Share::mount(&dir.share())?;
     let config = Config::default();
+    let first = Size {
+        vcpus: 1,
+        memory_mib: MEMORY_MIB,
+    };
+    // As on a host with processors enough.
+    let host = Size {
+        vcpus: 8,
+        ..Size::of_this_host()
+    };
     let before = kvm_counters()?;
     let start = Instant::now();
     let boot = runtime.block_on(async {
         let vm = Vm::boot(BootOf {
             config: &config,
             dir: &dir,
-            size: Size {
-                vcpus: 1,
-                memory_mib: MEMORY_MIB,
-                places: 0,
-            },
+            shape: Shape::new(first, &config, host, Pod::Single, 0),
             oom_score_adj: 0,
             cgroup: None,
         })

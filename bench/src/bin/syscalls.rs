@@ -127,6 +127,8 @@ fn label(kind: ThreadKind) -> &'static str {
         ThreadKind::Devices => "devices",
         ThreadKind::Disk => "disk",
         ThreadKind::Hotplug => "hotplug",
+        ThreadKind::Memory => "memory",
+        ThreadKind::Network => "network",
         ThreadKind::Files => "files",
     }
 }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use bulkhead_agent_api::agent::{ContainerRequest, UpdateRequest};
+use bulkhead_agent_api::agent::{
+    ContainerRequest, NetworkInterface, NetworkRequest, ResizeRequest, UpdateRequest,
+};
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 
 use super::{Agent, answer, escape, stats};
@@ -40,6 +42,46 @@ impl Agent {
         let response = answer("Update", self.limits.request, failed, call).await?;
         let notes = response.notes.iter().take(NOTES);
         Ok(notes.map(|note| escape(note)).collect())
+    }
+
+    /// Has the guest use so many processors, and so much memory in MiB beyond what it
+    /// began with, which comes by this device. Answers what it uses then.
+    pub async fn resize_machine(
+        &self,
+        vcpus: u8,
+        more_mib: u32,
+        device: Option<u8>,
+    ) -> Result<(u8, u32)> {
+        let request = ResizeRequest {
+            processors: vcpus.into(),
+            more_memory_bytes: u64::from(more_mib) << 20,
+            memory_device: device.unwrap_or_default().into(),
+            ..ResizeRequest::default()
+        };
+        let call = self
+            .client
+            .resize(ttrpc::context::with_timeout(0), &request);
+        let failed = "the guest does not take another size";
+        let size = answer("Resize", self.limits.request, failed, call).await?;
+        // Never more than was asked for, whatever it says.
+        Ok((
+            u8::try_from(size.processors).map_or(vcpus, |count| count.min(vcpus)),
+            u32::try_from(size.more_memory_bytes >> 20).unwrap_or(u32::MAX),
+        ))
+    }
+
+    /// Has the guest set up interfaces.
+    pub async fn set_up_network(&self, interfaces: Vec<NetworkInterface>) -> Result<()> {
+        let request = NetworkRequest {
+            interfaces,
+            ..NetworkRequest::default()
+        };
+        let call = self
+            .client
+            .set_up_network(ttrpc::context::with_timeout(0), &request);
+        let failed = "the guest does not set up its network";
+        answer("SetUpNetwork", self.limits.request, failed, call).await?;
+        Ok(())
     }
 
     /// Stops every process of a container where it is.

@@ -24,16 +24,18 @@ use tracing::warn;
 use super::{COPIES, Container, Execs, Parts, Pod, Slot, TURNS};
 use crate::{
     carry::{Bag, Bytes, CarriedFd},
-    disk::{self, Attached},
+    disk::Attached,
     error::{Result, host},
     events,
     guest::Guest,
     hooks::Hooks,
     lock::lock,
     names::ExecId,
+    network::Network,
     process::{self, Process},
     share::{self, ContainerShare},
     sockets::{self, Service},
+    spec::Limits,
     state::State,
     statedir::kept::Kept,
     vm::{self, holder::Holder},
@@ -44,6 +46,7 @@ use crate::{
 pub struct Carried {
     pub(crate) events: Vec<events::Carried>,
     guest: Option<vm::Carried>,
+    network: Option<(CarriedFd, Vec<u32>)>,
     containers: Vec<CarriedContainer>,
 }
 
@@ -59,9 +62,10 @@ struct CarriedContainer {
     told: Option<PathBuf>,
     annotations: BTreeMap<String, String>,
     hooks: plan::Hooks,
-    disk: Option<disk::Carried>,
+    disks: Vec<u8>,
     ooms: u64,
     used: Option<Bytes>,
+    limits: Limits,
 }
 
 impl Pod {
@@ -112,9 +116,17 @@ impl Pod {
         let containers = self.containers();
         let containers = containers.iter().map(|container| container.carry(bag));
         let containers: io::Result<_> = containers.collect();
+        let Ok(network) = self.network.try_lock() else {
+            return Ok(None);
+        };
+        let network = network.as_ref().map(|network| {
+            let (namespace, joined) = network.parts();
+            Ok::<_, io::Error>((bag.put(namespace)?, joined.to_vec()))
+        });
         Ok(Some(Carried {
             events: self.events.carry(),
             guest,
+            network: network.transpose()?,
             containers: containers?,
         }))
     }
@@ -128,6 +140,15 @@ impl Pod {
         let guest = pod.hypervisor.unpack(guest)?;
         // Nobody else was here before.
         let _ = pod.guest.set(Arc::clone(&guest));
+        if let Some((namespace, joined)) = carried.network {
+            let namespace = namespace
+                .take()
+                .map_err(host("take over a network namespace"))?;
+            // Nobody else was here before.
+            if let Ok(mut network) = pod.network.try_lock() {
+                *network = Some(Network::new(namespace, joined));
+            }
+        }
         for carried in carried.containers {
             let container = pod.unpack_container(&guest, carried)?;
             let slot = Slot::Ready(Arc::clone(&container));
@@ -169,6 +190,8 @@ impl Pod {
             .map_err(host("take over connections to sockets"))?;
         let network = carried.network.map(CarriedFd::take).transpose();
         let used = carried.used.as_deref().map(Metrics::parse_from_bytes);
+        let disks = carried.disks.into_iter();
+        let disks = disks.map(|device| Attached::new(device, guest));
         Ok(Arc::new(Container {
             hooks: Hooks {
                 host: Arc::clone(&self.host),
@@ -185,11 +208,12 @@ impl Pod {
             files: Mutex::new(carried.files.map(ContainerShare::unpack)),
             sockets,
             told: Mutex::new(carried.told.map(Kept::unpack)),
-            disk: Mutex::new(carried.disk.map(|disk| Attached::unpack(disk, guest))),
+            disks: Mutex::new(disks.collect()),
             deleting: AsyncMutex::new(()),
             kill_unanswered: AtomicBool::new(false),
             ooms: AtomicU64::new(carried.ooms),
             used: Mutex::new(used.and_then(|used| used.ok())),
+            limits: Mutex::new(carried.limits),
         }))
     }
 
@@ -258,9 +282,10 @@ impl Container {
             told: lock(&self.told).as_ref().map(|told| told.path().to_owned()),
             annotations: self.hooks.annotations.clone(),
             hooks: self.hooks.lists.clone(),
-            disk: lock(&self.disk).as_ref().map(Attached::carry),
+            disks: lock(&self.disks).iter().map(Attached::device).collect(),
             ooms: self.ooms.load(Ordering::SeqCst),
             used: used?,
+            limits: *lock(&self.limits),
         })
     }
 }

@@ -5,11 +5,11 @@
 //! guest, however late that answers, then on the host.
 
 use std::{
-    fs::File,
+    collections::BTreeMap,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -18,15 +18,20 @@ use bulkhead_agent_api::{
     DISKS_DIR, PRIVATE_DIR, SHARE_DIR,
     agent::{self, CreateRequest},
 };
-use bulkhead_spec::{Fate, Note};
+use bulkhead_spec::{Fate, Note, devices::HostDisk};
+use bulkhead_vmm::hotplug::MOST_PLACES;
 use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::MessageField};
-use tokio::{sync::Mutex as AsyncMutex, task::JoinHandle, time::timeout};
+use tokio::{
+    sync::{Mutex as AsyncMutex, Notify},
+    task::JoinHandle,
+    time::timeout,
+};
 use tracing::{info, warn};
 
-use super::{Container, Creation, DIE, Pod, Slot, hold::network, last::run_last, making::Making};
+use super::{Container, DIE, Pod, Slot, hold::network, last::run_last, making::Making};
 use crate::{
     agent::ProcessName,
-    disk::{Attached, Disk},
+    disk::{self, Attached, Opened},
     error::{Error, Result},
     events::{Event, task_io},
     explain::Explanation,
@@ -36,16 +41,19 @@ use crate::{
     io::{Stdio, Streams},
     lock::lock,
     mount,
-    names::ContainerId,
+    names::{self, ContainerId},
     options::Options,
     process::{Herald, Process},
     rootfs::{self, Source},
     share::ContainerShare,
     sockets::{HostSocket, Service},
-    spec::{self, Prepared, Socket, Terminal},
+    spec::{self, Limits, Prepared, Socket, Terminal},
     statedir::kept::Kept,
-    vm::Size,
+    vm,
 };
+
+/// Places for network interfaces. With all that a machine may have, no more fit.
+const INTERFACES: u8 = 2;
 
 /// A container that is asked for.
 #[derive(Clone, Debug)]
@@ -60,6 +68,17 @@ pub struct Create {
     pub stdio: Stdio,
     /// What the caller sets for the pod.
     pub options: Options,
+}
+
+/// A creation under way.
+#[derive(Debug, Default)]
+pub(super) struct Creation {
+    /// Asks it to give up.
+    pub(super) cancel: Notify,
+    /// It is over, one way or the other.
+    pub(super) over: Notify,
+    /// Of the container, once they are known.
+    pub(super) limits: OnceLock<Limits>,
 }
 
 /// A reserved id; dropping it without a container frees the id.
@@ -94,7 +113,7 @@ impl Pod {
         let creation = Arc::clone(&reserved.creation);
         let mut traces = Traces::default();
         let built = tokio::select! {
-            built = self.build(&request, &mut traces) => built,
+            built = self.build(&request, &creation, &mut traces) => built,
             () = creation.cancel.notified() => Err(Error::Cancelled(request.id.clone())),
         };
         let (guest, container) = match built {
@@ -162,6 +181,7 @@ impl Pod {
     async fn build(
         self: &Arc<Self>,
         request: &Create,
+        creation: &Creation,
         traces: &mut Traces,
     ) -> Result<(Arc<dyn Guest>, Arc<Container>)> {
         request.stdio.check()?;
@@ -177,7 +197,7 @@ impl Pod {
         // The guest takes the root from where it is told that nobody else changes
         // it, if that is so.
         let root_share = match rootfs::is_private(&request.rootfs) {
-            _ if request.rootfs.iter().any(Disk::is_meant) => DISKS_DIR,
+            _ if request.rootfs.iter().any(disk::Root::is_meant) => DISKS_DIR,
             true => PRIVATE_DIR,
             false => SHARE_DIR,
         };
@@ -185,6 +205,7 @@ impl Pod {
             read_bundle(&id, &bundle, terminal, root_share)
         })
         .await?;
+        self.is_meant(&prepared.annotations)?;
         self.tell(&request.id, &prepared.fields)?;
         traces.told = self.keep_told(request, &prepared).await;
         let network = match prepared.network {
@@ -193,7 +214,9 @@ impl Pod {
         };
         let root = Source::new(&request.rootfs, &request.bundle, &prepared.root)?;
         let (sockets, told_of_sockets) = find_sockets(prepared.sockets).await?;
-        let disk = open_disk(&root).await?;
+        let expects_members = names::expects_members(&prepared.annotations);
+        let places = places(&root, &prepared.disks, expects_members)?;
+        let disks = open_disks(&root, prepared.disks).await?;
         let (share, id, volumes) = (
             Arc::clone(&self.share),
             request.id.clone(),
@@ -215,13 +238,19 @@ impl Pod {
             *files = Some(result.unwrap_or_else(|error| Err(lost(&error)))?);
             Ok(())
         };
-        let mut size = Size::on_this_host(prepared.limits, self.settings.get());
-        size.places = u8::from(disk.is_some());
-        let boot = self.boot(size, prepared.oom_score_adj, prepared.cgroup);
-        let (guest, ()) = tokio::try_join!(boot, put_up)?;
-        if let Some((disk, file)) = disk {
-            traces.disk = Some(disk.attach(file, &guest).await?);
+        let _ = creation.limits.set(prepared.limits);
+        let pod = match expects_members {
+            true => vm::Pod::Joined,
+            false => vm::Pod::Single,
+        };
+        let mut shape = self.shape(prepared.limits, pod, places);
+        if prepared.has_network {
+            shape.interfaces = INTERFACES;
         }
+        let boot = self.boot(shape, prepared.oom_score_adj, prepared.cgroup);
+        let (guest, ()) = tokio::try_join!(boot, put_up)?;
+        self.grow(&guest, None).await?;
+        let (root_disk, host_disks) = disks.attach(&guest, &mut traces.disks).await?;
         let name = ProcessName {
             container: request.id.clone(),
             exec: None,
@@ -251,7 +280,8 @@ impl Pod {
             stdio: Some(stdio).into(),
             seccomp_filter: prepared.filter.program,
             seccomp_flags: prepared.filter.flags,
-            root_disk: traces.disk.as_ref().map(Attached::message).into(),
+            root_disk: root_disk.into(),
+            host_disks,
             sockets: told_of_sockets,
             ..CreateRequest::default()
         };
@@ -288,13 +318,28 @@ impl Pod {
             sockets: Service::begin(&guest, &request.id, sockets, &self.places),
             told: Mutex::new(traces.told.take()),
             hooks,
-            disk: Mutex::new(traces.disk.take()),
+            disks: Mutex::new(std::mem::take(&mut traces.disks)),
             deleting: AsyncMutex::new(()),
             kill_unanswered: AtomicBool::new(false),
             ooms: AtomicU64::new(0),
             used: Mutex::default(),
+            limits: Mutex::new(prepared.limits),
         });
         Ok((guest, container))
+    }
+
+    /// Refuses a container of another pod: callers may bring a member without asking this
+    /// program first.
+    fn is_meant(&self, annotations: &BTreeMap<String, String>) -> Result<()> {
+        let own = self.dir.dir().group();
+        match names::joins(annotations) {
+            Some((what, other)) if other != own => Err(Error::Argument {
+                what,
+                value: other.to_owned(),
+                reason: format!("this is the shim of pod {own:?}"),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Logs what is not done as a specification says; refuses it if it must be.
@@ -352,7 +397,7 @@ struct Traces {
     /// Those of the end run as soon as those of the beginning may have.
     hooks: Option<Hooks>,
     /// In the VMM.
-    disk: Option<Attached>,
+    disks: Vec<Attached>,
 }
 
 impl Traces {
@@ -365,7 +410,7 @@ impl Traces {
                 warn!("the guest does not take a container back yet");
             }
         }
-        if let Some(disk) = self.disk {
+        for disk in self.disks {
             disk.detach().await;
         }
         let mut files = self.files;
@@ -384,16 +429,27 @@ impl Traces {
     }
 }
 
-/// Opens the root file system, if it is a disk.
-async fn open_disk(root: &Source) -> Result<Option<(Disk, File)>> {
-    let Source::Disk(disk) = root else {
-        return Ok(None);
-    };
-    let disk = disk.clone();
-    blocking("open the disk", move || {
-        Ok(Some((disk.clone(), disk.open()?)))
+/// Opens the root file system, if it is a disk, and block devices of the host.
+async fn open_disks(root: &Source, devices: Vec<HostDisk>) -> Result<Opened> {
+    if !matches!(root, Source::Disk(_)) && devices.is_empty() {
+        return Ok(Opened::default());
+    }
+    let root = root.clone();
+    blocking("open the disks", move || Opened::new(&root, &devices)).await
+}
+
+/// The places for disks that the machine is started with: all that there can be, if more
+/// containers will join, of which nobody knows yet what they need.
+fn places(root: &Source, devices: &[HostDisk], expects_members: bool) -> Result<u8> {
+    let disks = usize::from(matches!(root, Source::Disk(_))) + devices.len();
+    let places = u8::try_from(disks).ok();
+    let places = places.filter(|places| *places <= MOST_PLACES);
+    let all = |places| if expects_members { MOST_PLACES } else { places };
+    places.map(all).ok_or_else(|| Error::Argument {
+        what: "linux.devices",
+        value: format!("{disks} disks"),
+        reason: format!("a virtual machine has {MOST_PLACES} at most, that of the root included"),
     })
-    .await
 }
 
 /// Finds the sockets of the host, and what the guest is told of them.

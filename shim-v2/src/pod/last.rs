@@ -46,6 +46,7 @@ impl Pod {
                 warn!("the VMM does not end");
             }
         }
+        self.disconnect().await;
         for container in self.containers() {
             // The end of the VM ends every process that was started in it.
             if timeout(DIE, container.init.exit()).await.is_err() {

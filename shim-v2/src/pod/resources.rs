@@ -62,11 +62,25 @@ impl Pod {
         Ok(())
     }
 
-    /// Changes limits of a container; `resources` is the OCI object as JSON.
-    pub async fn update(&self, id: &ContainerId, resources: Vec<u8>) -> Result<()> {
+    /// Changes limits of a container; `resources` is the OCI object as JSON. The machine
+    /// is made larger before, or smaller afterwards.
+    pub async fn update(self: &Arc<Self>, id: &ContainerId, resources: Vec<u8>) -> Result<()> {
         let (container, init) = self.first(id)?;
         check(&container, &init, Op::Update)?;
-        match self.living()?.agent().update(id, resources).await {
+        let guest = self.living()?;
+        let before = *lock(&container.limits);
+        let limits = before.updated(&resources);
+        let updated = async {
+            Pod::can_give(&**guest, limits, before)?;
+            self.grow(guest, Some((id, limits))).await?;
+            guest.agent().update(id, resources).await
+        };
+        let updated = updated.await;
+        if updated.is_ok() {
+            *lock(&container.limits) = limits;
+        }
+        self.shrink();
+        match updated {
             Ok(notes) => {
                 for note in notes {
                     warn!(container = %id, "{note}");

@@ -7,6 +7,7 @@ mod hooks;
 mod pids;
 mod resources;
 pub(crate) mod script;
+mod size;
 mod sockets;
 
 use bulkhead_agent_api::agent::cause::Kind;
@@ -16,6 +17,29 @@ use tokio::{io::AsyncReadExt, net::unix::pipe, time::Instant};
 use self::harness::{named, run};
 use super::*;
 use crate::io::Stdio;
+
+#[test]
+fn a_container_of_another_pod_is_refused_before_anything_is_done_lc_39() {
+    run(async |bench| {
+        let joins = |sandbox: &str| {
+            let annotations = serde_json::json!({
+                "io.kubernetes.cri.container-type": "container",
+                "io.kubernetes.cri.sandbox-id": sandbox,
+            });
+            move |spec: &mut serde_json::Value| spec["annotations"] = annotations
+        };
+        let request = bench.request_with("c", joins("other"));
+        let error = bench.pod.create(request).await.unwrap_err();
+        assert_eq!(error.code(), Code::INVALID_ARGUMENT);
+        let text = error.to_string();
+        for word in ["io.kubernetes.cri.sandbox-id", "other", "pod \"pod\""] {
+            assert!(text.contains(word), "{text}");
+        }
+        assert_eq!(bench.booted(), 0);
+        let request = bench.request_with("c", joins("pod"));
+        bench.pod.create(request).await.unwrap();
+    });
+}
 
 #[test]
 fn every_step_of_a_life_has_its_event_in_order_lc_72_lc_73_ta_41() {

@@ -204,16 +204,42 @@ fn limits_decide_the_size_of_the_virtual_machine_b11() {
     let limits = |resources: Value| run(with("linux.resources", resources)).unwrap().limits;
     let given =
         json!({"memory": {"limit": 67_108_864}, "cpu": {"quota": 150_000, "period": 100_000}});
-    let (cpus, memory) = (Some(2), Some(67_108_864));
-    assert_eq!(limits(given), Limits { cpus, memory });
+    let given = limits(given);
+    assert_eq!(given.thousandths(), Some(1_500));
+    assert_eq!(given.memory, Some(67_108_864));
     for none in [
         json!({"memory": {"limit": -1}}),
         json!({"cpu": {"quota": -1}}),
         json!({"cpu": {"quota": 0, "period": 5_000}}),
         json!({}),
     ] {
-        assert_eq!(limits(none), Limits::default());
+        let limits = limits(none);
+        assert_eq!((limits.thousandths(), limits.memory), (None, None));
     }
+    assert_eq!(
+        limits(json!({"cpu": {"quota": 1_001}})).thousandths(),
+        Some(11),
+        "rounded up"
+    );
+}
+
+#[test]
+fn an_update_changes_the_limits_that_it_names_ta_67() {
+    let before = Limits {
+        quota: Some(200_000),
+        period: 0,
+        memory: Some(1 << 30),
+    };
+    let updated = |resources: Value| before.updated(resources.to_string().as_bytes());
+    assert_eq!(updated(json!({})), before);
+    let other = updated(json!({"memory": {"limit": 5}}));
+    assert_eq!((other.memory, other.quota), (Some(5), before.quota));
+    assert_eq!(updated(json!({"memory": {"limit": -1}})).memory, None);
+    let other = updated(json!({"cpu": {"period": 50_000}}));
+    assert_eq!(other.thousandths(), Some(4_000));
+    assert_eq!(updated(json!({"cpu": {"quota": -1}})).quota, None);
+    assert_eq!(updated(json!({"memory": {"limit": "5"}})), before);
+    assert_eq!(before.updated(b"nonsense"), before);
 }
 
 #[test]
@@ -364,6 +390,43 @@ fn bind_mounts_become_volumes_of_the_share_fs_17_fs_27() {
     assert_eq!(guest[2]["source"], "/run/bulkhead/share/c1/volumes/1");
     assert_eq!(guest[3]["type"], "tmpfs");
     assert_eq!(guest[3]["options"][4], "size=65536");
+}
+
+#[test]
+fn what_belongs_to_a_kernel_is_the_guests_own_fs_31() {
+    let bind =
+        |source: &str| json!([{"destination": "/x", "source": source, "options": ["bind", "ro"]}]);
+    for source in [
+        "/proc",
+        "/sys/fs/cgroup",
+        "/dev",
+        "/dev/fuse",
+        "/proc/sys/net",
+    ] {
+        let prepared = run(with("mounts", bind(source))).unwrap();
+        assert_eq!(prepared.volumes, [], "{source}");
+        assert_eq!(guest(&prepared)["mounts"][0]["source"], source);
+        let told = remarks(&prepared.fields);
+        assert_eq!(
+            told,
+            ["mounts[0].source: that of the guest: it belongs to the kernel of the host"]
+        );
+    }
+    // These are the host's: files under such a name, and its devices, which are refused
+    // when they are looked at.
+    for source in [
+        "/process",
+        "/proc/1/root/etc",
+        "/proc/self/fd/7",
+        "/proc/../etc",
+        "/dev/sda",
+        "/dev/dir/x",
+        "/srv/proc",
+        "/",
+    ] {
+        let prepared = run(with("mounts", bind(source))).unwrap();
+        assert_eq!(prepared.volumes.len(), 1, "{source}");
+    }
 }
 
 #[test]

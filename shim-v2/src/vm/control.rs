@@ -108,6 +108,32 @@ impl Control {
         }
     }
 
+    /// Has the machine have so much memory in all, as soon as the guest takes it; answers
+    /// the number of the device by which it comes.
+    pub async fn memory(&self, mib: u32) -> Result<u8> {
+        match self.ask(Request::Memory { mib }, "memory").await? {
+            Answer::Attached(device) => Ok(device),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Gives it processors until there are so many, which the guest has to bring online.
+    pub async fn processors(&self, count: u8) -> Result<()> {
+        let request = Request::Processors { count };
+        done(self.ask(request, "processors").await?)
+    }
+
+    /// Gives it a network interface, the other side of a tap; answers the number of its
+    /// device.
+    pub async fn attach_interface(&self, tap: File, mac: [u8; 6], mtu: u16) -> Result<u8> {
+        let request = Request::AttachInterface { mac, mtu };
+        let answer = self.ask_with(request, "attach an interface", Some(tap));
+        match answer.await? {
+            Answer::Attached(device) => Ok(device),
+            other => Err(unexpected(other)),
+        }
+    }
+
     /// Takes a disk from it.
     pub async fn detach(&self, device: u8) -> Result<()> {
         done(self.ask(Request::Detach { device }, "detach").await?)
@@ -117,6 +143,14 @@ impl Control {
     pub async fn status(&self) -> Result<Status> {
         match self.ask(Request::Status, "status").await? {
             Answer::Status(status) => Ok(status),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Where the machine stands: a line for people who look for a fault.
+    pub async fn standing(&self) -> Result<String> {
+        match self.ask(Request::Standing, "standing").await? {
+            Answer::Standing(words) => Ok(escape(&words)),
             other => Err(unexpected(other)),
         }
     }
@@ -209,9 +243,11 @@ fn done(answer: Answer) -> Result<()> {
 fn unexpected(answer: Answer) -> Error {
     let reason = match answer {
         Answer::Refused(reason) => escape(&reason),
-        Answer::Done | Answer::Status(_) | Answer::Attached(_) => {
-            "it answers something else".to_owned()
-        }
+        Answer::Done
+        | Answer::Status(_)
+        | Answer::Standing(_)
+        | Answer::Interfaces(_)
+        | Answer::Attached(_) => "it answers something else".to_owned(),
     };
     host("control the VMM")(io::Error::other(reason))
 }
@@ -244,7 +280,9 @@ mod tests {
     const STATUS: Status = Status {
         paused: true,
         vcpus: 2,
+        most_vcpus: 2,
         memory_mib: 64,
+        most_memory_mib: 64,
         exits: Exits {
             port: 1,
             mmio: 2,

@@ -126,6 +126,11 @@ impl Quarters {
         }
     }
 
+    /// The network namespace.
+    pub(crate) fn network(&self) -> BorrowedFd<'_> {
+        self.network.as_fd()
+    }
+
     /// Those of the program before this one.
     pub(crate) fn unpack(carried: Carried) -> io::Result<Self> {
         let cgroup = carried.cgroup.map(Entrance::unpack).transpose()?;

@@ -34,6 +34,7 @@ use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
 use super::{
+    Shape,
     control::{self, Control},
     cores,
     holder::{self, Quarters},
@@ -82,12 +83,8 @@ pub struct Launch {
     pub console: bool,
     /// The guest kernel's command line.
     pub cmdline: String,
-    /// Virtual processors.
-    pub vcpus: u8,
-    /// Guest memory in MiB.
-    pub memory_mib: u32,
-    /// Places for disks that come later.
-    pub places: u8,
+    /// How large it is, and can become.
+    pub shape: Shape,
     /// The directory of the pod's share, which becomes the VMM's root.
     pub share: PathBuf,
     /// How it is offered to the guest.
@@ -438,8 +435,10 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
         kernel: fd(&launch.kernel),
         initramfs: Some(fd(&launch.root)),
         cmdline: launch.cmdline,
-        vcpus: launch.vcpus,
-        memory_mib: launch.memory_mib,
+        vcpus: launch.shape.first.vcpus,
+        more_vcpus: launch.shape.more_vcpus(),
+        memory_mib: launch.shape.first.memory_mib,
+        more_memory_mib: launch.shape.more_memory_mib(),
         jail: Some(Jail {
             root: launch.share,
             // No two shims that live have the same pid.
@@ -453,7 +452,8 @@ fn start(launch: Launch, control: OwnedFd, stderr: PipeWriter) -> Result<Started
             ports: vec![AGENT_PORT],
         }),
         disks: Vec::new(),
-        places: launch.places,
+        places: launch.shape.places,
+        interfaces: launch.shape.interfaces,
         console: launch.console.then_some(Console {
             output: None,
             input: None,

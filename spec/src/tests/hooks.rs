@@ -1,9 +1,8 @@
-//! Hooks, and the devices of privileged containers.
+//! Hooks.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::*;
-use crate::plan::NodeKind;
 
 const KINDS: [&str; 6] = [
     "prestart",
@@ -95,54 +94,4 @@ fn the_guest_gets_the_hooks_that_are_its_own_and_no_annotations() {
     let sent: Vec<_> = wire["hooks"].as_object().unwrap().keys().collect();
     assert_eq!(sent, ["startContainer"]);
     assert_eq!(wire.get("annotations"), None);
-}
-
-fn device(kind: &str, major: i64, minor: i64) -> Value {
-    let path = format!("/dev/{kind}-{major}-{minor}");
-    json!({"path": path, "type": kind, "major": major, "minor": minor})
-}
-
-#[test]
-fn a_privileged_container_does_without_the_hosts_devices_b13_fs_37() {
-    let devices = [
-        device("c", 1, 3),
-        device("b", 8, 0),
-        device("c", 10, 229),
-        device("c", 10, 232),
-        device("b", 1, 3),
-        device("p", 0, 0),
-    ];
-    let of = |rules: Value| {
-        let mut spec = with("linux/devices", json!(devices));
-        spec["linux"]["resources"] = json!({"devices": rules});
-        check(&spec)
-    };
-    let all = json!({"allow": true, "access": "rwm"});
-    for rules in [
-        json!([all]),
-        json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "a", "major": -1, "access": "rmw"}]),
-    ] {
-        let checked = of(rules).unwrap();
-        let kinds: Vec<_> = checked.plan.devices.iter().map(|node| node.kind).collect();
-        let expected = [
-            NodeKind::Char(1, 3),
-            NodeKind::Char(10, 229),
-            NodeKind::Fifo,
-        ];
-        assert_eq!(kinds, expected);
-        let told: Vec<_> = checked.notes.iter().map(ToString::to_string).collect();
-        assert_eq!(
-            told,
-            ["linux.devices: linux.devices[1] and 2 more are left out: they are the host's"]
-        );
-    }
-    for rules in [
-        json!([]),
-        json!([{"allow": true, "access": "rw"}]),
-        json!([{"allow": true, "type": "b", "access": "rwm"}]),
-        json!([all, {"allow": false}]),
-    ] {
-        let error = of(rules).unwrap_err().to_string();
-        assert!(error.starts_with("linux.devices[1] = \"b 8:0\""), "{error}");
-    }
 }

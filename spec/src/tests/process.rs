@@ -226,3 +226,17 @@ fn what_an_exec_has_from_its_container_is_not_its_own_to_choose() {
         .to_string();
     assert!(text.starts_with("process.args[0] = 1: "), "{text}");
 }
+
+#[test]
+fn a_user_of_the_container_has_an_id_in_the_guest() {
+    let map = |container_id, guest_id, size| plan::IdMap {
+        container_id,
+        guest_id,
+        size,
+    };
+    assert_eq!(plan::guest_id(&[], 7), Some(7));
+    let maps = [map(0, 100_000, 10), map(10, 5, 1)];
+    assert_eq!(plan::guest_id(&maps, 9), Some(100_009));
+    assert_eq!(plan::guest_id(&maps, 10), Some(5));
+    assert_eq!(plan::guest_id(&maps, 11), None);
+}

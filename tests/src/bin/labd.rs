@@ -190,7 +190,7 @@ impl Job {
                 }
             }
             Frame::Kill => drop(killpg(self.group, Signal::SIGKILL)),
-            Frame::Run(_) | Frame::Stdout(_) | Frame::Stderr(_) | Frame::Exit(_) => {}
+            Frame::Tick | Frame::Run(_) | Frame::Stdout(_) | Frame::Stderr(_) | Frame::Exit(_) => {}
         }
     }
 }

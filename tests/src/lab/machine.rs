@@ -13,6 +13,7 @@ use bulkhead_guest::Progress;
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::accelerator::Accelerator;
+use super::core::Core;
 use super::counter;
 use super::emulator::Emulator;
 use bulkhead_guest::command::{clean, last_lines, output};
@@ -57,6 +58,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) state: Option<&'a Path>,
     pub(crate) clock: Clock,
     pub(crate) accelerator: Accelerator,
+    /// Where it is known on which processors lab hosts run.
+    pub(crate) cores: &'a Path,
     /// QEMU's directory; the console is written to `console.log` there.
     pub(crate) directory: &'a Path,
 }
@@ -69,6 +72,8 @@ pub(crate) struct Machine {
     /// The port to the lab host.
     pub(crate) port: BufReader<UnixStream>,
     monitor: Option<UnixStream>,
+    /// The processor that it runs on, if that matters.
+    _core: Option<Core>,
 }
 
 /// All that decides whether a saved state fits: QEMU's version and the command
@@ -84,6 +89,7 @@ pub(crate) fn fingerprint(emulator: &Emulator, accelerator: Accelerator) -> Stri
             state: None,
             clock: Clock::Wall,
             accelerator,
+            cores: Path::new("."),
             directory: Path::new("."),
         },
         KERNEL_ARGUMENTS,
@@ -172,14 +178,21 @@ impl Machine {
         );
         if let Some(state) = parts.state {
             // The shell that QEMU starts gets the path as it is: no quoting.
-            let link = parts.directory.join("state");
+            let link = parts.directory.join("incoming");
             std::os::unix::fs::symlink(state, link)?;
-            arguments.extend(["-incoming".to_owned(), "exec:cat state".to_owned()]);
+            arguments.extend(["-incoming".to_owned(), "exec:cat incoming".to_owned()]);
         }
+        let core = match (parts.clock, parts.accelerator) {
+            (Clock::Instructions, _) | (_, Accelerator::Emulation) => {
+                Some(Core::take(parts.cores)?)
+            }
+            _ => None,
+        };
         let log = parts.directory.join("qemu.log");
         let log_file = fs::File::create(&log)?;
+        let core_number = core.as_ref().map(|core| core.number);
         let child = emulator
-            .command(parts.directory)
+            .command(parts.directory, core_number)
             .args(arguments)
             .stdout(log_file.try_clone()?)
             .stderr(log_file)
@@ -190,6 +203,7 @@ impl Machine {
             log,
             port: BufReader::new(port),
             monitor: Some(monitor),
+            _core: core,
         })
     }
 

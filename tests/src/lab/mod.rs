@@ -5,11 +5,13 @@
 //! hardware, and never knows.
 //!
 //! ```text
-//! mmdebstrap  ─► root.qcow2 ─► booted once; containerd of a pinned
-//!                              version, images imported ─► state + disk.qcow2   (cache)
-//!                                                                   │ restored for each call
-//! binaries ─► mke2fs -d ─► second disk ────────────────────────► Session ─► jobs
-//!                          third disk: /var/lib/bulkhead ──────────┘
+//! mmdebstrap ─► root.qcow2 ─► booted once ─► state + disk.qcow2             (cache)
+//!                                │ containerd of a pinned version, images imported,
+//!                                │ unless nobody asks for it
+//!                                └─────────► state + disk.qcow2             (cache)
+//!                                                  │ restored for each call
+//! binaries ─► mke2fs -d ─► second disk ───────► Session ─► jobs
+//!                          third disk ─────────────┘ /var/lib/bulkhead
 //! ```
 //!
 //! Promises:
@@ -22,6 +24,7 @@
 
 mod accelerator;
 mod ahead;
+mod core;
 mod counter;
 mod disk;
 mod emulator;

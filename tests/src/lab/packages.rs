@@ -37,6 +37,7 @@ pub const LAB_HOST: &[&str] = &[
     "docker-cli",                  // the client of the next
     "docker.io",                   // an engine that tests start
     "e2fsprogs",                   // disks for block devices in tests
+    "erofs-utils",                 // containerd's erofs snapshotter calls it
     "ethtool",                     // offloads of taps
     "fio",                         // throughput
     "iproute2",                    // ip, ss, tc

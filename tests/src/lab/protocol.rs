@@ -45,6 +45,8 @@ pub enum Frame {
     Resize(Size),
     /// To the lab host: end the job's processes.
     Kill,
+    /// To the lab host: nothing, but an interrupt.
+    Tick,
     /// From the lab host: bytes of standard output, or of the terminal.
     Stdout(Vec<u8>),
     /// From the lab host: bytes of standard error.
@@ -66,6 +68,7 @@ impl Frame {
             Frame::Stdin(bytes) => (2, bytes.clone()),
             Frame::Resize(size) => (3, serde_json::to_vec(size)?),
             Frame::Kill => (4, Vec::new()),
+            Frame::Tick => (8, Vec::new()),
             Frame::Stdout(bytes) => (5, bytes.clone()),
             Frame::Stderr(bytes) => (6, bytes.clone()),
             Frame::Exit(code) => (7, vec![*code]),
@@ -105,6 +108,7 @@ impl Frame {
             2 => Frame::Stdin(payload),
             3 => Frame::Resize(serde_json::from_slice(&payload)?),
             4 => Frame::Kill,
+            8 => Frame::Tick,
             5 => Frame::Stdout(payload),
             6 => Frame::Stderr(payload),
             7 => match payload[..] {
@@ -137,6 +141,7 @@ mod tests {
             Frame::Stdin(Vec::new()),
             Frame::Resize(size),
             Frame::Kill,
+            Frame::Tick,
             Frame::Stdout(vec![7; 70_000]),
             Frame::Stderr(b"no".to_vec()),
             Frame::Exit(137),

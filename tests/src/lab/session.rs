@@ -26,8 +26,18 @@ use bulkhead_guest::cache::Cache;
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(120);
 /// Longest time for a boot.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
+/// How often a lab host that says nothing gets an interrupt. Its emulator loses one of
+/// the timer's once in a day or so, and then its kernel stands still until the next of
+/// any other kind, for good if a job waits for time to pass.
+const TICK: Duration = Duration::from_secs(1);
 /// What a job may take beyond its deadline until the lab host is given up.
 const KILL_GRACE: Duration = Duration::from_secs(20);
+
+/// Where in the cache it is known on which processors lab hosts run.
+pub(super) const CORES: &str = "lab-cores";
+
+/// Sends a tick.
+type Tick<'a> = dyn FnMut(&mut UnixStream) -> io::Result<()> + 'a;
 
 /// Gets what a job writes.
 type Take<'a> = dyn FnMut(&Frame) -> io::Result<()> + 'a;
@@ -37,9 +47,9 @@ type Take<'a> = dyn FnMut(&Frame) -> io::Result<()> + 'a;
 pub struct Lab {
     /// Where all of it is kept.
     pub cache: Cache,
-    /// containerd and runc.
-    pub programs: Programs,
-    /// What its containerd knows.
+    /// containerd and runc, if it shall have them.
+    pub programs: Option<Programs>,
+    /// What it finds below `/usr/share/lab/images`, and its containerd knows.
     pub images: Vec<Image>,
     /// What runs its instructions.
     pub accelerator: Accelerator,
@@ -52,6 +62,8 @@ pub struct Session {
     directory: Directory,
     /// The third disk.
     store: PathBuf,
+    /// It may be interrupted at any time: no instructions of it are counted.
+    ticks: bool,
 }
 
 /// A job to run.
@@ -136,16 +148,16 @@ impl Session {
         let cache = &lab.cache;
         let emulator = emulator::ensure(cache, progress)?;
         let root = root::ensure(cache, progress)?;
-        let state = saved::ensure(lab, &emulator, &root, progress)?;
+        let lab_host = saved::ensure(lab, &emulator, &root, progress)?;
         let directory = Directory::new(&cache.path().join("lab-sessions"))?;
         progress.step("Packing what the lab host gets");
         let second = directory.path.path().join("second.img");
         contents.write(&second)?;
         let disk = directory.path.path().join("disk.qcow2");
-        machine::overlay(&state.file(saved::DISK), "qcow2", &disk)?;
+        machine::overlay(&lab_host.disk(), "qcow2", &disk)?;
         let store = store::disk(store, directory.path.path())?;
         let [kernel, initrd, _] = root::paths(&root);
-        let saved = state.file(saved::STATE);
+        let saved = lab_host.state();
         let mut machine = Machine::start(
             &emulator,
             &Parts {
@@ -157,6 +169,7 @@ impl Session {
                 state: (clock == Clock::Wall).then_some(saved.as_path()),
                 clock,
                 accelerator: lab.accelerator,
+                cores: &cache.path().join(CORES),
                 directory: directory.path.path(),
             },
         )?;
@@ -172,6 +185,7 @@ impl Session {
             machine,
             directory,
             store,
+            ticks: clock == Clock::Wall,
         };
         // The first job proves that the lab host answers.
         let answer = session
@@ -221,7 +235,13 @@ impl Session {
         let raw = size.map(|_| terminal::Raw::new()).transpose()?;
         Frame::Run(job.request.clone()).write(self.machine.port.get_mut())?;
         let input = Input::start(self.machine.port.get_ref(), size.is_some())?;
+        let port = Arc::clone(&input.port);
         let exit = self.wait(
+            &mut |_| {
+                // Not between the bytes of what is typed.
+                let mut port = port.lock().unwrap_or_else(PoisonError::into_inner);
+                port.as_mut().map_or(Ok(()), |port| Frame::Tick.write(port))
+            },
             &mut |frame| match frame {
                 Frame::Stdout(bytes) => {
                     let mut stdout = io::stdout().lock();
@@ -265,24 +285,44 @@ impl Session {
         let port = self.machine.port.get_mut();
         Frame::Run(job.request.clone()).write(port)?;
         Frame::Stdin(Vec::new()).write(port)?;
-        self.wait(take, job.deadline, job.silence)
+        self.wait(
+            &mut |port| Frame::Tick.write(port),
+            take,
+            job.deadline,
+            job.silence,
+        )
     }
 
-    /// Takes the frames of the job that runs until it has ended.
+    /// Takes the frames of the job that runs until it has ended, and ticks while there are
+    /// none.
     fn wait(
         &mut self,
+        tick: &mut Tick<'_>,
         take: &mut Take<'_>,
         deadline: Option<Duration>,
         silence: Option<Duration>,
     ) -> Result<Exit> {
         let mut deadline = deadline.map(|limit| Instant::now() + limit);
-        let mut killed = false;
+        let (mut killed, mut heard) = (false, Instant::now());
         loop {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let timeout = left.into_iter().chain(silence).min();
-            match self.frame(timeout)? {
-                None if left.is_none_or(|left| Some(left) > silence) && silence.is_some() => {
+            let frame = self.frame(Some(left.map_or(TICK, |left| left.min(TICK))))?;
+            let quiet = match frame {
+                Some(_) => Duration::ZERO,
+                None => heard.elapsed(),
+            };
+            if frame.is_some() {
+                heard = Instant::now();
+            }
+            match frame {
+                None if silence.is_some_and(|silence| quiet >= silence) => {
                     bail!("The lab host is silent: {}", self.machine.said());
+                }
+                None if left.is_none_or(|left| left > TICK) => {
+                    if self.ticks {
+                        // One that has ended will be noticed by the next look.
+                        let _ = tick(self.machine.port.get_mut());
+                    }
                 }
                 Some(Frame::Exit(_)) if killed => return Ok(Exit::Deadline),
                 Some(Frame::Exit(code)) => return Ok(Exit::Code(code)),

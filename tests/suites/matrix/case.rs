@@ -71,12 +71,18 @@ impl Engine {
         }
     }
 
-    /// Removes what a failed case may leave with any runtime.
+    /// Removes what a failed case may leave with any runtime: of `ctr` a container, or a
+    /// snapshot for which there was none to be, until containerd collects its garbage.
     fn remove(self) {
-        let _ = match self {
-            Engine::Ctr => Command::new("ctr", ["container", "rm", "case"]).run(),
-            Engine::Docker => Command::new("docker", ["rm", "--force", "case"]).run(),
+        let commands = match self {
+            Engine::Ctr => vec!["ctr container rm case", "ctr snapshot rm case"],
+            Engine::Docker => vec!["docker rm --force case"],
         };
+        for command in commands {
+            let words: Vec<&str> = command.split(' ').collect();
+            // Fails where there is nothing to remove.
+            let _ = Command::new(words[0], &words[1..]).run();
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use bulkhead_tests::{BUSYBOX, Command, volume::volume};
+use bulkhead_tests::{BUSYBOX, Command, LoopDevice, volume::volume};
 
 use crate::case::{Engine, case, compare, same, shell};
 
@@ -57,6 +57,8 @@ fn flags_of_docker_do_what_they_do_with_runc() {
     const GROUP: &str = "cd /sys/fs/cgroup; cat memory.max memory.swap.max cpu.max pids.max";
     let input = dir.path().join("input");
     fs::write(&input, "a line\n".repeat(1000)).unwrap();
+    let disk = LoopDevice::new(&input);
+    let device = format!("--device={}:/dev/disk:r", disk.path());
     compare(
         Engine::Docker,
         [
@@ -132,6 +134,11 @@ fn flags_of_docker_do_what_they_do_with_runc() {
             shell("another root of cgroups", "cat /proc/self/cgroup").with(["--cgroupns=private"]),
             shell("score", "cat /proc/self/oom_score_adj").with(["--oom-score-adj=500"]),
             shell("devices", "cd /dev; ls | sort"),
+            shell(
+                "a disk of the host",
+                "stat -c '%F %a' /dev/disk; head -n 1 /dev/disk; echo x > /dev/disk; echo $?",
+            )
+            .with([&*device]),
         ],
     );
 }

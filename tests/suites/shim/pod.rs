@@ -159,6 +159,34 @@ impl Pod {
         pod
     }
 
+    /// Another container for the same shim, whose configuration says so.
+    pub(crate) fn join(&self, name: &str, root: Root, config: &Value) -> Pod {
+        let place = Place::new(name, config);
+        Pod {
+            task: Task::connect(&self.address, TASK_V3, &place.id),
+            events: Events::listen(&place.path("c.sock")),
+            root,
+            place,
+            execs: AtomicU32::new(0),
+            address: self.address.clone(),
+        }
+    }
+
+    /// Ends and deletes a container that has joined another.
+    pub(crate) fn leave(self) {
+        self.task.kill("", true).unwrap();
+        self.task.wait("").unwrap();
+        self.task.delete("").unwrap();
+        let answer = self.place.delete();
+        assert!(answer.status.success(), "{answer:?}");
+        self.root.remove();
+    }
+
+    /// The id of the container.
+    pub(crate) fn id(&self) -> &str {
+        &self.place.id
+    }
+
     /// The pid of the shim, which a second connection is told.
     pub(crate) fn shim(&self) -> u32 {
         let request = ConnectRequest {
@@ -196,6 +224,11 @@ impl Pod {
     /// Where a file of a layer of the root lies on the host.
     pub(crate) fn on_host(&self, layer: usize, path: &str) -> PathBuf {
         self.root.on_host(layer, path)
+    }
+
+    /// Where a file that the container wrote lies on the host.
+    pub(crate) fn written(&self, path: &str) -> PathBuf {
+        self.root.written(path)
     }
 
     /// Creates the container.

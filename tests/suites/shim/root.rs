@@ -68,6 +68,11 @@ impl Root {
         self.layers[layer].join(path)
     }
 
+    /// Where a file that a container wrote lies on the host.
+    pub(crate) fn written(&self, path: &str) -> PathBuf {
+        self.dir.path().join("upper").join(path)
+    }
+
     /// What Create is told.
     pub(crate) fn mounts(&self) -> Vec<Mount> {
         let place = |name: &str| self.dir.path().join(name).display().to_string();

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Write,
+    os::unix::fs::PermissionsExt,
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -17,7 +18,7 @@ use crate::{
     pod::Pod,
     process::Streams,
     root::{Root, config, forever, process},
-    task::NAMESPACE,
+    task::{BINARY, NAMESPACE},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -46,7 +47,7 @@ fn ends_are_told(pod: &Pod, count: usize) {
 
 /// Has the shim of the one pod become its program anew.
 #[track_caller]
-fn upgraded(pod: &Pod) {
+pub(crate) fn upgraded(pod: &Pod) {
     let told = upgrade();
     assert_eq!(told[0]["outcome"], "taken over", "{told}\n{}", pod.log());
     assert_eq!(told.as_array().unwrap().len(), 1, "{told}");
@@ -177,7 +178,21 @@ fn a_program_that_cannot_take_over_changes_nothing() {
         fs::rename(&new, &own).unwrap();
     };
     fs::hard_link(&own, &aside).unwrap();
-    for (with, words) in [("/bin/true", "cannot take over"), ("/etc/hostname", "")] {
+    // It says the right words, and does not understand what it is shown.
+    let says = Run::new(BINARY, ["-carries"]).run();
+    let version = says.success();
+    let deaf = format!(
+        "#!/bin/sh\n[ -n \"$(cat)\" ] || echo '{}'\n",
+        version.trim_end()
+    );
+    let place = own.with_extension("deaf");
+    fs::write(&place, deaf).unwrap();
+    fs::set_permissions(&place, fs::Permissions::from_mode(0o755)).unwrap();
+    for (with, words) in [
+        ("/bin/true", "cannot take over"),
+        ("/etc/hostname", ""),
+        (place.to_str().unwrap(), "cannot take over"),
+    ] {
         replaced(with);
         let told = upgrade();
         assert_eq!(told[0]["outcome"], "refused", "{told}");
@@ -185,6 +200,7 @@ fn a_program_that_cannot_take_over_changes_nothing() {
         assert!(reason.contains(words), "{told}");
         assert_eq!(init.state(), Status::RUNNING.into());
     }
+    fs::remove_file(&place).unwrap();
     fs::rename(&aside, &own).unwrap();
     upgraded(&pod);
     let exec = pod.exec(&process(&["echo", "on"]), Streams::Output);

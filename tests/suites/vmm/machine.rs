@@ -5,7 +5,7 @@ use std::{
     io::{self, BufRead, BufReader, IoSlice, PipeReader, Read, Write},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
     path::PathBuf,
@@ -32,6 +32,9 @@ pub(crate) struct Machine {
     cmdline: String,
     console: bool,
     places: u8,
+    interfaces: u8,
+    more_vcpus: u8,
+    more_memory_mib: u32,
     input: Option<(String, String)>,
 }
 
@@ -86,6 +89,9 @@ impl Machine {
             cmdline: CMDLINE.into(),
             console: true,
             places: 0,
+            interfaces: 0,
+            more_vcpus: 0,
+            more_memory_mib: 0,
             input: None,
         }
     }
@@ -111,6 +117,18 @@ impl Machine {
     /// Places for disks that come later.
     pub(crate) fn places(mut self, count: u8) -> Machine {
         self.places = count;
+        self
+    }
+
+    /// Places for network interfaces that come later.
+    pub(crate) fn interfaces(mut self, count: u8) -> Machine {
+        self.interfaces = count;
+        self
+    }
+
+    /// What may come later.
+    pub(crate) fn growing(mut self, vcpus: u8, memory_mib: u32) -> Machine {
+        (self.more_vcpus, self.more_memory_mib) = (vcpus, memory_mib);
         self
     }
 
@@ -189,6 +207,7 @@ impl Machine {
             "vcpus": 1, "memory_mib": 128, "shares": [], "disks": [], "rng": true, "notices": false,
             "vsock": {"guest_cid": 3, "ports": [1024]},
             "console": {"output": 13}, "control": 14, "report": 15, "places": self.places,
+            "interfaces": self.interfaces, "more_vcpus": self.more_vcpus, "more_memory_mib": self.more_memory_mib,
         });
         let path = self.dir.path().join("config");
         fs::write(&path, config.to_string())?;
@@ -253,12 +272,25 @@ fn answer(socket: &OwnedFd) -> Option<Answer> {
 
 /// Hands the machine a disk.
 pub(crate) fn attach(socket: &OwnedFd, disk: &File, read_only: bool) -> Option<Answer> {
-    let request = Request::Attach { read_only };
+    hand(socket, disk.as_fd(), Request::Attach { read_only })
+}
+
+/// Hands the machine a tap.
+pub(crate) fn attach_interface(
+    socket: &OwnedFd,
+    tap: &OwnedFd,
+    mac: [u8; 6],
+    mtu: u16,
+) -> Option<Answer> {
+    hand(socket, tap.as_fd(), Request::AttachInterface { mac, mtu })
+}
+
+fn hand(socket: &OwnedFd, file: BorrowedFd<'_>, request: Request) -> Option<Answer> {
     let message = encode(&Asked { number: 2, request }).expect("a message");
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let disks = [disk.as_fd()];
-    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&disks)));
+    let files = [file];
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&files)));
     let message = [IoSlice::new(&message)];
     sendmsg(socket, &message, &mut ancillary, SendFlags::NOSIGNAL).ok()?;
     answer(socket)
@@ -329,6 +361,17 @@ impl Running {
             }
         }
         resident
+    }
+}
+
+impl Running {
+    /// Resident memory of the process in KiB, the guest's too.
+    pub(crate) fn resident_kib(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = fs::read_to_string(path).expect("status");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        let number = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+        number.expect("VmRSS")
     }
 }
 

@@ -29,8 +29,9 @@ pub enum Error {
     Control(char),
 }
 
-/// `own` with the devices announced, before the arguments for init if any.
-pub fn with_devices(own: &str, slots: &[Slot]) -> Result<String, Error> {
+/// `own` with the devices announced, and how many processors there are if more may
+/// come, before the arguments for init if any.
+pub fn complete(own: &str, slots: &[Slot], processors: Option<u8>) -> Result<String, Error> {
     if let Some(control) = own.chars().find(|c| c.is_control()) {
         return Err(Error::Control(control));
     }
@@ -44,6 +45,10 @@ pub fn with_devices(own: &str, slots: &[Slot]) -> Result<String, Error> {
         let space = if line.is_empty() { "" } else { " " };
         // Writing to a string does not fail.
         let _ = write!(line, "{space}virtio_mmio.device=4K@{address:#x}:{irq}");
+    }
+    if let Some(count) = processors {
+        let space = if line.is_empty() { "" } else { " " };
+        let _ = write!(line, "{space}maxcpus={count}");
     }
     line.push_str(init);
     if line.len() >= LONGEST {
@@ -62,7 +67,7 @@ mod tests {
     };
 
     fn check(own: &str, expected: &str) {
-        assert_eq!(with_devices(own, &[SLOT]).as_deref(), Ok(expected));
+        assert_eq!(complete(own, &[SLOT], None).as_deref(), Ok(expected));
     }
 
     #[test]
@@ -75,12 +80,19 @@ mod tests {
     }
 
     #[test]
+    fn the_kernel_is_told_to_leave_processors_alone_that_do_not_exist_yet() {
+        let line = |own| complete(own, &[], Some(2)).unwrap();
+        assert_eq!(line(""), "maxcpus=2");
+        assert_eq!(line("quiet -- a"), "quiet maxcpus=2 -- a");
+    }
+
+    #[test]
     fn a_long_or_broken_line_is_refused() {
-        assert_eq!(with_devices("a\0b", &[]), Err(Error::Control('\0')));
-        assert_eq!(with_devices("a\nb", &[]), Err(Error::Control('\n')));
-        assert!(with_devices(&"x".repeat(2047), &[]).is_ok());
+        assert_eq!(complete("a\0b", &[], None), Err(Error::Control('\0')));
+        assert_eq!(complete("a\nb", &[], None), Err(Error::Control('\n')));
+        assert!(complete(&"x".repeat(2047), &[], None).is_ok());
         assert_eq!(
-            with_devices(&"x".repeat(2048), &[]),
+            complete(&"x".repeat(2048), &[], None),
             Err(Error::Long { length: 2048 })
         );
     }

@@ -10,6 +10,8 @@ pub mod absent;
 pub mod block;
 pub mod console;
 pub mod fs;
+pub mod mem;
+pub mod net;
 pub mod notices;
 pub mod queue;
 pub mod rng;

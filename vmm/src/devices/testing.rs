@@ -85,7 +85,7 @@ impl Driver {
             next_used: 0,
         };
         let event = self.event.try_clone().unwrap();
-        Ring::new(state, Arc::clone(&self.mem), event, interrupt)
+        Ring::new(state, Arc::clone(&self.mem).into(), event, interrupt)
     }
 
     pub(crate) fn available_ring(&self) -> u64 {

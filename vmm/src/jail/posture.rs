@@ -28,6 +28,12 @@ pub fn check(kind: ThreadKind, user: u32, status: &str) -> Result<(), String> {
         Identity::Root => 0,
     };
     let ids = format!("{id}\t{id}\t{id}\t{id}");
+    let name = lines.get("Name").copied().unwrap_or_default();
+    let filters = if ThreadKind::came_later(name) {
+        "2"
+    } else {
+        "1"
+    };
     let set = |bits: u64| format!("{bits:016x}");
     let capabilities = set(kind.capabilities().bits());
     let expected = [
@@ -41,7 +47,7 @@ pub fn check(kind: ThreadKind, user: u32, status: &str) -> Result<(), String> {
         ("CapAmb", set(0)),
         ("NoNewPrivs", "1".into()),
         ("Seccomp", "2".into()),
-        ("Seccomp_filters", "1".into()),
+        ("Seccomp_filters", filters.into()),
     ];
     for (key, expected) in expected {
         let found = lines.get(key).copied().unwrap_or_default();

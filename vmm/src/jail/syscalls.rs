@@ -124,6 +124,10 @@ pub(super) const NO_FILES: &[Rule] = &[unknown(libc::SYS_openat)];
 const KVM_RUN: u32 = 0xae80;
 /// `_IOR(KVMIO, 0x81, struct kvm_regs)`: where the guest was at an error.
 const KVM_GET_REGS: u32 = 0x8090_ae81;
+/// `_IOR(KVMIO, 0x98, struct kvm_mp_state)` and `_IOR(KVMIO, 0x8e, struct
+/// kvm_lapic_state)`: what it does where it was stopped.
+const KVM_GET_MP_STATE: u32 = 0x8004_ae98;
+const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
 /// `_IO(KVMIO, 0xad)`: the guest was paused.
 const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
 
@@ -134,6 +138,8 @@ pub(super) const PROCESSOR: &[Rule] = &[
         &[
             When::Is(1, KVM_RUN),
             When::Is(1, KVM_GET_REGS),
+            When::Is(1, KVM_GET_MP_STATE),
+            When::Is(1, KVM_GET_LAPIC),
             When::Is(1, KVM_KVMCLOCK_CTRL),
         ],
     ),
@@ -189,8 +195,38 @@ pub(super) const DISK: &[Rule] = &[
     any(libc::SYS_fdatasync),
 ];
 
-/// A disk that comes: how large it is.
-pub(super) const HOTPLUG: &[Rule] = &[any(libc::SYS_lseek)];
+/// `_IOW(KVMIO, 0x46, struct kvm_userspace_memory_region)`: more memory for the guest.
+const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
+/// `_IO(KVMIO, 0x41)`, and what makes a processor ready: `_IOW(KVMIO, 0x90, struct
+/// kvm_cpuid2)`, `_IOW(KVMIO, 0x8d, struct kvm_fpu)`, `_IOW(KVMIO, 0x89, struct
+/// kvm_msrs)`, `_IOW(KVMIO, 0x8f, struct kvm_lapic_state)`.
+const KVM_CREATE_VCPU: u32 = 0xae41;
+const KVM_SET_CPUID2: u32 = 0x4008_ae90;
+const KVM_SET_FPU: u32 = 0x41a0_ae8d;
+const KVM_SET_MSRS: u32 = 0x4008_ae89;
+const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
+
+/// What comes: how large a disk is, memory and processors.
+pub(super) const HOTPLUG: &[Rule] = &[
+    any(libc::SYS_lseek),
+    // Less for a thread that it starts.
+    only(
+        libc::SYS_seccomp,
+        &[When::Is(0, libc::SECCOMP_SET_MODE_FILTER)],
+    ),
+    only(
+        libc::SYS_ioctl,
+        &[
+            When::Is(1, KVM_SET_USER_MEMORY_REGION),
+            When::Is(1, KVM_CREATE_VCPU),
+            When::Is(1, KVM_SET_CPUID2),
+            When::Is(1, KVM_SET_FPU),
+            When::Is(1, KVM_SET_MSRS),
+            When::Is(1, KVM_GET_LAPIC),
+            When::Is(1, KVM_SET_LAPIC),
+        ],
+    ),
+];
 
 /// The file server: whatever acts on a descriptor or on a name relative to one.
 pub(super) const FILES: &[Rule] = &[

@@ -186,14 +186,21 @@ fn each_kind_of_thread_has_what_the_table_says() {
     outside("posture", |_| {});
 }
 
-/// Threads of every kind but the main one, named as in a machine, each of which
-/// runs `body` once it is sealed.
+/// Those that the thread of what comes later starts.
+const LATER: [(ThreadKind, &str); 4] = [
+    (ThreadKind::Processor, "vcpu-1"),
+    (ThreadKind::Disk, "disk-2"),
+    (ThreadKind::Memory, "memory-3"),
+    (ThreadKind::Network, "net-4"),
+];
+
+/// Threads of every kind but the main one and those of files, named as in a machine, each
+/// of which runs `body` once it is sealed.
 fn start(confined: &Confined, body: impl Fn(ThreadKind) + Send + Clone + 'static) {
     for (kind, name) in [
         (ThreadKind::Processor, "vcpu0"),
         (ThreadKind::Devices, "devices"),
         (ThreadKind::Disk, "disk"),
-        (ThreadKind::Hotplug, "hotplug"),
     ] {
         assert_eq!(ThreadKind::of(name), Some(kind));
         let body = body.clone();
@@ -201,6 +208,27 @@ fn start(confined: &Confined, body: impl Fn(ThreadKind) + Send + Clone + 'static
             .spawn(kind, name.into(), move || body(kind))
             .unwrap();
     }
+    let later = LATER.map(|(kind, name)| (kind, name, confined.seal(kind)));
+    let (narrowed, all) = mpsc::channel();
+    let starts = move || {
+        for (kind, name, seal) in later {
+            assert_eq!(ThreadKind::of(name), Some(kind));
+            let (body, narrowed) = (body.clone(), narrowed.clone());
+            let thread = thread::Builder::new().name(name.into()).spawn(move || {
+                seal.narrow().unwrap();
+                narrowed.send(()).unwrap();
+                drop(narrowed);
+                body(kind);
+            });
+            thread.unwrap();
+        }
+        drop(narrowed);
+        body(ThreadKind::Hotplug);
+    };
+    confined
+        .spawn(ThreadKind::Hotplug, "hotplug".into(), starts)
+        .unwrap();
+    assert_eq!(all.iter().count(), LATER.len());
 }
 
 #[test]
@@ -259,10 +287,12 @@ fn posture() {
     }
     for (kind, count) in [
         (ThreadKind::Main, 1),
-        (ThreadKind::Processor, 1),
+        (ThreadKind::Processor, 2),
         (ThreadKind::Devices, 1),
-        (ThreadKind::Disk, 1),
+        (ThreadKind::Disk, 2),
         (ThreadKind::Hotplug, 1),
+        (ThreadKind::Memory, 1),
+        (ThreadKind::Network, 1),
         // It starts others when it has work that may take its time.
         (ThreadKind::Files, 1),
     ] {
@@ -322,7 +352,8 @@ fn captured() {
         assert_eq!(succeeded, Vec::<String>::new());
         kinds += 1;
     }
-    assert_eq!(kinds, ThreadKind::ALL.len());
+    // Two of disks, two of processors.
+    assert_eq!(kinds, ThreadKind::ALL.len() + 2);
     meet();
 }
 
@@ -423,13 +454,32 @@ fn attempt_everything(kind: ThreadKind) -> Vec<String> {
             libc::SYS_mprotect,
             [0, 4096, executable, 0],
         ),
-        ("KVM's other calls", libc::SYS_ioctl, [0, 0xae41, 0, 0]),
+        (
+            "another virtual machine",
+            libc::SYS_ioctl,
+            [0, 0xae01, 0, 0],
+        ),
+        (
+            "another device of KVM's",
+            libc::SYS_ioctl,
+            [0, 0xc00c_aee0, 0, 0],
+        ),
         (
             "typing into a terminal",
             libc::SYS_ioctl,
             [0, libc::TIOCSTI, name, 0],
         ),
     ];
+    if kind != ThreadKind::Hotplug {
+        attempts.extend([
+            ("another processor", libc::SYS_ioctl, [0, 0xae41, 0, 0]),
+            (
+                "other memory for the guest",
+                libc::SYS_ioctl,
+                [0, 0x4020_ae46, 0, 0],
+            ),
+        ]);
+    }
     if kind != ThreadKind::Files {
         attempts.extend([
             ("openat2", libc::SYS_openat2, [0, name, 0, 0]),

@@ -25,13 +25,14 @@ pub const FILE_THREADS: usize = 11;
 /// that other kernels may have.
 const KVM_THREADS: usize = 4;
 
-/// Most tasks of a machine with so many processors, shares and places for disks, and
-/// without disks from the start: what its cgroup is limited to.
+/// Most tasks of a machine that can have so many processors, shares and places for
+/// devices that come later, and without disks from the start: what its cgroup is limited
+/// to.
 #[must_use]
 pub const fn most(processors: u8, shares: usize, places: u8) -> u64 {
-    // The main thread, and that of the devices; one for each place and one for all.
-    let own = 2 + processors as usize + shares * FILE_THREADS;
-    let own = own + places as usize + (places > 0) as usize;
+    // The main thread, that of the devices, and who brings what comes later; one for each
+    // place.
+    let own = 3 + processors as usize + shares * FILE_THREADS + places as usize;
     (own + KVM_THREADS) as u64
 }
 
@@ -46,8 +47,13 @@ pub enum ThreadKind {
     Devices,
     /// Serves a disk.
     Disk,
-    /// Brings disks while the guest runs, serves such a disk, or takes it away.
+    /// Brings devices and processors while the guest runs. Their threads may do what it
+    /// may and their own kind, too.
     Hotplug,
+    /// Serves the device by which memory comes.
+    Memory,
+    /// Serves a network interface.
+    Network,
     /// Serves files of the share.
     Files,
 }
@@ -64,12 +70,14 @@ pub enum Identity {
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [ThreadKind; 6] = [
+    pub const ALL: [ThreadKind; 8] = [
         ThreadKind::Main,
         ThreadKind::Processor,
         ThreadKind::Devices,
         ThreadKind::Disk,
         ThreadKind::Hotplug,
+        ThreadKind::Memory,
+        ThreadKind::Network,
         ThreadKind::Files,
     ];
 
@@ -81,11 +89,21 @@ impl ThreadKind {
             "devices" => Some(ThreadKind::Devices),
             "disk" => Some(ThreadKind::Disk),
             "hotplug" => Some(ThreadKind::Hotplug),
-            _ if name.starts_with("disk-") => Some(ThreadKind::Hotplug),
+            _ if name.starts_with("disk-") => Some(ThreadKind::Disk),
+            _ if name.starts_with("memory-") => Some(ThreadKind::Memory),
+            _ if name.starts_with("net-") => Some(ThreadKind::Network),
             _ if name.starts_with("vcpu") => Some(ThreadKind::Processor),
             _ if name.starts_with("fs-") => Some(ThreadKind::Files),
             _ => None,
         }
+    }
+
+    /// Whether the thread of this name was started by that of [`ThreadKind::Hotplug`].
+    #[must_use]
+    pub fn came_later(name: &str) -> bool {
+        ["disk-", "memory-", "net-", "vcpu-"]
+            .iter()
+            .any(|kind| name.starts_with(kind))
     }
 
     /// Its capabilities: effective and permitted; none is inheritable, ambient or
@@ -137,7 +155,9 @@ impl ThreadKind {
                 syscalls::DISK,
                 syscalls::THREADS,
                 syscalls::HOTPLUG,
+                syscalls::PROCESSOR,
             ],
+            ThreadKind::Memory | ThreadKind::Network => &[syscalls::EVENTS],
             ThreadKind::Files => &[syscalls::EVENTS, syscalls::FILES, syscalls::THREADS],
         };
         let files: &[Rule] = match self {

@@ -112,6 +112,11 @@ impl Interrupt {
         self.tell_change(&shown);
     }
 
+    /// Shows this configuration to a driver that knows of the change.
+    pub fn show(&self, config: &[u8]) {
+        self.show_config(&mut self.shown(), config);
+    }
+
     /// Tells the driver that the device cannot go on until it is reset.
     pub fn needs_reset(&self) {
         let mut shown = self.shown();

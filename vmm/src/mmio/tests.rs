@@ -8,6 +8,7 @@ use std::{
     },
 };
 
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
@@ -82,7 +83,7 @@ impl Driver {
         let interrupt = Interrupt::new(Arc::clone(&irq), page.clone());
         let notify: Vec<_> = device.queue_sizes().iter().map(|_| event()).collect();
         let wiring = Wiring {
-            memory,
+            memory: memory.into(),
             page,
             interrupt: interrupt.clone(),
             notify: notify

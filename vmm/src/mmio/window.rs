@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::Transport;
-use crate::devices::{Device, Worker, absent::Absent};
+use crate::{
+    devices::{Device, Worker, absent::Absent},
+    standing::Started,
+};
 
 /// All devices, side by side in guest-physical memory.
 #[derive(Debug)]
@@ -30,6 +33,20 @@ impl Window {
         let device = usize::try_from(offset >> 12).ok()?;
         let worker = self.devices.get_mut(device)?.write(offset & 0xfff, data)?;
         Some(Stopping { device, worker })
+    }
+
+    /// The devices that their drivers have started.
+    #[must_use]
+    pub fn started(&self) -> Vec<Started> {
+        let devices = self.devices.iter().enumerate();
+        devices
+            .filter(|(_, device)| device.worker.is_some())
+            .map(|(place, device)| Started {
+                place,
+                id: device.device.id(),
+                queues: device.progress(),
+            })
+            .collect()
     }
 
     /// Puts `device` where an absent one with as many queues is. False if there is
@@ -58,6 +75,7 @@ impl Window {
         }
         let absent = Absent(match transport.queues.len() {
             1 => &[1],
+            2 => &[1, 1],
             _ => &[],
         });
         transport.resetting = true;

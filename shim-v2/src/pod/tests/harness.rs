@@ -38,7 +38,7 @@ use crate::{
     share::enter_private_namespace,
     statedir::{HostProcess, StateDir},
     vm::{
-        self,
+        self, Size,
         holder::{Holder, Quarters},
     },
 };
@@ -50,6 +50,9 @@ pub(crate) struct TestGuest {
     end: watch::Sender<Option<End>>,
     connection: StdStream,
     quarters: Quarters,
+    size: Mutex<Size>,
+    /// Those that it was given while it ran.
+    pub(crate) sizes: Mutex<Vec<Size>>,
     _server: Mutex<Server>,
 }
 
@@ -60,7 +63,7 @@ impl fmt::Debug for TestGuest {
 }
 
 impl TestGuest {
-    async fn boot(script: &Script, dir: &Path) -> Arc<Self> {
+    async fn boot(script: &Script, dir: &Path, first: Size) -> Arc<Self> {
         let _ = fs::remove_file(dir.join("vsock.sock"));
         let listener = StdListener::bind(dir.join("vsock.sock")).unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -99,6 +102,8 @@ impl TestGuest {
             dialer: Dialer::new(crate::mount::open_dir(dir).unwrap(), "vsock.sock"),
             end: watch::Sender::new(None),
             connection,
+            size: Mutex::new(first),
+            sizes: Mutex::default(),
             quarters: Quarters::new(None, fs::File::open("/proc/self/ns/net").unwrap().into()),
             _server: server.into(),
         });
@@ -156,6 +161,33 @@ impl Guest for TestGuest {
         Ok(())
     }
 
+    async fn attach_interface(&self, _: File, _: [u8; 6], _: u16) -> Result<u8> {
+        Err(Error::Unsupported("An interface"))
+    }
+
+    fn network(&self) -> BorrowedFd<'_> {
+        self.quarters.network()
+    }
+
+    fn most(&self) -> Size {
+        Size {
+            vcpus: 4,
+            memory_mib: 4_096,
+        }
+    }
+
+    async fn size(&self) -> Size {
+        *lock(&self.size)
+    }
+
+    async fn resize(&self, to: Size) -> Result<Size> {
+        let to = to.and(self.most());
+        if std::mem::replace(&mut *lock(&self.size), to) != to {
+            lock(&self.sizes).push(to);
+        }
+        Ok(to)
+    }
+
     fn hold(&self, label: &str, network: Option<BorrowedFd<'_>>) -> Result<Holder> {
         self.quarters.hold(label, network)
     }
@@ -193,9 +225,9 @@ struct TestBoots {
 
 #[async_trait]
 impl Boots for TestBoots {
-    async fn boot(&self, _: Size, _: i32, _: Option<Place>) -> Result<Arc<dyn Guest>> {
+    async fn boot(&self, shape: Shape, _: i32, _: Option<Place>) -> Result<Arc<dyn Guest>> {
         self.booted.fetch_add(1, Ordering::SeqCst);
-        let guest = TestGuest::boot(&self.script, &self.dir).await;
+        let guest = TestGuest::boot(&self.script, &self.dir, shape.first).await;
         *lock(&self.guest) = Some(Arc::clone(&guest));
         Ok(guest)
     }
@@ -234,6 +266,7 @@ pub(crate) fn run_with(config: Config, test: impl AsyncFnOnce(&Bench) + Send) {
                 .start_paused(true)
                 .build()
                 .unwrap();
+            runtime.spawn(hold_the_clock());
             runtime.block_on(async {
                 let bench = Bench::new(place.path(), config);
                 test(&bench).await;
@@ -245,6 +278,17 @@ pub(crate) fn run_with(config: Config, test: impl AsyncFnOnce(&Bench) + Send) {
             std::panic::resume_unwind(panic);
         }
     });
+}
+
+/// Lets ten seconds of the paused clock last 20 ms at least. Where nothing is left to do it
+/// goes on to the next limit of time at once, and the end of a stream may still be to come:
+/// a process that another test begins has copies of all descriptors for a moment.
+async fn hold_the_clock() {
+    loop {
+        let moment = || std::thread::sleep(Duration::from_millis(20));
+        let _ = tokio::task::spawn_blocking(moment).await;
+        tokio::time::sleep(Duration::from_secs(10)).await;
+    }
 }
 
 impl Bench {

@@ -12,8 +12,8 @@ use bulkhead_agent_api::{
     agent::{
         AcceptRequest, AcceptResponse, CancelCopyRequest, Cause, ContainerRequest, CopyInRequest,
         CopyOutRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
-        ProcessResponse, StatsResponse, Stdio, WaitOomRequest, WaitOomResponse, WaitResponse,
-        cause::Kind,
+        ProcessResponse, StatsResponse, Stdio, UpdateRequest, UpdateResponse, WaitOomRequest,
+        WaitOomResponse, WaitResponse, cause::Kind,
     },
     agent_ttrpc::Agent,
     cause, relay,
@@ -400,6 +400,11 @@ impl Agent for Script {
     async fn stats(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<StatsResponse> {
         self.enter("Stats", label(&r.container_id, "")).await?;
         Ok(self.stats_of(&r.container_id))
+    }
+
+    async fn update(&self, _: &TtrpcContext, r: UpdateRequest) -> ttrpc::Result<UpdateResponse> {
+        self.enter("Update", label(&r.container_id, "")).await?;
+        Ok(UpdateResponse::default())
     }
 
     async fn freeze(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {

@@ -31,10 +31,9 @@ mod tests;
 use std::{
     io,
     os::fd::{BorrowedFd, OwnedFd},
-    sync::Arc,
 };
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::{
@@ -46,7 +45,10 @@ pub use self::{
     split::State,
 };
 use super::Interrupt;
-use crate::event_loop::{EventFlags, Watch, Watched, event_fd};
+use crate::{
+    event_loop::{EventFlags, Watch, Watched, event_fd},
+    memory::Memory,
+};
 
 /// What became of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +62,7 @@ pub enum Served {
 /// A queue of an activated device, and what goes with it.
 #[derive(Debug)]
 pub struct Ring {
+    memory: Memory,
     split: Split<InMemory>,
     /// As it was in the beginning.
     state: State,
@@ -74,17 +77,13 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// A queue whose rings lie in `mem`, which goes on where `state` stands. `notify`
+    /// A queue whose rings lie in `memory`, which goes on where `state` stands. `notify`
     /// is signalled when the driver made chains available.
     #[must_use]
-    pub fn new(
-        state: State,
-        mem: Arc<GuestMemoryMmap>,
-        notify: EventFd,
-        interrupt: Interrupt,
-    ) -> Ring {
+    pub fn new(state: State, memory: Memory, notify: EventFd, interrupt: Interrupt) -> Ring {
         Ring {
-            split: Split::new(InMemory::new(mem, &state), &state),
+            split: Split::new(InMemory::new(memory.now(), &state), &state),
+            memory,
             state,
             notify,
             watched: None,
@@ -98,6 +97,12 @@ impl Ring {
     #[must_use]
     pub fn event(&self) -> BorrowedFd<'_> {
         event_fd(&self.notify)
+    }
+
+    /// The line to the driver.
+    #[must_use]
+    pub fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
     }
 
     /// Has an event loop watch the event, as long as the queue is served. The
@@ -141,6 +146,21 @@ impl Ring {
         let head = chain.head();
         self.spare = chain.into_parts();
         self.put_used(head, written);
+    }
+
+    /// Gives chains back that belong together, each with the number of bytes that
+    /// were written to it: the driver sees none of them before it sees all.
+    pub fn give_back_together(&mut self, chains: impl IntoIterator<Item = (Chain, usize)>) {
+        for (chain, written) in chains {
+            let head = chain.head();
+            self.spare = chain.into_parts();
+            if !self.broken && self.split.fill(head, in_element(written)).is_err() {
+                self.break_off();
+            }
+        }
+        if !self.broken && self.split.publish().is_err() {
+            self.break_off();
+        }
     }
 
     /// Puts back the chain that was popped last, as if it never had been.
@@ -207,9 +227,10 @@ impl Ring {
             Ok(head) => {
                 let head = head?;
                 let table = GuestAddress(self.state.descriptors);
-                let mem = &self.split.rings.mem;
+                // It may have grown since the queue was made.
+                let mem = self.memory.now();
                 let parts = std::mem::take(&mut self.spare);
-                let chain = Chain::walk(mem, table, self.split.size(), head, parts);
+                let chain = Chain::walk(&mem, table, self.split.size(), head, parts);
                 Some(chain.map_err(|Malformed| head))
             }
             Err(Broken) => {
@@ -234,9 +255,7 @@ impl Ring {
     }
 
     fn put_used(&mut self, head: u16, written: usize) {
-        // Below 4 GiB, as all of the chain is.
-        let written = u32::try_from(written).unwrap_or(u32::MAX);
-        if !self.broken && self.split.use_up(head, written).is_err() {
+        if !self.broken && self.split.use_up(head, in_element(written)).is_err() {
             self.break_off();
         }
     }
@@ -246,4 +265,9 @@ impl Ring {
             self.interrupt.needs_reset();
         }
     }
+}
+
+/// A length as a used element has it: below 4 GiB, as all of the chain is.
+fn in_element(written: usize) -> u32 {
+    u32::try_from(written).unwrap_or(u32::MAX)
 }

@@ -70,7 +70,7 @@ pub struct State {
 /// The device's half of a split queue.
 #[derive(Debug)]
 pub(super) struct Split<R> {
-    pub(super) rings: R,
+    rings: R,
     size: u16,
     event_index: bool,
     next_available: u16,
@@ -121,9 +121,20 @@ impl<R: Rings> Split<R> {
 
     /// Gives a chain back.
     pub(super) fn use_up(&mut self, head: u16, written: u32) -> Result<(), Broken> {
+        self.fill(head, written)?;
+        self.publish()
+    }
+
+    /// Gives a chain back, which the driver does not see yet.
+    pub(super) fn fill(&mut self, head: u16, written: u32) -> Result<(), Broken> {
         self.rings.put(self.slot(self.next_used), head, written)?;
         self.next_used = self.next_used.wrapping_add(1);
-        // Release: the slot and the buffers are seen with it.
+        Ok(())
+    }
+
+    /// Shows the driver all that went back.
+    pub(super) fn publish(&mut self) -> Result<(), Broken> {
+        // Release: the slots and the buffers are seen with it.
         self.rings
             .store(Word::Used, self.next_used, Ordering::Release)
     }
@@ -188,7 +199,7 @@ impl<R: Rings> Split<R> {
 /// Rings in guest memory.
 #[derive(Debug)]
 pub(super) struct InMemory {
-    pub(super) mem: Arc<GuestMemoryMmap>,
+    mem: Arc<GuestMemoryMmap>,
     available: u64,
     used: u64,
     size: u64,

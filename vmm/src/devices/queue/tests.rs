@@ -1,5 +1,7 @@
 //! The engine and its chains against drivers that break every rule.
 
+use std::sync::Arc;
+
 use super::super::testing::{Guest, INDIRECT, NEXT, READ, WRITE, descriptor};
 use super::*;
 
@@ -200,7 +202,7 @@ fn a_queue_goes_on_where_its_state_was_taken() {
     let state = guest.ring.into_state();
     guest.ring = Ring::new(
         state,
-        Arc::clone(&guest.driver.mem),
+        Arc::clone(&guest.driver.mem).into(),
         guest.driver.event.try_clone().unwrap(),
         interrupt,
     );
@@ -208,4 +210,28 @@ fn a_queue_goes_on_where_its_state_was_taken() {
     assert_eq!(heads, [1, 2, 3, 4]);
     let used: Vec<u16> = guest.driver.all_used().iter().map(|used| used.0).collect();
     assert_eq!(used, [0, 1, 2, 3, 4]);
+}
+
+#[test]
+fn chains_that_belong_together_are_seen_together() {
+    let mut guest = Guest::new();
+    for _ in 0..3 {
+        guest.driver.offer(&[(0x1_0000, 16, WRITE)]);
+    }
+    let chains: Vec<_> = std::iter::from_fn(|| guest.ring.pop()).collect();
+    let mut lens = [16, 16, 3].into_iter();
+    let driver = &mut guest.driver;
+    // The next one is asked for once the one before is in its place.
+    guest
+        .ring
+        .give_back_together(chains.into_iter().map(|chain| {
+            assert_eq!(driver.used(), None);
+            (chain, lens.next().unwrap())
+        }));
+    assert_eq!(guest.driver.all_used(), [(0, 16), (1, 16), (2, 3)]);
+    guest.ring.tell();
+    assert_eq!(guest.irq.read().unwrap(), 1);
+    guest.ring.give_back_together([]);
+    guest.ring.tell();
+    assert!(guest.irq.read().is_err(), "nothing to tell");
 }

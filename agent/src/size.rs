@@ -1,0 +1,130 @@
+//! The size of the machine: processors and memory that come and go while it runs.
+//!
+//! The host makes room first; here the kernel is told to use it. Owns what containers
+//! may take of it together, too: a part is never theirs, however large the machine is.
+//! Everything here may wait for the kernel.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    baseline::{self, Memory},
+    disk,
+    error::{Doing, Error},
+};
+
+/// Where the kernel lists processors.
+const PROCESSORS: &str = "/sys/devices/system/cpu";
+
+/// How long the kernel may take to use what memory there is, or to give some up.
+const COMES: Duration = Duration::from_secs(5);
+const GOES: Duration = Duration::from_secs(2);
+/// How often that is looked at: nothing tells of it.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// How large the machine is to be, or is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size {
+    /// Processors that are online.
+    pub(crate) processors: u32,
+    /// Bytes of memory beyond what it began with.
+    pub(crate) more_memory: u64,
+}
+
+/// The machine that this agent is the first process of.
+#[derive(Debug)]
+pub struct Machine {
+    /// What it began with.
+    first: Memory,
+    /// The cgroup of all containers.
+    containers: PathBuf,
+    /// The device by which memory comes, once it is known.
+    device: Mutex<Option<u32>>,
+}
+
+impl Machine {
+    /// That with this memory, whose containers are in this cgroup.
+    pub(crate) fn new(first: Memory, containers: &Path) -> Self {
+        Machine {
+            first,
+            containers: containers.to_owned(),
+            device: Mutex::default(),
+        }
+    }
+
+    /// Makes it so large, as far as the kernel does; answers how large it is.
+    pub(crate) fn resize(&self, to: Size, device: Option<u32>) -> Result<Size, Error> {
+        let mut known = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = device.filter(|_| known.is_none()) {
+            disk::bind(device).doing("find the memory")?;
+            *known = Some(device);
+        }
+        let processors = set_online(to.processors).doing("bring processors online")?;
+        let before = self.more_memory();
+        let limit = if to.more_memory > before { COMES } else { GOES };
+        let deadline = Instant::now() + limit;
+        while self.more_memory() != to.more_memory && Instant::now() < deadline {
+            sleep(LOOK);
+        }
+        let size = Size {
+            processors,
+            more_memory: self.more_memory(),
+        };
+        let memory = self.first.and(size.more_memory);
+        baseline::apply(memory)
+            .map_err(|(_, error)| error)
+            .doing("set what the kernel allows")?;
+        self.limit_containers(memory)?;
+        Ok(size)
+    }
+
+    /// Sets what all containers may use together.
+    pub(crate) fn limit_containers(&self, memory: Memory) -> Result<(), Error> {
+        let in_use = fs::read_to_string(self.containers.join("memory.current"));
+        let in_use = in_use.ok().and_then(|text| text.trim_end().parse().ok());
+        for (file, value) in [
+            // Less than is in use would kill some of it.
+            (
+                "memory.max",
+                memory.for_containers().max(in_use.unwrap_or(0)),
+            ),
+            ("pids.max", memory.threads_of_containers()),
+        ] {
+            let path = self.containers.join(file);
+            // Absent without the controller.
+            if path.exists() {
+                fs::write(&path, value.to_string()).doing("limit all containers together")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Memory beyond what it began with.
+    fn more_memory(&self) -> u64 {
+        let now = Memory::of_this_machine().total;
+        now.saturating_sub(self.first.total)
+    }
+}
+
+/// Brings the first `count` processors online and takes the others off; how many are.
+fn set_online(count: u32) -> io::Result<u32> {
+    // The first one always is.
+    let mut online = 1;
+    for number in 1.. {
+        let path = Path::new(PROCESSORS).join(format!("cpu{number}/online"));
+        let Ok(text) = fs::read_to_string(&path) else {
+            break;
+        };
+        let (is, shall) = (text.trim_end() == "1", number < count);
+        if is != shall {
+            fs::write(&path, if shall { "1" } else { "0" })?;
+        }
+        online += u32::from(shall);
+    }
+    Ok(online)
+}

@@ -1,0 +1,168 @@
+//! The network of a pod: what is in the namespace that its caller made.
+
+use std::{
+    io::{Read, Write},
+    net::TcpListener,
+    os::fd::AsFd,
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use bulkhead_tests::netns::Namespace;
+use serde_json::{Value, json};
+
+use crate::{
+    output::within,
+    pod::Pod,
+    process::Streams,
+    root::{Root, config, forever, process},
+};
+
+/// Bytes in both directions.
+const MUCH: usize = 8 << 20;
+
+/// A namespace as a CNI plug-in leaves it: an interface whose other end, with the gateway's
+/// address, is in the namespace of the test.
+struct Net {
+    outside: Namespace,
+    inside: Namespace,
+}
+
+impl Net {
+    fn new() -> Net {
+        let net = Net {
+            outside: Namespace::new("bh-out"),
+            inside: Namespace::new("bh-in"),
+        };
+        net.outside.ip("link set lo up");
+        net.inside.ip("link set lo up");
+        let peer =
+            "link add eth0 address 02:00:00:00:00:07 mtu 1450 type veth peer name gw netns bh-out";
+        net.inside.ip(peer);
+        net.outside.ip("addr add 10.9.0.1/24 dev gw");
+        net.outside.ip("addr add fd09::1/64 dev gw nodad");
+        net.outside.ip("addr add 10.99.0.1/32 dev lo");
+        net.outside.ip("link set gw mtu 1450 up");
+        net.inside.ip("addr add 10.9.0.2/24 dev eth0");
+        net.inside.ip("addr add fd09::2/64 dev eth0 nodad");
+        net.inside.ip("link set eth0 up");
+        // As Calico does: the gateway is on no network of the interface's.
+        net.inside.ip("route add 169.254.1.1 dev eth0 scope link");
+        net.inside
+            .ip("route add default via 169.254.1.1 dev eth0 mtu 1400");
+        net.outside.ip("addr add 169.254.1.1/32 dev gw");
+        net.inside
+            .ip("neigh add 10.9.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent");
+        net
+    }
+}
+
+fn in_namespace(path: &str) -> Value {
+    let mut config = config(&forever(&[]));
+    let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "network");
+    namespaces.push(json!({"type": "network", "path": path}));
+    config
+}
+
+/// What a program in the container says.
+fn says(pod: &Pod, words: &[&str]) -> String {
+    let mut process = process(words);
+    let rights = ["CAP_NET_RAW"];
+    process["capabilities"] = json!({"bounding": rights, "effective": rights, "permitted": rights});
+    let program = pod.exec(&process, Streams::Output);
+    program.start().unwrap();
+    let text = program.output(within(Duration::from_secs(60)));
+    let text = String::from_utf8(text).unwrap();
+    assert_eq!(program.wait(), 0, "{words:?}: {text}");
+    program.delete().unwrap();
+    text
+}
+
+#[test]
+fn the_guest_has_the_interfaces_of_its_namespace_with_all_that_belongs_to_them_nw_10_nw_12_nw_13() {
+    let net = Net::new();
+    let pod = Pod::start("net", Root::new(), &in_namespace(net.inside.path()));
+    pod.run(Streams::Nothing);
+    let links = says(&pod, &["ip", "-o", "link"]);
+    assert!(
+        links.contains("eth0") && links.contains("02:00:00:00:00:07"),
+        "{links}"
+    );
+    assert!(links.contains("mtu 1450"), "{links}");
+    let addresses = says(&pod, &["ip", "-o", "addr", "show", "dev", "eth0"]);
+    for address in ["10.9.0.2/24", "fd09::2/64"] {
+        assert!(addresses.contains(address), "{addresses}");
+    }
+    let routes = says(&pod, &["ip", "route"]);
+    assert!(routes.contains("default via 169.254.1.1"), "{routes}");
+    let neighbours = says(&pod, &["cat", "/proc/net/arp"]);
+    assert!(neighbours.contains("02:00:00:00:00:77"), "{neighbours}");
+    for address in ["10.9.0.1", "10.99.0.1", "fd09::1"] {
+        says(&pod, &["ping", "-c", "1", "-W", "20", address]);
+    }
+    pod.end();
+    // The interface is as it was, and nothing of ours is left.
+    let left = net.inside.ip("-o link");
+    assert!(
+        left.contains("eth0") && !left.contains("bulkhead"),
+        "{left}"
+    );
+    let filters = net.inside.run(&["tc", "qdisc", "show", "dev", "eth0"]);
+    assert!(!filters.contains("ingress"), "{filters}");
+}
+
+#[test]
+fn megabytes_pass_both_ways_between_a_container_and_the_network_nw_11_nw_16() {
+    let net = Net::new();
+    let pod = Pod::start("net", Root::new(), &in_namespace(net.inside.path()));
+    pod.run(Streams::Nothing);
+    let outside = net.outside.fd().as_fd().try_clone_to_owned().unwrap();
+    let sent: Vec<u8> = (0..=250).cycle().take(MUCH).collect();
+    let expected = sent.clone();
+    let (ready, listens) = std::sync::mpsc::channel();
+    let server = thread::spawn(move || {
+        nix::sched::setns(outside, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let from = TcpListener::bind("10.9.0.1:8000").unwrap();
+        let to = TcpListener::bind("10.9.0.1:8001").unwrap();
+        ready.send(()).unwrap();
+        from.accept().unwrap().0.write_all(&sent).unwrap();
+        let mut came = Vec::new();
+        to.accept().unwrap().0.read_to_end(&mut came).unwrap();
+        came
+    });
+    listens.recv().unwrap();
+    let line = "nc 10.9.0.1 8000 < /dev/null > /tmp/much; nc 10.9.0.1 8001 < /tmp/much";
+    says(&pod, &["sh", "-c", line]);
+    let came = server.join().unwrap();
+    assert!(came == expected, "{} bytes of {MUCH}", came.len());
+    pod.end();
+}
+
+#[test]
+fn an_interface_that_comes_between_create_and_start_is_there_nw_03_nw_05() {
+    let mut config = config(&forever(&[]));
+    let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "network");
+    namespaces.push(json!({"type": "network"}));
+    let pod = Pod::start("net", Root::new(), &config);
+    let first = pod.create(Streams::Nothing);
+    // As Docker does: into the namespace of the pid.
+    let pid = first.pid().to_string();
+    let ip = |line: &str| {
+        let done = Command::new("nsenter")
+            .args(["-t", &pid, "-n", "ip"])
+            .args(line.split(' '))
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{line}: {done:?}");
+    };
+    ip("link add eth0 type dummy");
+    ip("link set eth0 address 02:00:00:00:00:08 up");
+    ip("addr add 10.8.0.2/24 dev eth0");
+    first.start().unwrap();
+    let addresses = says(&pod, &["ip", "-o", "addr", "show", "dev", "eth0"]);
+    assert!(addresses.contains("10.8.0.2/24"), "{addresses}");
+    pod.end();
+}
