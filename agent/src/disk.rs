@@ -19,17 +19,13 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tokio::{task::spawn_blocking, time::sleep};
 
 use crate::{
+    device::Bound,
     error::{Doing, Error},
     spec::{
         devices::{Numbers, renumber},
         plan::{ContainerPlan, DeviceNode, NodeKind, guest_id},
     },
 };
-
-/// Where the driver is told to take and to leave devices.
-const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
-/// Where the kernel lists them.
-const DEVICES: &str = "/sys/bus/platform/devices";
 
 /// How long what still uses a disk may take to let go.
 const LET_GO: Duration = Duration::from_secs(2);
@@ -114,21 +110,10 @@ impl Disks {
     }
 }
 
-/// Has the driver look at a device that it passed over at boot, or let go of.
-pub(crate) fn bind(device: u32) -> io::Result<()> {
-    fs::write(format!("{DRIVER}/bind"), name(device))
-}
-
-/// As the kernel has it.
-fn name(device: u32) -> String {
-    format!("virtio-mmio.{device}")
-}
-
-/// A disk that the driver has. Dropped, it is let go of, whoever still uses it.
+/// A disk that the driver has.
 #[derive(Debug)]
 struct Disk {
-    /// `virtio-mmio.N`.
-    device: String,
+    bound: Bound,
     /// Its node in /dev.
     node: PathBuf,
 }
@@ -136,13 +121,10 @@ struct Disk {
 impl Disk {
     /// Has the driver take it.
     fn take(device: u32) -> Result<Self, Error> {
-        bind(device).doing("find a disk")?;
-        let mut found = Disk {
-            node: PathBuf::new(),
-            device: name(device),
-        };
-        found.node = Path::new("/dev").join(found.block().doing("find a disk")?.file_name());
-        Ok(found)
+        let bound = Bound::take(device).doing("find a disk")?;
+        let block = bound.find("block").doing("find a disk")?;
+        let node = Path::new("/dev").join(block.file_name().unwrap_or_default());
+        Ok(Disk { bound, node })
     }
 
     /// One that is a device of the container: with its numbers on the host and here.
@@ -152,25 +134,9 @@ impl Disk {
         Ok((found, ((disk.major, disk.minor), here)))
     }
 
-    /// The block device that the driver has made of it.
-    fn block(&self) -> io::Result<fs::DirEntry> {
-        for device in fs::read_dir(Path::new(DEVICES).join(&self.device))? {
-            let Ok(mut blocks) = fs::read_dir(device?.path().join("block")) else {
-                continue;
-            };
-            if let Some(block) = blocks.next() {
-                return block;
-            }
-        }
-        Err(io::Error::new(
-            io::ErrorKind::NotFound,
-            "the device is no disk",
-        ))
-    }
-
     /// Major and minor number.
     fn numbers(&self) -> io::Result<Numbers> {
-        let text = fs::read_to_string(self.block()?.path().join("dev"))?;
+        let text = fs::read_to_string(self.bound.find("block")?.join("dev"))?;
         let numbers = text.trim_end().split_once(':');
         let numbers =
             numbers.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
@@ -192,13 +158,6 @@ impl Disk {
             .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
             .open(&self.node);
         exclusive.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        // Nobody is left to be told of a failure.
-        let _ = fs::write(format!("{DRIVER}/unbind"), &self.device);
     }
 }
 

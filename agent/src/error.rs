@@ -11,7 +11,7 @@ use ttrpc::{Code, get_status};
 use crate::{
     channel::{Failure, FailureKind},
     container::state::{Op, State},
-    spec,
+    spec::{self, capacity::Beyond},
 };
 
 /// Why a request failed.
@@ -121,15 +121,11 @@ pub enum Error {
         source: io::Error,
     },
     /// A limit beyond what the machine has.
-    #[error("linux.resources.{what} = {asked}: the virtual machine has at most {most}")]
-    Beyond {
-        /// The field.
-        what: &'static str,
-        /// Its value.
-        asked: String,
-        /// What there is.
-        most: String,
-    },
+    #[error(
+        "linux.resources.{} = {}: the virtual machine has at most {}",
+        _0.what, _0.asked, _0.most
+    )]
+    Beyond(Beyond),
     /// A limit below what is in use.
     #[error("linux.resources.memory.limit = {limit}: {used} bytes are in use")]
     InUse {
@@ -164,7 +160,7 @@ impl Error {
             Self::WrongState { .. }
             | Self::Running { .. }
             | Self::NoTerminal { .. }
-            | Self::Beyond { .. }
+            | Self::Beyond(_)
             | Self::InUse { .. }
             | Self::NotTheMachine
             | Self::StreamMissing(_) => Code::FAILED_PRECONDITION,
@@ -215,7 +211,7 @@ impl Error {
             | Self::BadSize { .. }
             | Self::StreamTaken(_)
             | Self::StreamMissing(_)
-            | Self::Beyond { .. }
+            | Self::Beyond(_)
             | Self::InUse { .. }
             | Self::Restless(_)
             | Self::Unwritten(_)

@@ -24,6 +24,7 @@ mod cgroup;
 mod channel;
 mod clock;
 pub mod container;
+mod device;
 mod disk;
 pub mod error;
 pub mod init;

@@ -22,28 +22,29 @@ use rtnetlink::{
 };
 
 use crate::{
-    disk,
+    device::Bound,
     error::{Doing, Error},
 };
 
-/// Sets up interfaces that the host has attached.
-pub(crate) async fn set_up(interfaces: &[NetworkInterface]) -> Result<(), Error> {
+/// Sets up interfaces that the host has attached: all of them, or none stays.
+pub(crate) async fn set_up(interfaces: &[NetworkInterface]) -> Result<Vec<Bound>, Error> {
     let (connection, handle, _) = rtnetlink::new_connection().doing("reach the network")?;
     let connection = tokio::spawn(connection);
-    let mut done = Ok(());
-    for interface in interfaces {
-        done = one(&handle, interface).await;
-        if done.is_err() {
-            break;
+    let set_up = async {
+        let mut all = Vec::new();
+        for interface in interfaces {
+            all.push(one(&handle, interface).await?);
         }
-    }
+        Ok(all)
+    };
+    let done = set_up.await;
     connection.abort();
     done
 }
 
-async fn one(handle: &Handle, interface: &NetworkInterface) -> Result<(), Error> {
-    disk::bind(interface.device).doing("find an interface")?;
-    let (name, index) = found(interface.device).doing("find an interface")?;
+async fn one(handle: &Handle, interface: &NetworkInterface) -> Result<Bound, Error> {
+    let bound = Bound::take(interface.device).doing("find an interface")?;
+    let (name, index) = known(&bound).doing("find an interface")?;
     if name != interface.name {
         let named = LinkUnspec::new_with_index(index).name(&*interface.name);
         let named = handle.link().set(named.build()).execute().await;
@@ -74,23 +75,16 @@ async fn one(handle: &Handle, interface: &NetworkInterface) -> Result<(), Error>
         let told = tell(handle, RouteNetlinkMessage::NewNeighbour(neighbour)).await;
         told.doing("write a neighbour down")?;
     }
-    Ok(())
+    Ok(bound)
 }
 
 /// Name and number of the interface that the driver has made of a device.
-fn found(device: u32) -> io::Result<(String, u32)> {
-    let none = || io::Error::new(io::ErrorKind::NotFound, "the device is no interface");
-    let device = format!("/sys/bus/platform/devices/virtio-mmio.{device}");
-    for virtio in fs::read_dir(device)? {
-        let Ok(mut interfaces) = fs::read_dir(virtio?.path().join("net")) else {
-            continue;
-        };
-        let interface = interfaces.next().ok_or_else(none)??;
-        let index = fs::read_to_string(interface.path().join("ifindex"))?;
-        let index = index.trim_end().parse().map_err(io::Error::other)?;
-        return Ok((interface.file_name().to_string_lossy().into_owned(), index));
-    }
-    Err(none())
+fn known(bound: &Bound) -> io::Result<(String, u32)> {
+    let interface = bound.find("net")?;
+    let index = fs::read_to_string(interface.join("ifindex"))?;
+    let index = index.trim_end().parse().map_err(io::Error::other)?;
+    let name = interface.file_name().unwrap_or_default();
+    Ok((name.to_string_lossy().into_owned(), index))
 }
 
 /// Addresses and routes are those of the host, and none that somebody on the wire offers.

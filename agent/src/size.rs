@@ -14,16 +14,17 @@ use std::{
 
 use crate::{
     baseline::{self, Memory},
-    disk,
+    device::Bound,
     error::{Doing, Error},
 };
 
 /// Where the kernel lists processors.
 const PROCESSORS: &str = "/sys/devices/system/cpu";
 
-/// How long the kernel may take to use what memory there is, or to give some up.
+/// How long nothing may change while the kernel takes what memory there is, and while it
+/// gives some up: what it could not give up it tries again after minutes only.
 const COMES: Duration = Duration::from_secs(5);
-const GOES: Duration = Duration::from_secs(2);
+const STAYS: Duration = Duration::from_millis(500);
 /// How often that is looked at: nothing tells of it.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -44,7 +45,9 @@ pub struct Machine {
     /// The cgroup of all containers.
     containers: PathBuf,
     /// The device by which memory comes, once it is known.
-    device: Mutex<Option<u32>>,
+    device: Mutex<Option<Bound>>,
+    /// Network interfaces that the host has attached.
+    interfaces: Mutex<Vec<Bound>>,
 }
 
 impl Machine {
@@ -54,26 +57,27 @@ impl Machine {
             first,
             containers: containers.to_owned(),
             device: Mutex::default(),
+            interfaces: Mutex::default(),
         }
+    }
+
+    /// Network interfaces stay as long as it does.
+    pub(crate) fn keep(&self, interfaces: Vec<Bound>) {
+        let all = self.interfaces.lock();
+        all.unwrap_or_else(PoisonError::into_inner)
+            .extend(interfaces);
     }
 
     /// Makes it so large, as far as the kernel does; answers how large it is.
     pub(crate) fn resize(&self, to: Size, device: Option<u32>) -> Result<Size, Error> {
         let mut known = self.device.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(device) = device.filter(|_| known.is_none()) {
-            disk::bind(device).doing("find the memory")?;
-            *known = Some(device);
+            *known = Some(Bound::take(device).doing("find the memory")?);
         }
         let processors = set_online(to.processors).doing("bring processors online")?;
-        let before = self.more_memory();
-        let limit = if to.more_memory > before { COMES } else { GOES };
-        let deadline = Instant::now() + limit;
-        while self.more_memory() != to.more_memory && Instant::now() < deadline {
-            sleep(LOOK);
-        }
         let size = Size {
             processors,
-            more_memory: self.more_memory(),
+            more_memory: self.await_memory(to.more_memory),
         };
         let memory = self.first.and(size.more_memory);
         baseline::apply(memory)
@@ -81,6 +85,22 @@ impl Machine {
             .doing("set what the kernel allows")?;
         self.limit_containers(memory)?;
         Ok(size)
+    }
+
+    /// Waits until there is so much memory beyond what it began with, or it is clear that
+    /// there will not be; how much there is.
+    fn await_memory(&self, wanted: u64) -> u64 {
+        let mut now = self.more_memory();
+        let limit = if wanted > now { COMES } else { STAYS };
+        let mut changed = Instant::now();
+        while now != wanted && changed.elapsed() < limit {
+            sleep(LOOK);
+            let before = std::mem::replace(&mut now, self.more_memory());
+            if now != before {
+                changed = Instant::now();
+            }
+        }
+        now
     }
 
     /// Sets what all containers may use together.

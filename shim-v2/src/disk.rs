@@ -21,11 +21,10 @@ use rustix::{
     fs::{FlockOperation, flock, major, minor},
     io::Errno,
 };
-use tracing::warn;
 
 use crate::{
     error::{Error, Result},
-    guest::Guest,
+    guest::{Attached, Guest},
     rootfs::Source,
 };
 
@@ -259,60 +258,6 @@ fn refused(path: &Path, reason: &str) -> Error {
         what: "Disk",
         value: path.display().to_string(),
         reason: reason.to_owned(),
-    }
-}
-
-/// A disk that a guest has. Dropped, it is taken away, without waiting for that.
-#[derive(Debug)]
-pub struct Attached {
-    device: u8,
-    guest: Option<Arc<dyn Guest>>,
-}
-
-impl Attached {
-    /// One that the guest has under this number.
-    pub(crate) fn new(device: u8, guest: &Arc<dyn Guest>) -> Self {
-        Attached {
-            device,
-            guest: Some(Arc::clone(guest)),
-        }
-    }
-
-    /// Its number: all that goes along when the program changes.
-    pub(crate) fn device(&self) -> u8 {
-        self.device
-    }
-
-    /// Takes it away; the guest has let go of it, or never will.
-    pub async fn detach(mut self) {
-        if let Some(guest) = self.guest.take() {
-            take_away(&*guest, self.device).await;
-        }
-    }
-}
-
-impl Drop for Attached {
-    fn drop(&mut self) {
-        let Some(guest) = self.guest.take() else {
-            return;
-        };
-        let device = self.device;
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { take_away(&*guest, device).await });
-        }
-    }
-}
-
-async fn take_away(guest: &dyn Guest, device: u8) {
-    // With the virtual machine the disk is gone too.
-    if guest.has_ended().is_none()
-        && let Err(error) = guest.detach(device).await
-    {
-        warn!(
-            device,
-            error = error.text(),
-            "a disk cannot be taken from the VMM"
-        );
     }
 }
 

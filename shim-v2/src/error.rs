@@ -6,6 +6,7 @@
 use std::{error::Error as _, io, path::PathBuf};
 
 use bulkhead_agent_api::agent::cause::Kind;
+use bulkhead_spec::capacity::Beyond;
 use thiserror::Error;
 use ttrpc::Code;
 
@@ -89,17 +90,11 @@ pub enum Error {
     },
     /// A limit beyond what the virtual machine can become.
     #[error(
-        "linux.resources.{what} = {asked}: the virtual machine can have at most {most}; \
-         most_vcpus and most_memory_mib in the configuration say how much"
+        "linux.resources.{} = {}: the virtual machine can have at most {}; \
+         most_vcpus and most_memory_mib in the configuration say how much",
+        _0.what, _0.asked, _0.most
     )]
-    Beyond {
-        /// The field.
-        what: &'static str,
-        /// Its value.
-        asked: String,
-        /// What there can be.
-        most: String,
-    },
+    Beyond(Beyond),
     /// A call or option that does not exist here.
     #[error("{0} is not supported by bulkhead")]
     Unsupported(&'static str),
@@ -220,7 +215,7 @@ impl Error {
             | Error::Config(_)
             | Error::Assets(_)
             | Error::Hook { .. }
-            | Error::Beyond { .. }
+            | Error::Beyond(_)
             | Error::Busy(_)
             | Error::Kvm { .. } => Code::FAILED_PRECONDITION,
             Error::Unsupported(_) | Error::NoTransfer(_) => Code::UNIMPLEMENTED,

@@ -8,6 +8,7 @@ use std::{fmt::Debug, fs::File, io, os::fd::BorrowedFd, sync::Arc, time::Duratio
 
 use async_trait::async_trait;
 use tokio::time::timeout;
+use tracing::warn;
 
 use crate::{
     agent::Agent,
@@ -54,7 +55,7 @@ pub trait Guest: Debug + Send + Sync {
     /// the number of the device.
     async fn attach(&self, disk: File, read_only: bool) -> Result<u8>;
 
-    /// Takes the disk with this number away.
+    /// Takes the device with this number away.
     async fn detach(&self, device: u8) -> Result<()>;
 
     /// Gives it a network interface, the other side of a tap, which its kernel does not
@@ -102,4 +103,58 @@ pub(crate) async fn stop(guest: &dyn Guest) {
         let _ = timeout(PARTING, guest.ended()).await;
     }
     guest.kill();
+}
+
+/// A device that a guest has, such as a disk. Dropped, it is taken away, without waiting for that.
+#[derive(Debug)]
+pub struct Attached {
+    device: u8,
+    guest: Option<Arc<dyn Guest>>,
+}
+
+impl Attached {
+    /// One that the guest has under this number.
+    pub(crate) fn new(device: u8, guest: &Arc<dyn Guest>) -> Self {
+        Attached {
+            device,
+            guest: Some(Arc::clone(guest)),
+        }
+    }
+
+    /// Its number: all that goes along when the program changes.
+    pub(crate) fn device(&self) -> u8 {
+        self.device
+    }
+
+    /// Takes it away; the guest has let go of it, or never will.
+    pub async fn detach(mut self) {
+        if let Some(guest) = self.guest.take() {
+            take_away(&*guest, self.device).await;
+        }
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let Some(guest) = self.guest.take() else {
+            return;
+        };
+        let device = self.device;
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { take_away(&*guest, device).await });
+        }
+    }
+}
+
+async fn take_away(guest: &dyn Guest, device: u8) {
+    // With the virtual machine the device is gone too.
+    if guest.has_ended().is_none()
+        && let Err(error) = guest.detach(device).await
+    {
+        warn!(
+            device,
+            error = error.text(),
+            "a device cannot be taken from the VMM"
+        );
+    }
 }

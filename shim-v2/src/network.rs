@@ -9,7 +9,6 @@
 //! has entered one is not to be used for anything else: each visit has a thread of its own.
 
 mod link;
-mod tap;
 
 use std::{
     fs::File,
@@ -18,14 +17,28 @@ use std::{
     thread,
 };
 
+use bulkhead_vmm::tap;
+use futures::StreamExt;
 use nix::sched::{CloneFlags, setns};
-use rtnetlink::{Handle, packet_route::tc::TcHandle};
+use rtnetlink::{
+    Handle,
+    packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage},
+    packet_route::{
+        RouteNetlinkMessage,
+        tc::{TcHandle, TcMessage},
+    },
+};
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 pub use self::link::Link;
 
 /// All protocols (ETH_P_ALL), in the kernel's order of bytes.
 const ALL: u16 = 0x0003_u16.to_be();
+
+/// Place of our filters among others on the same interface: after them, since nothing is
+/// left of a packet that was sent on.
+const PRIORITY: u16 = 0xb000;
 
 /// An interface that has a tap.
 #[derive(Debug)]
@@ -36,12 +49,20 @@ pub struct Joined {
     pub tap: File,
 }
 
+/// An interface whose frames go elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Redirected {
+    /// Its number.
+    index: u32,
+    /// Whether what the filter hangs on is ours too.
+    made: bool,
+}
+
 /// A namespace whose interfaces have taps; dropped, they are let go of.
 #[derive(Debug)]
 pub struct Network {
     namespace: OwnedFd,
-    /// Numbers of the interfaces.
-    joined: Vec<u32>,
+    redirected: Vec<Redirected>,
 }
 
 impl Network {
@@ -51,54 +72,51 @@ impl Network {
     /// # Errors
     ///
     /// The kernel refuses it; or an interface is of a kind that cannot be joined, or has no
-    /// address of Ethernet.
+    /// address of Ethernet. Then none is joined.
     pub fn join(namespace: OwnedFd) -> io::Result<(Network, Vec<Joined>)> {
         let mut network = Network {
             namespace,
-            joined: Vec::new(),
+            redirected: Vec::new(),
         };
         if is_the_hosts(&network.namespace)? {
             return Ok((network, Vec::new()));
         }
         let inside = network.namespace.try_clone()?;
-        let joined = visit(inside, async |handle| {
-            let mut all = Vec::new();
-            for link in link::all(&handle).await? {
-                all.push(join(&handle, link).await?);
-            }
-            Ok(all)
+        let (redirected, joined) = visit(inside, async |handle| {
+            let mut redirected = Vec::new();
+            let joined = join_all(&handle, &mut redirected).await;
+            Ok((redirected, joined))
         })?;
-        network.joined = joined.iter().map(|joined| joined.link.index).collect();
-        Ok((network, joined))
+        network.redirected = redirected;
+        Ok((network, joined?))
     }
 
     /// That of the program before this one.
     #[must_use]
-    pub fn new(namespace: OwnedFd, joined: Vec<u32>) -> Network {
-        Network { namespace, joined }
+    pub fn new(namespace: OwnedFd, redirected: Vec<Redirected>) -> Network {
+        Network {
+            namespace,
+            redirected,
+        }
     }
 
-    /// The namespace, and the numbers of the interfaces.
+    /// The namespace, and the interfaces.
     #[must_use]
-    pub fn parts(&self) -> (&OwnedFd, &[u32]) {
-        (&self.namespace, &self.joined)
+    pub fn parts(&self) -> (&OwnedFd, &[Redirected]) {
+        (&self.namespace, &self.redirected)
     }
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
-        let joined = std::mem::take(&mut self.joined);
-        if joined.is_empty() {
+        let redirected = std::mem::take(&mut self.redirected);
+        if redirected.is_empty() {
             return;
         }
         let left = self.namespace.try_clone().and_then(|namespace| {
             visit(namespace, async move |handle| {
-                for index in joined {
-                    // One that has gone has no filter either.
-                    let mut handle = handle.qdisc();
-                    let mut gone = handle.del(number(index)?);
-                    gone.message_mut().header.parent = TcHandle::INGRESS;
-                    let _ = gone.execute().await;
+                for redirected in redirected {
+                    redirected.let_go(&handle).await?;
                 }
                 Ok(())
             })
@@ -106,6 +124,31 @@ impl Drop for Network {
         if let Err(error) = left {
             warn!(%error, "an interface of the pod keeps a filter of ours");
         }
+    }
+}
+
+impl Redirected {
+    async fn let_go(self, handle: &Handle) -> io::Result<()> {
+        let at = number(self.index)?;
+        // An interface that has gone has no filter either.
+        if self.made {
+            let mut qdisc = handle.qdisc().del(at);
+            qdisc.message_mut().header.parent = TcHandle::INGRESS;
+            let _ = qdisc.execute().await;
+        } else {
+            let mut filter = TcMessage::with_index(at);
+            filter.header.parent = TcHandle {
+                major: 0xffff,
+                minor: TcHandle::MIN_INGRESS,
+            };
+            filter.header.info = (u32::from(PRIORITY) << 16) | u32::from(ALL);
+            let filter = RouteNetlinkMessage::DelTrafficFilter(filter);
+            let mut message = NetlinkMessage::from(filter);
+            message.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+            let mut answers = handle.clone().request(message).map_err(error)?;
+            while answers.next().await.is_some() {}
+        }
+        Ok(())
     }
 }
 
@@ -143,42 +186,44 @@ fn visit<T: Send + 'static>(
         .unwrap_or_else(|_| Err(io::Error::other("the thread ended")))
 }
 
-/// Makes a tap for an interface, and sends each one's frames to the other.
-async fn join(handle: &Handle, link: Link) -> io::Result<Joined> {
-    let name = format!("bulkhead{}", link.index);
-    let tap = tap::make(&name)?;
-    let index = link::index_of(handle, &name).await?;
-    link::bring_up(handle, index, link.mtu).await?;
-    redirect(handle, link.index, index).await?;
-    redirect(handle, index, link.index).await?;
-    Ok(Joined { link, tap })
+/// Joins all interfaces, and writes down each that is redirected as soon as it may be.
+async fn join_all(handle: &Handle, redirected: &mut Vec<Redirected>) -> io::Result<Vec<Joined>> {
+    let mut all = Vec::new();
+    for link in link::all(handle).await? {
+        let name = format!("bulkhead{}", link.index);
+        let tap = tap::make(&name)?;
+        let index = link::index_of(handle, &name).await?;
+        link::bring_up(handle, index, link.mtu).await?;
+        let made = make_ingress(handle, link.index).await?;
+        redirected.push(Redirected {
+            index: link.index,
+            made,
+        });
+        redirect(handle, link.index, index).await?;
+        // What hangs on the tap goes with it.
+        make_ingress(handle, index).await?;
+        redirect(handle, index, link.index).await?;
+        all.push(Joined { link, tap });
+    }
+    Ok(all)
+}
+
+/// Gives an interface a queueing discipline for what comes in; whether it had none.
+async fn make_ingress(handle: &Handle, index: u32) -> io::Result<bool> {
+    let made = handle.qdisc().add(number(index)?).ingress().execute().await;
+    match made.map_err(error) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Has what comes in at the one go out at the other.
 async fn redirect(handle: &Handle, from: u32, to: u32) -> io::Result<()> {
-    let at = number(from)?;
-    let made = handle.qdisc().add(at).ingress().execute().await;
-    // Somebody else's serves as well.
-    done(made, Some(libc::EEXIST))?;
-    let filter = handle.traffic_filter(at).add();
-    let filter = filter.parent(
-        TcHandle {
-            major: 0xffff,
-            minor: 0,
-        }
-        .into(),
-    );
-    let filter = filter.protocol(ALL).redirect(to);
-    let made = filter.map_err(io::Error::other)?.execute().await;
-    done(made, None)
-}
-
-/// An answer of netlink as an error of the kernel, but for one that does not matter.
-fn done(answer: Result<(), rtnetlink::Error>, but: Option<i32>) -> io::Result<()> {
-    match answer.map_err(error) {
-        Err(error) if error.raw_os_error() == but && but.is_some() => Ok(()),
-        other => other,
-    }
+    let filter = handle.traffic_filter(number(from)?).add();
+    let filter = filter.ingress().priority(PRIORITY).protocol(ALL);
+    let filter = filter.redirect(to).map_err(io::Error::other)?;
+    filter.execute().await.map_err(error)
 }
 
 fn error(error: rtnetlink::Error) -> io::Error {
@@ -193,13 +238,4 @@ fn number(index: u32) -> io::Result<i32> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_hosts_own_interfaces_are_never_touched_nw_29() {
-        let own = File::open("/proc/self/ns/net").unwrap();
-        let (network, joined) = Network::join(own.into()).unwrap();
-        assert!(joined.is_empty() && network.parts().1.is_empty());
-    }
-}
+pub(crate) mod tests;

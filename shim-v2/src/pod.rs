@@ -45,19 +45,17 @@ use tracing::{info, warn};
 use ttrpc::Code;
 
 pub use self::{carry::Carried, create::Create, hold::HostPid};
-use self::{carry::Work, create::Creation};
+use self::{carry::Work, create::Creation, network::Connected};
 use crate::{
     agent::ProcessName,
     cgroup::Place,
-    disk::Attached,
     error::{Error, Result},
     events::{Event, Publisher},
-    guest::{Boots, Guest},
+    guest::{Attached, Boots, Guest},
     hooks::{Hooks, Host, Moment},
     io::{Patience, StreamHost, streaming::Hub},
     lock::lock,
     names::{ContainerId, ExecId, Namespace},
-    network::Network,
     process::{Exit, Process},
     settings::Settings,
     share::{ContainerShare, Share},
@@ -139,7 +137,7 @@ pub struct Pod {
     work: Work,
     slots: Mutex<BTreeMap<ContainerId, Slot>>,
     /// What the guest is joined with.
-    network: AsyncMutex<Option<Network>>,
+    network: AsyncMutex<Option<Connected>>,
     /// Held while the machine gets another size.
     sizing: AsyncMutex<()>,
     stopping: AtomicBool,

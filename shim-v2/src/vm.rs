@@ -117,6 +117,19 @@ impl Extent {
             device: None,
         }
     }
+
+    /// The guest says what it has: never more than there is, whatever it says.
+    fn is_told(&mut self, vcpus: u8, more_mib: u32) {
+        let told = Size {
+            vcpus,
+            memory_mib: self.first.memory_mib.saturating_add(more_mib),
+        };
+        let there = Size {
+            vcpus: self.made,
+            memory_mib: self.most.memory_mib,
+        };
+        self.now = told.and(there);
+    }
 }
 
 impl Vm {
@@ -322,10 +335,7 @@ impl Guest for Vm {
         let more_mib = to.memory_mib.saturating_sub(extent.first.memory_mib);
         let resized = self.agent.resize_machine(to.vcpus, more_mib, extent.device);
         let (vcpus, more_mib) = resized.await?;
-        extent.now = Size {
-            vcpus,
-            memory_mib: extent.first.memory_mib.saturating_add(more_mib),
-        };
+        extent.is_told(vcpus, more_mib);
         info!(
             vcpus = extent.now.vcpus,
             memory_mib = extent.now.memory_mib,
@@ -476,6 +486,24 @@ fn listen(dir: &StateDir) -> Result<UnixListener> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_never_has_more_than_there_is_whatever_it_says() {
+        let size = |vcpus, memory_mib| Size { vcpus, memory_mib };
+        let mut extent = Extent::of(&Shape {
+            most: size(4, 1_024),
+            ..Shape::fixed(size(1, 512))
+        });
+        for (told, now) in [
+            ((1, 0), size(1, 512)),
+            ((1, 512), size(1, 1_024)),
+            ((9, 513), size(1, 1_024)),
+            ((0, u32::MAX), size(0, 1_024)),
+        ] {
+            extent.is_told(told.0, told.1);
+            assert_eq!(extent.now, now, "{told:?}");
+        }
+    }
 
     #[test]
     fn a_vmm_is_never_harder_to_kill_than_its_shim_lc_45() {

@@ -9,6 +9,7 @@
 //!
 //! Pure: touches no file and makes no system call.
 
+pub mod capacity;
 mod check;
 pub mod devices;
 mod error;

@@ -21,5 +21,6 @@ pub mod ports;
 pub mod probe;
 pub mod processors;
 pub mod standing;
+pub mod tap;
 pub mod vcpu;
 pub mod vm;

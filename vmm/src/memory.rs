@@ -43,17 +43,31 @@ impl Memory {
         self.0.memory().into_inner()
     }
 
-    /// Maps `length` bytes, a multiple of 2 MiB, and lets devices reach them at this
-    /// guest-physical address, where nothing is. Where they are in this process.
-    pub fn grow(&self, start: u64, length: u64) -> io::Result<*mut u8> {
+    /// Maps `length` bytes, a multiple of 2 MiB, for this guest-physical address, where
+    /// nothing is. Devices reach them once `give` has given them to the guest; if it fails
+    /// nothing has changed.
+    pub fn grow(
+        &self,
+        start: u64,
+        length: u64,
+        give: impl FnOnce(*mut u8) -> io::Result<()>,
+    ) -> io::Result<()> {
         let size = usize::try_from(length).map_err(io::Error::other)?;
         let host = map_aligned(size)?;
-        let region = describe(host, size, start).ok_or(io::ErrorKind::InvalidInput)?;
-        // One thread does this: nobody else's change is lost.
-        let more = self.now().insert_region(Arc::new(region));
-        let lock = self.0.lock().map_err(|_| io::ErrorKind::Deadlock)?;
-        lock.replace(more.map_err(io::Error::other)?);
-        Ok(host)
+        let more = || {
+            let region = describe(host, size, start).ok_or(io::ErrorKind::InvalidInput)?;
+            // One thread does this: nobody else's change is lost.
+            let more = self.now().insert_region(Arc::new(region));
+            let more = more.map_err(io::Error::other)?;
+            let lock = self.0.lock().map_err(|_| io::ErrorKind::Deadlock)?;
+            give(host)?;
+            lock.replace(more);
+            Ok(())
+        };
+        more().inspect_err(|_: &io::Error| {
+            // SAFETY: nobody was told of the mapping, or kept it.
+            let _ = unsafe { libc::munmap(host.cast(), size) };
+        })
     }
 
     /// Gives pages back to the host: the guest finds zeros there.
@@ -205,12 +219,19 @@ mod tests {
         assert_eq!(start, 4 << 30);
         let at = GuestAddress(start + (2 << 20));
         assert!(before.write_obj(7_u8, at).is_err());
-        memory.clone().grow(start, 4 << 20).unwrap();
+        let refused = memory.grow(start, 4 << 20, |_| Err(io::ErrorKind::OutOfMemory.into()));
+        assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::OutOfMemory);
+        assert!(memory.now().write_obj(7_u8, at).is_err(), "nothing came");
+        let given = |_| Ok(());
+        memory.clone().grow(start, 4 << 20, given).unwrap();
         assert!(before.write_obj(7_u8, at).is_err(), "it is as it was");
         memory.now().write_obj(7_u8, at).unwrap();
         memory.now().write_obj(8_u8, GuestAddress(5)).unwrap();
         assert_eq!(before.read_obj::<u8>(GuestAddress(5)).unwrap(), 8);
-        assert!(memory.grow(start + (2 << 20), 4 << 20).is_err(), "taken");
+        assert!(
+            memory.grow(start + (2 << 20), 4 << 20, given).is_err(),
+            "taken"
+        );
         memory.discard(start + (2 << 20), 2 << 20).unwrap();
         assert_eq!(memory.now().read_obj::<u8>(at).unwrap(), 0);
         assert!(memory.discard(start, 6 << 20).is_err());

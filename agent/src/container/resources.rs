@@ -15,7 +15,7 @@ use crate::{
     network,
     reaper::ended,
     size::Size,
-    spec::{self, Update},
+    spec::{self, capacity::Capacity},
 };
 
 /// How long it may take until the host has what a container wrote.
@@ -50,7 +50,9 @@ impl Containers {
         let resources = spec::json::from_slice("linux.resources", resources)?;
         let checked = spec::update(resources, cgroup.in_force())?;
         let plan = checked.plan;
-        Capacity::this().can_give(&plan)?;
+        capacity()
+            .can_give(plan.more_memory, plan.more_processors)
+            .map_err(Error::Beyond)?;
         if let Some(limit) = plan.not_in_use {
             let used = cgroup.memory_in_use();
             if used > limit {
@@ -74,8 +76,9 @@ impl Containers {
 
     /// Sets up interfaces that the host has attached.
     pub(crate) async fn set_up_network(&self, all: &[NetworkInterface]) -> Result<(), Error> {
-        self.config.machine.as_ref().ok_or(Error::NotTheMachine)?;
-        network::set_up(all).await
+        let machine = self.config.machine.as_ref().ok_or(Error::NotTheMachine)?;
+        machine.keep(network::set_up(all).await?);
+        Ok(())
     }
 
     /// Stops every process of a container where it is, and has the host get what they
@@ -130,75 +133,10 @@ fn sync(places: &[PathBuf]) -> io::Result<()> {
 }
 
 /// What all containers share.
-#[derive(Clone, Copy, Debug)]
-struct Capacity {
-    memory: u64,
-    processors: u64,
-}
-
-impl Capacity {
-    fn this() -> Self {
-        let processors = std::thread::available_parallelism();
-        Self {
-            memory: Memory::of_this_machine().total,
-            processors: processors.map_or(1, |count| u64::try_from(count.get()).unwrap_or(1)),
-        }
-    }
-
-    /// Refuses a limit that would promise what there is not.
-    fn can_give(self, plan: &Update) -> Result<(), Error> {
-        let beyond = |what, asked: String, most: String| Err(Error::Beyond { what, asked, most });
-        match (plan.more_memory, plan.more_processors) {
-            (Some(bytes), _) if bytes > self.memory => {
-                let (asked, most) = (format!("{bytes} bytes"), format!("{} bytes", self.memory));
-                beyond("memory.limit", asked, most)
-            }
-            (_, Some(thousandths)) if thousandths > self.processors * 1_000 => {
-                let asked = format!("{}.{:03}", thousandths / 1_000, thousandths % 1_000);
-                beyond(
-                    "cpu.quota",
-                    asked + " processors",
-                    self.processors.to_string(),
-                )
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn more_than_the_machine_has_is_refused_with_the_most_there_is_ta_68() {
-        let machine = Capacity {
-            memory: 256 << 20,
-            processors: 2,
-        };
-        let judge = |more_memory, more_processors| {
-            let plan = Update {
-                settings: Vec::new(),
-                more_memory,
-                more_processors,
-                not_in_use: None,
-            };
-            machine.can_give(&plan).map_err(|error| {
-                assert_eq!(error.code(), ttrpc::Code::FAILED_PRECONDITION);
-                error.to_string()
-            })
-        };
-        assert_eq!(judge(None, None), Ok(()));
-        assert_eq!(judge(Some(256 << 20), Some(2_000)), Ok(()));
-        let text = judge(Some(257 << 20), None).unwrap_err();
-        assert!(
-            text.contains("memory.limit") && text.contains("268435456 bytes"),
-            "{text}"
-        );
-        let text = judge(None, Some(2_001)).unwrap_err();
-        assert!(
-            text.contains("2.001 processors") && text.contains("at most 2"),
-            "{text}"
-        );
+fn capacity() -> Capacity {
+    let processors = std::thread::available_parallelism();
+    Capacity {
+        memory: Memory::of_this_machine().total,
+        processors: processors.map_or(1, |count| u64::try_from(count.get()).unwrap_or(1)),
     }
 }

@@ -45,7 +45,8 @@ impl Agent {
     }
 
     /// Has the guest use so many processors, and so much memory in MiB beyond what it
-    /// began with, which comes by this device. Answers what it uses then.
+    /// began with, which comes by this device. Answers what it says that it
+    /// uses then.
     pub async fn resize_machine(
         &self,
         vcpus: u8,
@@ -63,9 +64,8 @@ impl Agent {
             .resize(ttrpc::context::with_timeout(0), &request);
         let failed = "the guest does not take another size";
         let size = answer("Resize", self.limits.request, failed, call).await?;
-        // Never more than was asked for, whatever it says.
         Ok((
-            u8::try_from(size.processors).map_or(vcpus, |count| count.min(vcpus)),
+            u8::try_from(size.processors).unwrap_or(u8::MAX),
             u32::try_from(size.more_memory_bytes >> 20).unwrap_or(u32::MAX),
         ))
     }

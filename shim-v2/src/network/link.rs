@@ -49,6 +49,10 @@ pub(super) async fn all(handle: &Handle) -> io::Result<Vec<Link>> {
         .try_collect()
         .await
         .map_err(error)?;
+    let is_loopback = |link: &LinkMessage| link.header.flags.contains(LinkFlags::Loopback);
+    if links.iter().all(is_loopback) {
+        return Ok(Vec::new());
+    }
     let addresses: Vec<AddressMessage> = handle
         .address()
         .get()
@@ -84,7 +88,7 @@ pub(super) async fn all(handle: &Handle) -> io::Result<Vec<Link>> {
             .filter(|address| address.header.index == index)
             .filter_map(of_address)
             .collect();
-        if own.is_empty() || link.header.flags.contains(LinkFlags::Loopback) {
+        if own.is_empty() || is_loopback(&link) {
             continue;
         }
         let mut link = described(&link)?;

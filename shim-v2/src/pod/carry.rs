@@ -21,17 +21,18 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex as AsyncMutex;
 use tracing::warn;
 
-use super::{COPIES, Container, Execs, Parts, Pod, Slot, TURNS};
+use super::{
+    COPIES, Container, Execs, Parts, Pod, Slot, TURNS,
+    network::{self, Connected},
+};
 use crate::{
     carry::{Bag, Bytes, CarriedFd},
-    disk::Attached,
     error::{Result, host},
     events,
-    guest::Guest,
+    guest::{Attached, Guest},
     hooks::Hooks,
     lock::lock,
     names::ExecId,
-    network::Network,
     process::{self, Process},
     share::{self, ContainerShare},
     sockets::{self, Service},
@@ -46,7 +47,7 @@ use crate::{
 pub struct Carried {
     pub(crate) events: Vec<events::Carried>,
     guest: Option<vm::Carried>,
-    network: Option<(CarriedFd, Vec<u32>)>,
+    network: Option<network::Carried>,
     containers: Vec<CarriedContainer>,
 }
 
@@ -119,10 +120,7 @@ impl Pod {
         let Ok(network) = self.network.try_lock() else {
             return Ok(None);
         };
-        let network = network.as_ref().map(|network| {
-            let (namespace, joined) = network.parts();
-            Ok::<_, io::Error>((bag.put(namespace)?, joined.to_vec()))
-        });
+        let network = network.as_ref().map(|network| network.carry(bag));
         Ok(Some(Carried {
             events: self.events.carry(),
             guest,
@@ -140,14 +138,9 @@ impl Pod {
         let guest = pod.hypervisor.unpack(guest)?;
         // Nobody else was here before.
         let _ = pod.guest.set(Arc::clone(&guest));
-        if let Some((namespace, joined)) = carried.network {
-            let namespace = namespace
-                .take()
-                .map_err(host("take over a network namespace"))?;
-            // Nobody else was here before.
-            if let Ok(mut network) = pod.network.try_lock() {
-                *network = Some(Network::new(namespace, joined));
-            }
+        // Nobody else was here before.
+        if let (Some(carried), Ok(mut network)) = (carried.network, pod.network.try_lock()) {
+            *network = Some(Connected::unpack(carried, &guest)?);
         }
         for carried in carried.containers {
             let container = pod.unpack_container(&guest, carried)?;

@@ -31,12 +31,12 @@ use tracing::{info, warn};
 use super::{Container, DIE, Pod, Slot, hold::network, last::run_last, making::Making};
 use crate::{
     agent::ProcessName,
-    disk::{self, Attached, Opened},
+    disk::{self, Opened},
     error::{Error, Result},
     events::{Event, task_io},
     explain::Explanation,
     fate,
-    guest::Guest,
+    guest::{Attached, Guest},
     hooks::{Hooks, Moment},
     io::{Stdio, Streams},
     lock::lock,

@@ -1,6 +1,7 @@
 //! The machine follows its containers: it grows before one gets more, and shrinks once
 //! they need less.
 
+use bulkhead_spec::capacity::Capacity;
 use tracing::warn;
 
 use super::{Arc, Pod, Slot};
@@ -47,30 +48,14 @@ impl Pod {
     /// Refuses limits, other than those before, that the machine can never give.
     pub(super) fn can_give(guest: &dyn Guest, limits: Limits, before: Limits) -> Result<()> {
         let most = guest.most();
-        let bytes = u64::from(most.memory_mib) << 20;
+        let most = Capacity {
+            memory: u64::from(most.memory_mib) << 20,
+            processors: most.vcpus.into(),
+        };
+        let (now, then) = (limits.thousandths(), before.thousandths());
         let memory = limits.memory.filter(|_| limits.memory != before.memory);
-        if let Some(memory) = memory.filter(|memory| *memory > bytes) {
-            return Err(Error::Beyond {
-                what: "memory.limit",
-                asked: format!("{memory} bytes"),
-                most: format!("{bytes} bytes"),
-            });
-        }
-        let thousandths = limits.thousandths().unwrap_or(0);
-        if limits.thousandths() != before.thousandths()
-            && thousandths > u64::from(most.vcpus) * 1_000
-        {
-            return Err(Error::Beyond {
-                what: "cpu.quota",
-                asked: format!(
-                    "{}.{:03} processors",
-                    thousandths / 1_000,
-                    thousandths % 1_000
-                ),
-                most: most.vcpus.to_string(),
-            });
-        }
-        Ok(())
+        let given = most.can_give(memory, now.filter(|_| now != then));
+        given.map_err(Error::Beyond)
     }
 
     /// Makes it no larger than needed, beside everything else: what the guest cannot

@@ -4,6 +4,7 @@ pub(crate) mod copies;
 mod faults;
 pub(crate) mod harness;
 mod hooks;
+mod network;
 mod pids;
 mod resources;
 pub(crate) mod script;

@@ -134,7 +134,7 @@ impl Control {
         }
     }
 
-    /// Takes a disk from it.
+    /// Takes a disk or an interface from it.
     pub async fn detach(&self, device: u8) -> Result<()> {
         done(self.ask(Request::Detach { device }, "detach").await?)
     }

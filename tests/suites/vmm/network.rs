@@ -1,10 +1,9 @@
 //! Network interfaces that come and go while the guest runs.
 
 use std::{
-    fs::File,
     io::{self, Read, Write},
     net::{Ipv4Addr, TcpListener, TcpStream},
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::OwnedFd,
     process::Command,
     thread,
     time::Duration,
@@ -28,47 +27,12 @@ const USE: &str = "
     bound() { until echo virtio-mmio.3 > $driver/bind; do sleep 0.1; done 2>/dev/null; }
     up() { ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up; }";
 
-/// `struct ifreq`, as far as a tap needs it.
-#[repr(C)]
-struct IfReq {
-    name: [u8; 16],
-    flags: u16,
-    rest: [u8; 22],
-}
-
-/// Bytes before each frame.
-static HEADER: i32 = 12;
-
-nix::ioctl_write_ptr_bad!(tunsetiff, 0x4004_54ca, IfReq);
-nix::ioctl_write_ptr_bad!(tunsetvnethdrsz, 0x4004_54d8, i32);
-nix::ioctl_write_int_bad!(tunsetoffload, 0x4004_54d0);
-
 /// A tap in a network namespace that this thread has for itself, and that ends with it.
 struct Tap(OwnedFd);
 
 impl Tap {
     fn new(mtu: &str) -> Tap {
-        /// TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 and TUN_F_TSO_ECN.
-        const OFFLOADS: i32 = 0xf;
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/net/tun")
-            .expect("a host with taps");
-        let mut request = IfReq {
-            name: [0; 16],
-            // IFF_TAP, IFF_NO_PI, IFF_VNET_HDR.
-            flags: 0x0002 | 0x1000 | 0x4000,
-            rest: [0; 22],
-        };
-        request.name[..4].copy_from_slice(b"tap0");
-        // SAFETY: it reads an `ifreq`, which is as large.
-        unsafe { tunsetiff(file.as_raw_fd(), &raw const request) }.expect("a tap");
-        // SAFETY: it reads an integer.
-        unsafe { tunsetvnethdrsz(file.as_raw_fd(), &raw const HEADER) }.expect("a header");
-        // SAFETY: it takes a number.
-        unsafe { tunsetoffload(file.as_raw_fd(), OFFLOADS) }.expect("offloads");
-        rustix::io::ioctl_fionbio(&file, true).expect("not to block");
+        let file = bulkhead_vmm::tap::make("tap0").expect("a tap");
         for line in [
             &format!("link set tap0 mtu {mtu} up"),
             "addr add 10.9.0.1/24 dev tap0",

@@ -4,14 +4,14 @@
 //! takes as a whole, and costs nothing until it is used. How much of it the guest takes,
 //! and when, its driver decides.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Starter, places::window};
+use super::{Places, Starter};
 use crate::{
     config::Config,
     devices::mem::{BLOCK, Mem, Pool},
@@ -46,9 +46,8 @@ fn up_to(bytes: u64, unit: u64) -> u64 {
 pub(crate) struct More {
     vm: Arc<VmFd>,
     memory: Memory,
-    machine: Arc<Machine>,
-    starter: Starter,
-    /// Number of the place.
+    /// Where the device comes, and its number.
+    place: Places,
     device: u8,
     /// What the guest began with, in MiB.
     memory_mib: u32,
@@ -59,9 +58,8 @@ pub(crate) struct More {
     start: u64,
     /// The next number of a memory slot of KVM's.
     slot: u32,
-    /// The device is there once this is taken: signalled when the driver has seen that
-    /// it is asked for something else.
-    acknowledged: Option<EventFd>,
+    /// Signalled when the driver has seen that it is asked for something else.
+    acknowledged: EventFd,
 }
 
 impl More {
@@ -84,15 +82,14 @@ impl More {
         More {
             vm: Arc::clone(vm),
             memory: memory.clone(),
-            machine: Arc::clone(machine),
-            starter,
+            place: Places::new(["memory", "memory"], &[device], machine, starter),
             device,
             memory_mib,
             more_mib,
             pool: Arc::new(pool),
             start,
             slot: u32::try_from(slots).unwrap_or(u32::MAX),
-            acknowledged: Some(acknowledged),
+            acknowledged,
         }
     }
 
@@ -126,42 +123,40 @@ impl More {
         if length == 0 {
             return Ok(());
         }
-        let refused = |error: &dyn std::fmt::Display| {
-            format!(
-                "the host has no {} MiB of memory more: {error}",
-                length >> 20
-            )
-        };
         let start = self.start.saturating_add(there);
-        let host = self.memory.grow(start, length);
-        let host = host.map_err(|error| refused(&error))?;
-        let region = kvm_userspace_memory_region {
-            slot: self.slot,
-            flags: 0,
-            guest_phys_addr: start,
-            memory_size: length,
-            userspace_addr: host.expose_provenance() as u64,
-        };
-        // SAFETY: the mapping has this length and is never unmapped; no other slot has
-        // this number or covers the range, which begins where the last one ended.
-        let added = unsafe { self.vm.set_user_memory_region(region) };
-        added.map_err(|error| refused(&error))?;
+        let (vm, slot) = (&self.vm, self.slot);
+        let grown = self.memory.grow(start, length, |host| {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: start,
+                memory_size: length,
+                userspace_addr: host.expose_provenance() as u64,
+            };
+            // SAFETY: the mapping has this length and, once KVM has it, is never unmapped;
+            // no other slot has this number or covers the range, which begins where the
+            // last one ended.
+            unsafe { vm.set_user_memory_region(region) }.map_err(io::Error::from)
+        });
+        grown.map_err(|error| {
+            let mib = length >> 20;
+            format!("the host has no {mib} MiB of memory more: {error}")
+        })?;
         self.slot = self.slot.saturating_add(1);
         Ok(())
     }
 
-    /// Puts the device where the guest will look for it.
+    /// Puts the device where the guest will look for it, unless it is there.
     fn plug(&mut self) -> Result<(), String> {
-        let Some(acknowledged) = self.acknowledged.take() else {
-            return Ok(());
-        };
-        let events = self.starter.events("memory", self.device);
-        let events = events.map_err(|error| format!("its thread does not start: {error}"))?;
-        let device = Mem::new(events, Arc::clone(&self.pool), acknowledged);
-        if window(&self.machine).plug(self.device.into(), Box::new(device)) {
+        if self.place.has(self.device) {
             return Ok(());
         }
-        Err("the guest uses the place of the memory device".into())
+        let (pool, acknowledged) = (Arc::clone(&self.pool), &self.acknowledged);
+        let plugged = self.place.attach(|_, events| {
+            let device = Mem::new(events, pool, acknowledged.try_clone()?);
+            Ok(Box::new(device))
+        });
+        plugged.map(drop)
     }
 }
 

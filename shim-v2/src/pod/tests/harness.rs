@@ -53,6 +53,8 @@ pub(crate) struct TestGuest {
     size: Mutex<Size>,
     /// Those that it was given while it ran.
     pub(crate) sizes: Mutex<Vec<Size>>,
+    /// Its network interfaces, by the numbers of their devices.
+    pub(crate) interfaces: Mutex<BTreeMap<u8, File>>,
     _server: Mutex<Server>,
 }
 
@@ -104,6 +106,7 @@ impl TestGuest {
             connection,
             size: Mutex::new(first),
             sizes: Mutex::default(),
+            interfaces: Mutex::default(),
             quarters: Quarters::new(None, fs::File::open("/proc/self/ns/net").unwrap().into()),
             _server: server.into(),
         });
@@ -157,12 +160,17 @@ impl Guest for TestGuest {
         Err(Error::Unsupported("A disk"))
     }
 
-    async fn detach(&self, _: u8) -> Result<()> {
+    async fn detach(&self, device: u8) -> Result<()> {
+        lock(&self.interfaces).remove(&device);
         Ok(())
     }
 
-    async fn attach_interface(&self, _: File, _: [u8; 6], _: u16) -> Result<u8> {
-        Err(Error::Unsupported("An interface"))
+    async fn attach_interface(&self, tap: File, _: [u8; 6], _: u16) -> Result<u8> {
+        let mut all = lock(&self.interfaces);
+        let device = (7..9).find(|device| !all.contains_key(device));
+        let device = device.ok_or(Error::Unsupported("A third interface"))?;
+        all.insert(device, tap);
+        Ok(device)
     }
 
     fn network(&self) -> BorrowedFd<'_> {

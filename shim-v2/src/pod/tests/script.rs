@@ -11,9 +11,9 @@ use bulkhead_agent::streams::{BoxStream, Streams};
 use bulkhead_agent_api::{
     agent::{
         AcceptRequest, AcceptResponse, CancelCopyRequest, Cause, ContainerRequest, CopyInRequest,
-        CopyOutRequest, CreateRequest, Empty, ExecRequest, KillRequest, ProcessRequest,
-        ProcessResponse, StatsResponse, Stdio, UpdateRequest, UpdateResponse, WaitOomRequest,
-        WaitOomResponse, WaitResponse, cause::Kind,
+        CopyOutRequest, CreateRequest, Empty, ExecRequest, KillRequest, NetworkRequest,
+        ProcessRequest, ProcessResponse, StatsResponse, Stdio, UpdateRequest, UpdateResponse,
+        WaitOomRequest, WaitOomResponse, WaitResponse, cause::Kind,
     },
     agent_ttrpc::Agent,
     cause, relay,
@@ -405,6 +405,13 @@ impl Agent for Script {
     async fn update(&self, _: &TtrpcContext, r: UpdateRequest) -> ttrpc::Result<UpdateResponse> {
         self.enter("Update", label(&r.container_id, "")).await?;
         Ok(UpdateResponse::default())
+    }
+
+    async fn set_up_network(&self, _: &TtrpcContext, r: NetworkRequest) -> ttrpc::Result<Empty> {
+        let names: Vec<&str> = r.interfaces.iter().map(|it| it.name.as_str()).collect();
+        let names = format!(" {}", names.join(" "));
+        self.enter("SetUpNetwork", names).await?;
+        Ok(Empty::default())
     }
 
     async fn freeze(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Empty> {

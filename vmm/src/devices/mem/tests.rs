@@ -28,7 +28,7 @@ fn guest(usable: u64, requested: u64) -> Guest {
     let own = memory(2 << 20);
     let driver = Driver::new(&own, 0x1000, 0x1000);
     let memory = Memory::from(own);
-    memory.grow(START, usable * BLOCK).unwrap();
+    memory.grow(START, usable * BLOCK, |_| Ok(())).unwrap();
     let pool = Arc::new(Pool::new(START, 16 * BLOCK, memory.clone()));
     pool.ask(requested * BLOCK, usable * BLOCK);
     let events = EventLoop::new("test").unwrap();

@@ -8,7 +8,7 @@
 use super::feature;
 
 /// Bytes of the header.
-pub(super) const HEADER: usize = 12;
+pub(crate) const HEADER: usize = 12;
 
 /// Bytes of an Ethernet header, and of the tag of a VLAN.
 const ETHERNET: usize = 14;

@@ -48,6 +48,7 @@ use std::{io, os::fd::OwnedFd, sync::Arc};
 use rustix::fs::{OFlags, fcntl_getfl};
 
 pub use self::counters::{Counters, Passed, Totals};
+pub(crate) use self::header::HEADER;
 use self::{
     header::Terms,
     receive::{Receive, Wait},

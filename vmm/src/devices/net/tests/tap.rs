@@ -19,13 +19,6 @@ use rustix::{
 use super::*;
 use crate::{event_loop::event_fd, exit::Ending};
 
-/// `_IOW('T', 202, int)`, and what else a tap is asked for.
-const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
-const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
-const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
-/// TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN.
-const OFFLOADS: libc::c_ulong = 1 | 2 | 4 | 8;
-
 const NAME: &str = "tap0";
 const PORT: u16 = 5000;
 
@@ -68,16 +61,7 @@ impl Interface {
     fn new() -> io::Result<Interface> {
         // SAFETY: only this thread's network is another one.
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
-        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let tap = rustix::fs::open("/dev/net/tun", flags, rustix::fs::Mode::empty())?;
-        let mut request = request();
-        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap();
-        ioctl(&tap, TUNSETIFF, &mut request)?;
-        let mut header = libc::c_int::try_from(HEADER).unwrap();
-        ioctl(&tap, TUNSETVNETHDRSZ, &mut header)?;
-        // SAFETY: this one takes a number.
-        done(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, OFFLOADS) })?;
+        let tap = crate::tap::make(NAME)?.into();
         // No address is tried out first. Where there is no IPv6 it is said later.
         for interface in ["all", NAME] {
             let path = format!("/proc/sys/net/ipv6/conf/{interface}/accept_dad");
