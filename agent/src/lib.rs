@@ -38,7 +38,7 @@ mod stdio;
 pub mod streams;
 mod sys;
 
-pub use bulkhead_spec as spec;
+pub use bulkhead_agent_api::spec;
 
 /// Makes a write to a pipe without a reader an error, not the end of the
 /// process.

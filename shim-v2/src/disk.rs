@@ -15,7 +15,7 @@ use std::{
 };
 
 use bulkhead_agent_api::agent::{self, RootDisk};
-use bulkhead_spec::devices::{HostDisk, Numbers};
+use bulkhead_agent_api::spec::devices::{HostDisk, Numbers};
 use containerd_shim_protos::api::Mount;
 use rustix::{
     fs::{FlockOperation, flock, major, minor},

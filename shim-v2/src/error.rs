@@ -6,7 +6,7 @@
 use std::{error::Error as _, io, path::PathBuf};
 
 use bulkhead_agent_api::agent::cause::Kind;
-use bulkhead_spec::capacity::Beyond;
+use bulkhead_agent_api::spec::capacity::Beyond;
 use thiserror::Error;
 use ttrpc::Code;
 

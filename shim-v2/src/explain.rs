@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bulkhead_spec::{Note, plan};
+use bulkhead_agent_api::spec::{Note, plan};
 use serde::{Deserialize, Serialize};
 
 use crate::{

@@ -22,7 +22,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_spec::plan;
+use bulkhead_agent_api::spec::plan;
 use nix::sched::{CloneFlags, setns};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},

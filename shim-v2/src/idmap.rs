@@ -5,7 +5,7 @@
 
 use std::{fmt::Write as _, fs, io, os::fd::OwnedFd};
 
-use bulkhead_spec::plan::IdMap;
+use bulkhead_agent_api::spec::plan::IdMap;
 use nix::{
     sched::{CloneFlags, clone},
     sys::{

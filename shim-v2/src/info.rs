@@ -53,7 +53,7 @@ fn features() -> Value {
         ],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
-            "capabilities": bulkhead_spec::CAPABILITIES.as_slice(),
+            "capabilities": bulkhead_agent_api::spec::CAPABILITIES.as_slice(),
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
             "seccomp": {
                 "enabled": true,
@@ -130,9 +130,9 @@ mod tests {
             "linux": {"namespaces": namespaces, "uidMappings": [{"size": 1}], "gidMappings": [{"size": 1}]},
             "hooks": hooks,
         });
-        let spec = bulkhead_spec::json::from_value("", spec).unwrap();
-        let checked = bulkhead_spec::container(spec, None).unwrap();
-        let left_out = |note: &&bulkhead_spec::Note| !note.why.contains("private");
+        let spec = bulkhead_agent_api::spec::json::from_value("", spec).unwrap();
+        let checked = bulkhead_agent_api::spec::container(spec, None).unwrap();
+        let left_out = |note: &&bulkhead_agent_api::spec::Note| !note.why.contains("private");
         assert_eq!(checked.notes.iter().find(left_out), None);
         let hooks = checked.plan.hooks;
         let lists = [

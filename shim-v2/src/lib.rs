@@ -61,4 +61,4 @@ pub mod transfer;
 pub mod upgrade;
 pub mod vm;
 
-pub use bulkhead_spec::json;
+pub use bulkhead_agent_api::spec::json;

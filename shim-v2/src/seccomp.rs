@@ -13,7 +13,7 @@ use std::{
     io::{self, Read, Seek},
 };
 
-use bulkhead_spec::{Error, SECCOMP_FLAGS, oci};
+use bulkhead_agent_api::spec::{Error, SECCOMP_FLAGS, oci};
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
 };

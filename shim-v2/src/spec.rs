@@ -2,7 +2,7 @@
 //!
 //! [`prepare`] is pure: it refuses what a pod in a VM cannot do, before there is a VM, and
 //! returns the same document with each path turned into one of the guest's. What a
-//! value means is judged by [`bulkhead_spec`], as the agent will judge it; here is
+//! value means is judged by [`bulkhead_agent_api::spec`], as the agent will judge it; here is
 //! only what concerns the host. What becomes of each field is said in
 //! [`Prepared::fields`]: nothing is dropped silently.
 //!
@@ -15,13 +15,13 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use bulkhead_agent_api::{SHARE_DIR, SOCKETS_DIR};
-pub use bulkhead_spec::Error;
-use bulkhead_spec::{
+pub use bulkhead_agent_api::spec::Error;
+use bulkhead_agent_api::spec::{
     Inherited, Note,
     devices::{self, HostDisk},
     json, oci, plan,
 };
+use bulkhead_agent_api::{SHARE_DIR, SOCKETS_DIR};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -209,8 +209,8 @@ pub fn prepare(
     let taken = take_sources(id, &mut spec, &mut notes, look)?;
 
     // From here on as the agent will do it.
-    let compiled = bulkhead_spec::seccomp(&filter.program, filter.flags)?;
-    let checked = bulkhead_spec::container(spec.clone(), compiled)?;
+    let compiled = bulkhead_agent_api::spec::seccomp(&filter.program, filter.flags)?;
+    let checked = bulkhead_agent_api::spec::container(spec.clone(), compiled)?;
     notes.extend(checked.notes);
     let limits = spec
         .linux
@@ -234,7 +234,7 @@ pub fn prepare(
         has_network,
         hooks: checked.plan.hooks,
         annotations: spec.annotations,
-        fields: bulkhead_spec::report(&given, &notes),
+        fields: bulkhead_agent_api::spec::report(&given, &notes),
     })
 }
 
@@ -264,7 +264,7 @@ pub fn explain(spec: &Value) -> Vec<Note> {
     });
     match prepared {
         Ok(prepared) => prepared.fields,
-        Err(error) => bulkhead_spec::report(spec, &[Note::from(&error)]),
+        Err(error) => bulkhead_agent_api::spec::report(spec, &[Note::from(&error)]),
     }
 }
 
@@ -301,14 +301,14 @@ pub fn prepare_process(process: Value, terminal: Terminal) -> Result<PreparedPro
     );
     process.terminal = terminal == Terminal::Yes;
     // What it has from its container is no matter for a refusal.
-    let checked = bulkhead_spec::process(process.clone(), &Inherited::default())?;
+    let checked = bulkhead_agent_api::spec::process(process.clone(), &Inherited::default())?;
     let guest = serde_json::to_value(&process)
         .map_err(|error| Error::new("process", "as the guest gets it", error.to_string()))?;
     fits("process", guest.to_string().len(), 0)?;
     Ok(PreparedProcess {
         guest,
         console: console(&checked.plan),
-        fields: bulkhead_spec::report(&json!({ "process": given }), &checked.notes),
+        fields: bulkhead_agent_api::spec::report(&json!({ "process": given }), &checked.notes),
     })
 }
 
@@ -381,7 +381,7 @@ fn take_sources(
     for (n, mount) in spec.mounts.iter_mut().enumerate() {
         let at = format!("mounts[{n}]");
         if mount.is_socket() {
-            bulkhead_spec::socket(&at, mount)?;
+            bulkhead_agent_api::spec::socket(&at, mount)?;
             taken.socket(id, &at, mount)?;
             continue;
         }
@@ -407,7 +407,7 @@ fn take_sources(
             };
             continue;
         }
-        let ids = bulkhead_spec::take_id_map(&at, mount, users)?;
+        let ids = bulkhead_agent_api::spec::take_id_map(&at, mount, users)?;
         if kind == Kind::Socket {
             if ids.is_some() {
                 let reason = "a socket has no map of ids";

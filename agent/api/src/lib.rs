@@ -1,8 +1,8 @@
 //! The protocol between the shim and the agent: everything both must agree on.
 //!
-//! Owns `agent.proto`, the vsock ports, the greeting and the paths in the
-//! guest. Promises that, but for the specification, nothing else is shared between
-//! host and guest. Holds no behaviour but the place of a [`cause`] in a status and the
+//! Owns `agent.proto`, the vsock ports, the greeting, the paths in the guest, and what a
+//! [specification](spec) means. Promises that nothing else is shared between host and
+//! guest. Holds no behaviour but that, the place of a [`cause`] in a status and the
 //! [relay](mod@relay) of a connection, which must be the same on both sides.
 //!
 //! # Connections
@@ -41,6 +41,7 @@ mod generated {
 
 pub mod cause;
 pub mod relay;
+pub mod spec;
 
 pub use self::{
     generated::{agent, agent_ttrpc},

@@ -6,7 +6,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use bulkhead_spec::Error;
+use bulkhead_agent_api::spec::Error;
 
 /// The field, for messages.
 const FIELD: &str = "linux.cgroupsPath";

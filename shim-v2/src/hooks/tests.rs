@@ -1,6 +1,6 @@
 use std::{fs, os::unix::fs::PermissionsExt};
 
-use bulkhead_spec::plan::Hook;
+use bulkhead_agent_api::spec::plan::Hook;
 
 use super::*;
 use crate::share::enter_private_namespace;

@@ -15,7 +15,7 @@ use std::{
     },
 };
 
-use bulkhead_spec::plan;
+use bulkhead_agent_api::spec::plan;
 use containerd_shim_protos::{cgroups_v2::metrics::Metrics, protobuf::Message};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex as AsyncMutex;

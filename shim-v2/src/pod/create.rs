@@ -14,11 +14,11 @@ use std::{
     },
 };
 
+use bulkhead_agent_api::spec::{Fate, Note, devices::HostDisk};
 use bulkhead_agent_api::{
     DISKS_DIR, PRIVATE_DIR, SHARE_DIR,
     agent::{self, CreateRequest},
 };
-use bulkhead_spec::{Fate, Note, devices::HostDisk};
 use bulkhead_vmm::hotplug::MOST_PLACES;
 use containerd_shim_protos::{api::Mount, events::task::TaskCreate, protobuf::MessageField};
 use tokio::{

@@ -1,7 +1,7 @@
 //! The machine follows its containers: it grows before one gets more, and shrinks once
 //! they need less.
 
-use bulkhead_spec::capacity::Capacity;
+use bulkhead_agent_api::spec::capacity::Capacity;
 use tracing::warn;
 
 use super::{Arc, Pod, Slot};

@@ -5,7 +5,7 @@
 //! names are answered with ENOSYS, as other runtimes do, before the compiled profile
 //! is asked. What the profile names, allowed or not, it answers itself.
 
-use bulkhead_spec::oci;
+use bulkhead_agent_api::spec::oci;
 use libseccomp::{ScmpAction, ScmpArch, ScmpSyscall};
 
 /// `AUDIT_ARCH_X86_64` and `AUDIT_ARCH_I386` (`linux/audit.h`).

@@ -1,6 +1,6 @@
 //! Filters in force, and filters interpreted.
 
-use bulkhead_spec::json;
+use bulkhead_agent_api::spec::json;
 use serde_json::{Value, json};
 
 use super::*;

@@ -77,7 +77,7 @@ fn a_container_sees_its_root_and_volumes_and_leaves_nothing_fs_02_fs_13() {
 
 #[test]
 fn a_volume_shows_other_ids_than_those_on_disk_fs_30() {
-    use bulkhead_spec::plan::{IdMap, MountIds};
+    use bulkhead_agent_api::spec::plan::{IdMap, MountIds};
     in_namespace(|dir| {
         let work = dir.join("work");
         fs::create_dir(&work).unwrap();

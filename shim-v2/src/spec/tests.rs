@@ -3,7 +3,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use bulkhead_spec::Fate;
+use bulkhead_agent_api::spec::Fate;
 
 use super::*;
 
@@ -63,9 +63,10 @@ fn guest(prepared: &Prepared) -> Value {
 
 /// The agent's side of it.
 fn agent(prepared: &Prepared) -> Result<plan::ContainerPlan, Error> {
-    let filter = bulkhead_spec::seccomp(&prepared.filter.program, prepared.filter.flags)?;
+    let filter =
+        bulkhead_agent_api::spec::seccomp(&prepared.filter.program, prepared.filter.flags)?;
     let spec = json::from_slice("", &prepared.guest)?;
-    Ok(bulkhead_spec::container(spec, filter)?.plan)
+    Ok(bulkhead_agent_api::spec::container(spec, filter)?.plan)
 }
 
 /// What is not done as it says.
@@ -275,7 +276,7 @@ fn an_exec_is_judged_as_a_first_process_is() {
     assert!(text.starts_with("process.apparmorProfile = "), "{text}");
     let bytes = serde_json::to_vec(&prepared.guest).unwrap();
     let again: oci::Process = json::from_slice("process", &bytes).unwrap();
-    bulkhead_spec::process(again, &Inherited::default()).unwrap();
+    bulkhead_agent_api::spec::process(again, &Inherited::default()).unwrap();
     for (process, field) in [
         (json!({"args": []}), "process.args = "),
         (json!({"args": ["a"], "cwd": "b"}), "process.cwd = "),

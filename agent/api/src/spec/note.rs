@@ -113,8 +113,8 @@ impl Note {
     }
 }
 
-impl From<&crate::Error> for Note {
-    fn from(error: &crate::Error) -> Self {
+impl From<&crate::spec::Error> for Note {
+    fn from(error: &crate::spec::Error) -> Self {
         Note::new(error.field(), Fate::Refused, error.reason())
     }
 }

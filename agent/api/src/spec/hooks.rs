@@ -1,6 +1,6 @@
 //! Judges `hooks`: programs that run at points of a container's life.
 
-use crate::{
+use crate::spec::{
     Error,
     check::{absolute, list},
     oci,

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use crate::Error;
+use crate::spec::Error;
 
 /// Most entries of `linux.sysctl`.
 const SYSCTLS_MAX: usize = 1_024;

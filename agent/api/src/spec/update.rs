@@ -5,7 +5,7 @@
 //! members. And what would be more than the machine has is no limit at all, so it is
 //! told apart for the caller to refuse.
 
-use crate::{Checked, Error, Note, oci, plan::Setting, resources};
+use crate::spec::{Checked, Error, Note, oci, plan::Setting, resources};
 
 /// Limits that hold now, as the files of the cgroup tell them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::{
+use crate::spec::{
     Checked, Error, Note,
     check::absolute,
     oci,

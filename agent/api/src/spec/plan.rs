@@ -375,7 +375,7 @@ pub enum NodeKind {
     /// A character device: major and minor number.
     Char(u32, u32),
     /// A block device: major and minor number, the host's until
-    /// [`renumber`](crate::devices::renumber) has given it the guest's.
+    /// [`renumber`](crate::spec::devices::renumber) has given it the guest's.
     Block(u32, u32),
     /// A named pipe.
     Fifo,

@@ -57,7 +57,7 @@ pub fn parse(text: &[u8]) -> Result<Value, Error> {
 
 /// Makes a type of a parsed value. `name` is the value's place in the whole, empty
 /// for the whole itself. A member that is null counts as absent.
-pub fn from_value<T>(name: &str, mut value: Value) -> Result<T, crate::Error>
+pub fn from_value<T>(name: &str, mut value: Value) -> Result<T, crate::spec::Error>
 where
     T: DeserializeOwned + Serialize,
 {
@@ -84,22 +84,30 @@ where
         if field.is_empty() {
             field.push_str(WHOLE);
         }
-        crate::Error::new(field, at, error.inner().to_string())
+        crate::spec::Error::new(field, at, error.inner().to_string())
     })?;
     match serde_json::to_value(&typed) {
         Ok(shape) => only_objects_for_objects(name, &value, &shape)?,
-        Err(error) => return Err(crate::Error::new(name, value, error.to_string())),
+        Err(error) => return Err(crate::spec::Error::new(name, value, error.to_string())),
     }
     Ok(typed)
 }
 
 /// The parser takes an array for an object, its items for the members in their
 /// order: nobody means that.
-fn only_objects_for_objects(field: &str, given: &Value, shape: &Value) -> Result<(), crate::Error> {
+fn only_objects_for_objects(
+    field: &str,
+    given: &Value,
+    shape: &Value,
+) -> Result<(), crate::spec::Error> {
     match (given, shape) {
         (Value::Array(_), Value::Object(_)) => {
             let field = if field.is_empty() { WHOLE } else { field };
-            Err(crate::Error::new(field, given, "it must be an object"))
+            Err(crate::spec::Error::new(
+                field,
+                given,
+                "it must be an object",
+            ))
         }
         (Value::Array(given), Value::Array(shape)) => {
             let mut pairs = given.iter().zip(shape).enumerate();
@@ -122,7 +130,7 @@ fn only_objects_for_objects(field: &str, given: &Value, shape: &Value) -> Result
 }
 
 /// Parses a text and makes a type of it.
-pub fn from_slice<T>(name: &str, text: &[u8]) -> Result<T, crate::Error>
+pub fn from_slice<T>(name: &str, text: &[u8]) -> Result<T, crate::spec::Error>
 where
     T: DeserializeOwned + Serialize,
 {
@@ -132,7 +140,7 @@ where
             Error::TooLong => error.to_string(),
             Error::Json(source) => source.to_string(),
         };
-        crate::Error::new(field, format!("{} bytes", text.len()), reason)
+        crate::spec::Error::new(field, format!("{} bytes", text.len()), reason)
     })?;
     from_value(name, value)
 }

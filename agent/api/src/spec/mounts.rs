@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{
+use crate::spec::{
     Error, Note,
     check::{absolute, id_maps, plain},
     oci,
@@ -15,7 +15,7 @@ use crate::{
 
 /// `struct mount_attr` bits (`linux/mount.h`).
 mod bit {
-    pub(super) const RDONLY: u64 = crate::plan::Attributes::RDONLY;
+    pub(super) const RDONLY: u64 = crate::spec::plan::Attributes::RDONLY;
     pub(super) const NOSUID: u64 = 0x2;
     pub(super) const NODEV: u64 = 0x4;
     pub(super) const NOEXEC: u64 = 0x8;

@@ -1,7 +1,7 @@
 //! Devices: those of privileged containers, and disks of the host.
 
 use super::*;
-use crate::{
+use crate::spec::{
     devices::{HostDisk, host_disks, renumber},
     plan::{DeviceKind, DeviceRule, NodeKind},
 };

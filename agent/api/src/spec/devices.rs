@@ -4,7 +4,7 @@
 //! of `linux.devices` all come from it. Block devices are the host's: each is a disk
 //! that the virtual machine is given, and has numbers of its own there.
 
-use crate::{
+use crate::spec::{
     Error, Note, check, oci,
     plan::{ContainerPlan, DeviceKind, DeviceNode, DeviceRule, NodeKind},
 };

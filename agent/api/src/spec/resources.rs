@@ -4,7 +4,7 @@
 //! object is on the host (block devices by number, RDMA, v1 network classes) are
 //! left out with a note.
 
-use crate::{
+use crate::spec::{
     Error, Note, oci,
     plan::{Absent, DeviceKind, DeviceRule, Resources, Setting},
 };

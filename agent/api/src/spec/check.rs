@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{
+use crate::spec::{
     Checked, Error, Note, devices,
     hooks::hooks,
     mounts, oci,
