@@ -11,37 +11,41 @@ const DEVICES: &str = "/sys/bus/platform/devices";
 /// A device that the driver has. Dropped, it is let go of, whoever still uses it.
 #[derive(Debug)]
 pub(crate) struct Bound {
-    /// `virtio-mmio.N`.
-    name: String,
+    device: u32,
 }
 
 impl Bound {
     /// Has the driver take the device with this number.
     pub(crate) fn take(device: u32) -> io::Result<Self> {
-        let name = format!("virtio-mmio.{device}");
-        fs::write(format!("{DRIVER}/bind"), &name)?;
-        Ok(Bound { name })
+        fs::write(format!("{DRIVER}/bind"), name(device))?;
+        Ok(Bound { device })
     }
+}
 
-    /// The first thing of this class, such as `block` or `net`, that the kernel has made of
-    /// it.
-    pub(crate) fn find(&self, class: &str) -> io::Result<PathBuf> {
-        for device in fs::read_dir(format!("{DEVICES}/{}", self.name))? {
-            let Ok(mut found) = fs::read_dir(device?.path().join(class)) else {
-                continue;
-            };
-            if let Some(found) = found.next() {
-                return Ok(found?.path());
-            }
+/// The first thing of this class, such as `block` or `net`, that the kernel has made of
+/// the device with this number.
+pub(crate) fn find(device: u32, class: &str) -> io::Result<PathBuf> {
+    let name = name(device);
+    for device in fs::read_dir(format!("{DEVICES}/{name}"))? {
+        let Ok(mut found) = fs::read_dir(device?.path().join(class)) else {
+            continue;
+        };
+        if let Some(found) = found.next() {
+            return Ok(found?.path());
         }
-        let none = format!("{} has nothing of the class {class}", self.name);
-        Err(io::Error::new(io::ErrorKind::NotFound, none))
     }
+    let none = format!("{name} has nothing of the class {class}");
+    Err(io::Error::new(io::ErrorKind::NotFound, none))
+}
+
+/// As the kernel has it.
+fn name(device: u32) -> String {
+    format!("virtio-mmio.{device}")
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
         // Nobody is left to be told of a failure.
-        let _ = fs::write(format!("{DRIVER}/unbind"), &self.name);
+        let _ = fs::write(format!("{DRIVER}/unbind"), name(self.device));
     }
 }

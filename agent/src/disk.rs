@@ -19,7 +19,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tokio::{task::spawn_blocking, time::sleep};
 
 use crate::{
-    device::Bound,
+    device::{self, Bound},
     error::{Doing, Error},
     spec::{
         devices::{Numbers, renumber},
@@ -113,7 +113,8 @@ impl Disks {
 /// A disk that the driver has.
 #[derive(Debug)]
 struct Disk {
-    bound: Bound,
+    device: u32,
+    _bound: Bound,
     /// Its node in /dev.
     node: PathBuf,
 }
@@ -122,9 +123,13 @@ impl Disk {
     /// Has the driver take it.
     fn take(device: u32) -> Result<Self, Error> {
         let bound = Bound::take(device).doing("find a disk")?;
-        let block = bound.find("block").doing("find a disk")?;
+        let block = device::find(device, "block").doing("find a disk")?;
         let node = Path::new("/dev").join(block.file_name().unwrap_or_default());
-        Ok(Disk { bound, node })
+        Ok(Disk {
+            device,
+            _bound: bound,
+            node,
+        })
     }
 
     /// One that is a device of the container: with its numbers on the host and here.
@@ -136,7 +141,7 @@ impl Disk {
 
     /// Major and minor number.
     fn numbers(&self) -> io::Result<Numbers> {
-        let text = fs::read_to_string(self.bound.find("block")?.join("dev"))?;
+        let text = fs::read_to_string(device::find(self.device, "block")?.join("dev"))?;
         let numbers = text.trim_end().split_once(':');
         let numbers =
             numbers.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));

@@ -3,9 +3,9 @@
 //! What an address or a route is the host's kernel has said, and this one is told in the
 //! same words: here only the interface's number is put in.
 
-use std::{fs, io, path::Path};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
-use bulkhead_agent_api::agent::NetworkInterface;
+use bulkhead_agent_api::agent::{NetworkInterface, NetworkRequest};
 use futures::StreamExt;
 use rtnetlink::{
     Handle, LinkUnspec,
@@ -18,69 +18,158 @@ use rtnetlink::{
         address::{AddressAttribute, AddressFlags, AddressMessage},
         neighbour::NeighbourMessage,
         route::{RouteAttribute, RouteMessage},
+        rule::RuleMessage,
     },
 };
 
 use crate::{
-    device::Bound,
+    device::{self, Bound},
     error::{Doing, Error},
 };
 
-/// Sets up interfaces that the host has attached: all of them, or none stays.
-pub(crate) async fn set_up(interfaces: &[NetworkInterface]) -> Result<Vec<Bound>, Error> {
-    let (connection, handle, _) = rtnetlink::new_connection().doing("reach the network")?;
-    let connection = tokio::spawn(connection);
-    let set_up = async {
-        let mut all = Vec::new();
-        for interface in interfaces {
-            all.push(one(&handle, interface).await?);
-        }
-        Ok(all)
-    };
-    let done = set_up.await;
-    connection.abort();
-    done
+/// The guest's network as the host has told it.
+#[derive(Debug, Default)]
+pub(crate) struct Network {
+    /// By the numbers of their devices.
+    interfaces: BTreeMap<u32, Interface>,
+    rules: Vec<Vec<u8>>,
 }
 
-async fn one(handle: &Handle, interface: &NetworkInterface) -> Result<Bound, Error> {
-    let bound = Bound::take(interface.device).doing("find an interface")?;
-    let (name, index) = known(&bound).doing("find an interface")?;
+/// An interface that the host has attached.
+#[derive(Debug)]
+struct Interface {
+    told: NetworkInterface,
+    _bound: Bound,
+}
+
+impl Network {
+    /// Has it be this from now on. What is not named any more is let go of; a new
+    /// interface that cannot be set up does not stay, and the others are as they are then.
+    pub(crate) async fn become_this(&mut self, wanted: &NetworkRequest) -> Result<(), Error> {
+        let (connection, handle, _) = rtnetlink::new_connection().doing("reach the network")?;
+        let connection = tokio::spawn(connection);
+        let done = self.change(&handle, wanted).await;
+        connection.abort();
+        done
+    }
+
+    async fn change(&mut self, handle: &Handle, wanted: &NetworkRequest) -> Result<(), Error> {
+        let is_wanted = |device: u32| wanted.interfaces.iter().any(|it| it.device == device);
+        self.interfaces.retain(|device, _| is_wanted(*device));
+        let mut fresh = Vec::new();
+        let mut all = async || {
+            for interface in &wanted.interfaces {
+                match self.interfaces.get_mut(&interface.device) {
+                    Some(known) if known.told == *interface => {}
+                    Some(known) => {
+                        set_up(handle, interface, &known.told).await?;
+                        known.told.clone_from(interface);
+                    }
+                    None => {
+                        let bound = Bound::take(interface.device).doing("find an interface")?;
+                        set_up(handle, interface, &NetworkInterface::default()).await?;
+                        fresh.push(interface.device);
+                        let known = Interface {
+                            told: interface.clone(),
+                            _bound: bound,
+                        };
+                        self.interfaces.insert(interface.device, known);
+                    }
+                }
+            }
+            Ok(())
+        };
+        let done = all().await;
+        if done.is_err() {
+            self.interfaces.retain(|device, _| !fresh.contains(device));
+            return done;
+        }
+        for rule in without(&self.rules, &wanted.rules) {
+            let rule = RuleMessage::parse(rule).map_err(io::Error::other);
+            let rule = RouteNetlinkMessage::DelRule(rule.doing("read a rule")?);
+            tell(handle, rule, 0)
+                .await
+                .or_else(is_gone)
+                .doing("take a rule away")?;
+        }
+        for rule in without(&wanted.rules, &self.rules) {
+            let rule = RuleMessage::parse(rule).map_err(io::Error::other);
+            let rule = RouteNetlinkMessage::NewRule(rule.doing("read a rule")?);
+            tell(handle, rule, NLM_F_CREATE)
+                .await
+                .doing("make a rule")?;
+        }
+        self.rules.clone_from(&wanted.rules);
+        Ok(())
+    }
+}
+
+/// Those of the one that the other has not.
+fn without<'a>(all: &'a [Vec<u8>], others: &'a [Vec<u8>]) -> impl Iterator<Item = &'a Vec<u8>> {
+    all.iter().filter(|it| !others.contains(it))
+}
+
+/// Sets an interface up that was so before. What is told again does no harm.
+async fn set_up(
+    handle: &Handle,
+    interface: &NetworkInterface,
+    before: &NetworkInterface,
+) -> Result<(), Error> {
+    let (name, index) = known(interface.device).doing("find an interface")?;
     if name != interface.name {
         let named = LinkUnspec::new_with_index(index).name(&*interface.name);
         let named = handle.link().set(named.build()).execute().await;
         named.map_err(error).doing("name an interface")?;
     }
     leave_to_the_host(&interface.name);
-    let up = LinkUnspec::new_with_index(index).mtu(interface.mtu).up();
-    let up = handle.link().set(up.build()).execute().await;
-    up.map_err(error).doing("bring an interface up")?;
+    let link = LinkUnspec::new_with_index(index).mtu(interface.mtu);
+    let link = match interface.down {
+        true => link.down(),
+        false => link.up(),
+    };
+    let link = match !before.mac.is_empty() && before.mac != interface.mac {
+        true => link.address(interface.mac.clone()),
+        false => link,
+    };
+    let set = handle.link().set(link.build()).execute().await;
+    set.map_err(error).doing("set an interface up")?;
+
+    for bytes in without(&before.neighbours, &interface.neighbours) {
+        let neighbour = neighbour(bytes, index).doing("read a neighbour")?;
+        let told = tell(handle, RouteNetlinkMessage::DelNeighbour(neighbour), 0).await;
+        told.or_else(is_gone).doing("forget a neighbour")?;
+    }
+    for bytes in without(&before.routes, &interface.routes) {
+        let route = route(bytes, index).doing("read a route")?;
+        let told = tell(handle, RouteNetlinkMessage::DelRoute(route), 0).await;
+        told.or_else(is_gone).doing("take a route away")?;
+    }
+    for bytes in without(&before.addresses, &interface.addresses) {
+        let address = address(bytes, index).doing("read an address")?;
+        let told = tell(handle, RouteNetlinkMessage::DelAddress(address), 0).await;
+        told.or_else(is_gone).doing("take an address away")?;
+    }
     for bytes in &interface.addresses {
         let address = address(bytes, index).doing("read an address")?;
-        let told = tell(handle, RouteNetlinkMessage::NewAddress(address)).await;
+        let told = tell(handle, RouteNetlinkMessage::NewAddress(address), MAKE).await;
         told.doing("give an interface an address")?;
     }
     for bytes in &interface.routes {
-        let mut route = RouteMessage::parse(bytes).map_err(io::Error::other);
-        if let Ok(route) = &mut route {
-            route.attributes.push(RouteAttribute::Oif(index));
-        }
-        let route = route.doing("read a route")?;
-        let told = tell(handle, RouteNetlinkMessage::NewRoute(route)).await;
+        let route = route(bytes, index).doing("read a route")?;
+        let told = tell(handle, RouteNetlinkMessage::NewRoute(route), MAKE).await;
         told.doing("make a route")?;
     }
     for bytes in &interface.neighbours {
-        let neighbour = NeighbourMessage::parse(bytes).map_err(io::Error::other);
-        let mut neighbour = neighbour.doing("read a neighbour")?;
-        neighbour.header.ifindex = index;
-        let told = tell(handle, RouteNetlinkMessage::NewNeighbour(neighbour)).await;
+        let neighbour = neighbour(bytes, index).doing("read a neighbour")?;
+        let told = tell(handle, RouteNetlinkMessage::NewNeighbour(neighbour), MAKE).await;
         told.doing("write a neighbour down")?;
     }
-    Ok(bound)
+    Ok(())
 }
 
 /// Name and number of the interface that the driver has made of a device.
-fn known(bound: &Bound) -> io::Result<(String, u32)> {
-    let interface = bound.find("net")?;
+fn known(device: u32) -> io::Result<(String, u32)> {
+    let interface = device::find(device, "net")?;
     let index = fs::read_to_string(interface.join("ifindex"))?;
     let index = index.trim_end().parse().map_err(io::Error::other)?;
     let name = interface.file_name().unwrap_or_default();
@@ -110,10 +199,25 @@ fn address(bytes: &[u8], index: u32) -> io::Result<AddressMessage> {
     Ok(address)
 }
 
-/// Has the kernel make something, or change it to that.
-async fn tell(handle: &Handle, what: RouteNetlinkMessage) -> io::Result<()> {
+fn route(bytes: &[u8], index: u32) -> io::Result<RouteMessage> {
+    let mut route = RouteMessage::parse(bytes).map_err(io::Error::other)?;
+    route.attributes.push(RouteAttribute::Oif(index));
+    Ok(route)
+}
+
+fn neighbour(bytes: &[u8], index: u32) -> io::Result<NeighbourMessage> {
+    let mut neighbour = NeighbourMessage::parse(bytes).map_err(io::Error::other)?;
+    neighbour.header.ifindex = index;
+    Ok(neighbour)
+}
+
+/// To make something, or to change it to that.
+const MAKE: u16 = NLM_F_CREATE | NLM_F_REPLACE;
+
+/// Tells the kernel something.
+async fn tell(handle: &Handle, what: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
     let mut message = NetlinkMessage::from(what);
-    message.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+    message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
     let mut answers = handle.clone().request(message).map_err(error)?;
     while let Some(answer) = answers.next().await {
         if let NetlinkPayload::Error(refusal) = answer.payload
@@ -123,6 +227,14 @@ async fn tell(handle: &Handle, what: RouteNetlinkMessage) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// What was to go has gone already: with an address go its routes.
+fn is_gone(error: io::Error) -> io::Result<()> {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ESRCH | libc::EADDRNOTAVAIL | libc::ENODEV) => Ok(()),
+        _ => Err(error),
+    }
 }
 
 fn error(error: rtnetlink::Error) -> io::Error {

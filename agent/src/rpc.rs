@@ -277,7 +277,7 @@ impl Agent for Service {
     }
 
     async fn set_up_network(&self, _: &TtrpcContext, r: NetworkRequest) -> ttrpc::Result<Empty> {
-        self.containers.set_up_network(&r.interfaces).await?;
+        self.containers.set_up_network(&r).await?;
         Ok(Empty::default())
     }
 

@@ -12,10 +12,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::Mutex as AsyncMutex;
+
 use crate::{
     baseline::{self, Memory},
     device::Bound,
     error::{Doing, Error},
+    network::Network,
 };
 
 /// Where the kernel lists processors.
@@ -46,8 +49,8 @@ pub struct Machine {
     containers: PathBuf,
     /// The device by which memory comes, once it is known.
     device: Mutex<Option<Bound>>,
-    /// Network interfaces that the host has attached.
-    interfaces: Mutex<Vec<Bound>>,
+    /// Its interfaces, as the host has them be.
+    pub(crate) network: AsyncMutex<Network>,
 }
 
 impl Machine {
@@ -57,15 +60,8 @@ impl Machine {
             first,
             containers: containers.to_owned(),
             device: Mutex::default(),
-            interfaces: Mutex::default(),
+            network: AsyncMutex::default(),
         }
-    }
-
-    /// Network interfaces stay as long as it does.
-    pub(crate) fn keep(&self, interfaces: Vec<Bound>) {
-        let all = self.interfaces.lock();
-        all.unwrap_or_else(PoisonError::into_inner)
-            .extend(interfaces);
     }
 
     /// Makes it so large, as far as the kernel does; answers how large it is.

@@ -9,12 +9,13 @@
 //! has entered one is not to be used for anything else: each visit has a thread of its own.
 
 mod link;
+mod watch;
 
 use std::{
     fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
-    thread,
+    thread::{self, JoinHandle},
 };
 
 use bulkhead_vmm::tap;
@@ -29,9 +30,10 @@ use rtnetlink::{
     },
 };
 use serde::{Deserialize, Serialize};
+use tokio::{sync::oneshot, task::spawn_blocking};
 use tracing::warn;
 
-pub use self::link::Link;
+pub use self::{link::Link, watch::Watch};
 
 /// All protocols (ETH_P_ALL), in the kernel's order of bytes.
 const ALL: u16 = 0x0003_u16.to_be();
@@ -40,13 +42,12 @@ const ALL: u16 = 0x0003_u16.to_be();
 /// left of a packet that was sent on.
 const PRIORITY: u16 = 0xb000;
 
-/// An interface that has a tap.
+/// What is joined with a guest.
 #[derive(Debug)]
-pub struct Joined {
-    /// What the guest is told of it.
-    pub link: Link,
-    /// Frames for the guest, and from it.
-    pub tap: File,
+pub struct Network {
+    namespace: OwnedFd,
+    redirected: Vec<Redirected>,
+    watched: bool,
 }
 
 /// An interface whose frames go elsewhere.
@@ -58,45 +59,36 @@ pub struct Redirected {
     made: bool,
 }
 
-/// A namespace whose interfaces have taps; dropped, they are let go of.
-#[derive(Debug)]
-pub struct Network {
-    namespace: OwnedFd,
-    redirected: Vec<Redirected>,
+/// What is in a namespace.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Its interfaces.
+    pub links: Vec<Link>,
+    /// Rules of policy routing, each the body of an RTM_NEWRULE.
+    pub rules: Vec<Vec<u8>>,
+    /// Frames for the guest and from it, by the numbers of the interfaces that were not
+    /// joined before.
+    pub taps: Vec<(u32, File)>,
+    /// Why others cannot be joined.
+    pub refused: Vec<io::Error>,
+    /// Tells of changes; the first time only.
+    pub watch: Option<Watch>,
 }
 
 impl Network {
-    /// Joins all interfaces of a namespace that have an address; none if it is the host's
-    /// own. Takes its time: for a thread that may wait.
-    ///
-    /// # Errors
-    ///
-    /// The kernel refuses it; or an interface is of a kind that cannot be joined, or has no
-    /// address of Ethernet. Then none is joined.
-    pub fn join(namespace: OwnedFd) -> io::Result<(Network, Vec<Joined>)> {
-        let mut network = Network {
-            namespace,
-            redirected: Vec::new(),
-        };
-        if is_the_hosts(&network.namespace)? {
-            return Ok((network, Vec::new()));
-        }
-        let inside = network.namespace.try_clone()?;
-        let (redirected, joined) = visit(inside, async |handle| {
-            let mut redirected = Vec::new();
-            let joined = join_all(&handle, &mut redirected).await;
-            Ok((redirected, joined))
-        })?;
-        network.redirected = redirected;
-        Ok((network, joined?))
+    /// That of a namespace, of which nothing is joined yet.
+    #[must_use]
+    pub fn new(namespace: OwnedFd) -> Network {
+        Network::unpack(namespace, Vec::new())
     }
 
     /// That of the program before this one.
     #[must_use]
-    pub fn new(namespace: OwnedFd, redirected: Vec<Redirected>) -> Network {
+    pub fn unpack(namespace: OwnedFd, redirected: Vec<Redirected>) -> Network {
         Network {
             namespace,
             redirected,
+            watched: false,
         }
     }
 
@@ -105,26 +97,88 @@ impl Network {
     pub fn parts(&self) -> (&OwnedFd, &[Redirected]) {
         (&self.namespace, &self.redirected)
     }
+
+    /// Whether the namespace is this program's, or that of the host's first process: what
+    /// is there is nobody's to redirect.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not tell.
+    pub fn is_the_hosts(&self) -> io::Result<bool> {
+        let known = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+        let it = known(rustix::fs::fstat(&self.namespace)?);
+        let own = known(rustix::fs::stat("/proc/self/ns/net")?);
+        let first = rustix::fs::stat("/proc/1/ns/net").ok().map(known);
+        Ok(it == own || Some(it) == first)
+    }
+
+    /// Looks what there is, and joins what is new and has an address.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses to tell, or to make what is needed. An interface that cannot be
+    /// joined is no error.
+    pub async fn look(&mut self) -> io::Result<Seen> {
+        let namespace = self.namespace.try_clone()?;
+        let (mut redirected, watched) = (self.redirected.clone(), self.watched);
+        let (told, answer) = oneshot::channel();
+        visit(namespace, async move |handle| {
+            let seen = match handle {
+                Ok(handle) => look(&handle, &mut redirected, watched).await,
+                Err(error) => Err(error),
+            };
+            // Whoever asked may have given up.
+            let _ = told.send((seen, redirected));
+        })?;
+        let (seen, redirected) = answer.await.map_err(io::Error::other)?;
+        // However it went: what is redirected is to be let go of.
+        self.redirected = redirected;
+        let seen = seen?;
+        self.watched = true;
+        Ok(seen)
+    }
+
+    /// Leaves an interface as it was before.
+    pub async fn let_go(&mut self, index: u32) {
+        let (these, others) = self.redirected.iter().partition(|it| it.index == index);
+        self.redirected = others;
+        if let Some(visitor) = leave(&self.namespace, these) {
+            // It says itself what went wrong.
+            let _ = spawn_blocking(move || visitor.join()).await;
+        }
+    }
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
         let redirected = std::mem::take(&mut self.redirected);
-        if redirected.is_empty() {
-            return;
+        if let Some(visitor) = leave(&self.namespace, redirected) {
+            let _ = visitor.join();
         }
-        let left = self.namespace.try_clone().and_then(|namespace| {
-            visit(namespace, async move |handle| {
+    }
+}
+
+/// Lets go of interfaces; none if there is nothing to do.
+fn leave(namespace: &OwnedFd, redirected: Vec<Redirected>) -> Option<JoinHandle<()>> {
+    if redirected.is_empty() {
+        return None;
+    }
+    let left_over = |error: io::Error| {
+        warn!(%error, "an interface of the pod keeps a filter of ours");
+    };
+    let visitor = namespace.try_clone().and_then(|namespace| {
+        visit(namespace, async move |handle| {
+            let all = async {
+                let handle = handle?;
                 for redirected in redirected {
                     redirected.let_go(&handle).await?;
                 }
                 Ok(())
-            })
-        });
-        if let Err(error) = left {
-            warn!(%error, "an interface of the pod keeps a filter of ours");
-        }
-    }
+            };
+            all.await.unwrap_or_else(left_over);
+        })
+    });
+    visitor.map_err(left_over).ok()
 }
 
 impl Redirected {
@@ -152,60 +206,84 @@ impl Redirected {
     }
 }
 
-/// Whether a namespace is this program's, or that of the host's first process: what is
-/// there is nobody's to redirect.
-fn is_the_hosts(namespace: &OwnedFd) -> io::Result<bool> {
-    let known = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
-    let it = known(rustix::fs::fstat(namespace)?);
-    let own = known(rustix::fs::stat("/proc/self/ns/net")?);
-    let first = rustix::fs::stat("/proc/1/ns/net").ok().map(known);
-    Ok(it == own || Some(it) == first)
-}
-
 /// Runs something with a socket of netlink in this namespace.
-fn visit<T: Send + 'static>(
+fn visit(
     namespace: OwnedFd,
-    what: impl AsyncFnOnce(Handle) -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
+    what: impl AsyncFnOnce(io::Result<Handle>) + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().build()?;
     let visitor = thread::Builder::new().name("network".to_owned());
-    let visitor = visitor.spawn(move || {
-        setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+    visitor.spawn(move || {
+        let entered = setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET);
         runtime.block_on(async move {
-            let (connection, handle, _) = rtnetlink::new_connection()?;
-            let connection = tokio::spawn(connection);
-            let done = what(handle).await;
-            connection.abort();
-            done
-        })
-    })?;
-    visitor
-        .join()
-        .unwrap_or_else(|_| Err(io::Error::other("the thread ended")))
+            let connected = entered.map_err(io::Error::from);
+            let connected = connected.and_then(|()| rtnetlink::new_connection());
+            match connected {
+                Ok((connection, handle, _)) => {
+                    let connection = tokio::spawn(connection);
+                    what(Ok(handle)).await;
+                    connection.abort();
+                }
+                Err(error) => what(Err(error)).await,
+            }
+        });
+    })
 }
 
-/// Joins all interfaces, and writes down each that is redirected as soon as it may be.
-async fn join_all(handle: &Handle, redirected: &mut Vec<Redirected>) -> io::Result<Vec<Joined>> {
-    let mut all = Vec::new();
-    for link in link::all(handle).await? {
-        let name = format!("bulkhead{}", link.index);
-        let tap = tap::make(&name)?;
-        let index = link::index_of(handle, &name).await?;
-        link::bring_up(handle, index, link.mtu).await?;
-        let made = make_ingress(handle, link.index).await?;
-        redirected.push(Redirected {
-            index: link.index,
-            made,
-        });
-        redirect(handle, link.index, index).await?;
-        // What hangs on the tap goes with it.
-        make_ingress(handle, index).await?;
-        redirect(handle, index, link.index).await?;
-        all.push(Joined { link, tap });
+/// Joins the interfaces that are new, and writes down each that is redirected as soon as
+/// it may be.
+async fn look(
+    handle: &Handle,
+    redirected: &mut Vec<Redirected>,
+    watched: bool,
+) -> io::Result<Seen> {
+    let mut seen = Seen::default();
+    // Before it is looked: so no change is missed.
+    if !watched {
+        seen.watch = Some(Watch::new()?);
     }
-    Ok(all)
+    let known: Vec<u32> = redirected.iter().map(|it| it.index).collect();
+    let found = link::all(handle, &known).await?;
+    redirected.retain(|it| found.there.contains(&it.index));
+    seen.rules = found.rules;
+    seen.refused = found.refused;
+    for link in found.links {
+        if !known.contains(&link.index) {
+            match join(handle, &link, redirected).await {
+                Ok(tap) => seen.taps.push((link.index, tap)),
+                Err(error) => {
+                    let text = format!("the interface {:?} cannot be joined: {error}", link.name);
+                    seen.refused.push(io::Error::new(error.kind(), text));
+                    let index = link.index;
+                    for it in redirected.extract_if(.., |it| it.index == index) {
+                        it.let_go(handle).await?;
+                    }
+                    continue;
+                }
+            }
+        }
+        seen.links.push(link);
+    }
+    Ok(seen)
+}
+
+/// Makes a tap for an interface, and sends each one's frames to the other.
+async fn join(handle: &Handle, link: &Link, redirected: &mut Vec<Redirected>) -> io::Result<File> {
+    let name = format!("bulkhead{}", link.index);
+    let tap = tap::make(&name)?;
+    let index = link::index_of(handle, &name).await?;
+    link::bring_up(handle, index, link.mtu).await?;
+    let made = make_ingress(handle, link.index).await?;
+    redirected.push(Redirected {
+        index: link.index,
+        made,
+    });
+    redirect(handle, link.index, index).await?;
+    // What hangs on the tap goes with it.
+    make_ingress(handle, index).await?;
+    redirect(handle, index, link.index).await?;
+    Ok(tap)
 }
 
 /// Gives an interface a queueing discipline for what comes in; whether it had none.

@@ -5,14 +5,13 @@
 
 use std::{fs::File, io, path::PathBuf, sync::atomic::Ordering, time::Duration};
 
-use bulkhead_agent_api::agent::{NetworkInterface, StatsResponse};
+use bulkhead_agent_api::agent::{NetworkRequest, StatsResponse};
 use tokio::time::timeout;
 
 use super::{Containers, lock, state::Op};
 use crate::{
     baseline::Memory,
     error::{Doing, Error},
-    network,
     reaper::ended,
     size::Size,
     spec::{self, capacity::Capacity},
@@ -74,11 +73,10 @@ impl Containers {
         blocking(move || machine.resize(to, device)).await?
     }
 
-    /// Sets up interfaces that the host has attached.
-    pub(crate) async fn set_up_network(&self, all: &[NetworkInterface]) -> Result<(), Error> {
+    /// Has the guest's network be this.
+    pub(crate) async fn set_up_network(&self, wanted: &NetworkRequest) -> Result<(), Error> {
         let machine = self.config.machine.as_ref().ok_or(Error::NotTheMachine)?;
-        machine.keep(network::set_up(all).await?);
-        Ok(())
+        machine.network.lock().await.become_this(wanted).await
     }
 
     /// Stops every process of a container where it is, and has the host get what they

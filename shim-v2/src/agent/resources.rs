@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use bulkhead_agent_api::agent::{
-    ContainerRequest, NetworkInterface, NetworkRequest, ResizeRequest, UpdateRequest,
-};
+use bulkhead_agent_api::agent::{ContainerRequest, NetworkRequest, ResizeRequest, UpdateRequest};
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 
 use super::{Agent, answer, escape, stats};
@@ -70,15 +68,11 @@ impl Agent {
         ))
     }
 
-    /// Has the guest set up interfaces.
-    pub async fn set_up_network(&self, interfaces: Vec<NetworkInterface>) -> Result<()> {
-        let request = NetworkRequest {
-            interfaces,
-            ..NetworkRequest::default()
-        };
+    /// Has the guest's network be this.
+    pub async fn set_up_network(&self, network: &NetworkRequest) -> Result<()> {
         let call = self
             .client
-            .set_up_network(ttrpc::context::with_timeout(0), &request);
+            .set_up_network(ttrpc::context::with_timeout(0), network);
         let failed = "the guest does not set up its network";
         answer("SetUpNetwork", self.limits.request, failed, call).await?;
         Ok(())

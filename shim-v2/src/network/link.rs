@@ -5,16 +5,17 @@
 
 use std::io;
 
-use futures::TryStreamExt;
+use futures::{Stream, TryStreamExt};
 use rtnetlink::{
-    Handle, LinkUnspec,
+    Handle, IpVersion, LinkUnspec,
     packet_core::Emitable,
     packet_route::{
         AddressFamily,
         address::{AddressAttribute, AddressMessage, AddressScope},
         link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
         neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
-        route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType},
+        route::{RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType},
+        rule::{RuleAttribute, RuleMessage},
     },
 };
 
@@ -31,6 +32,8 @@ pub struct Link {
     pub mac: [u8; 6],
     /// Bytes of a packet.
     pub mtu: u16,
+    /// Nothing passes.
+    pub down: bool,
     /// Its addresses, each the body of an RTM_NEWADDR.
     pub addresses: Vec<Vec<u8>>,
     /// Its routes, each the body of an RTM_NEWROUTE, in the order in which they can be
@@ -40,63 +43,61 @@ pub struct Link {
     pub neighbours: Vec<Vec<u8>>,
 }
 
-/// All interfaces that have an address and are no loopback.
-pub(super) async fn all(handle: &Handle) -> io::Result<Vec<Link>> {
-    let links: Vec<LinkMessage> = handle
-        .link()
-        .get()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(error)?;
+/// What is in a namespace.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// Interfaces that are no loopback and have an address, or are known.
+    pub(super) links: Vec<Link>,
+    /// The numbers of all.
+    pub(super) there: Vec<u32>,
+    /// Why others cannot be joined.
+    pub(super) refused: Vec<io::Error>,
+    /// Rules of policy routing, each the body of an RTM_NEWRULE.
+    pub(super) rules: Vec<Vec<u8>>,
+}
+
+/// All that is to be found.
+pub(super) async fn all(handle: &Handle, known: &[u32]) -> io::Result<Found> {
+    let links: Vec<LinkMessage> = list(handle.link().get().execute()).await?;
     let is_loopback = |link: &LinkMessage| link.header.flags.contains(LinkFlags::Loopback);
+    let mut found = Found {
+        there: links.iter().map(|link| link.header.index).collect(),
+        ..Found::default()
+    };
     if links.iter().all(is_loopback) {
-        return Ok(Vec::new());
+        return Ok(found);
     }
-    let addresses: Vec<AddressMessage> = handle
-        .address()
-        .get()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(error)?;
-    let mut routes = Vec::new();
+    let addresses: Vec<AddressMessage> = list(handle.address().get().execute()).await?;
+    let mut routes: Vec<RouteMessage> = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut asked = RouteMessage::default();
         asked.header.address_family = family;
-        let of_family: Vec<RouteMessage> = handle
-            .route()
-            .get(asked)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(error)?;
-        routes.extend(of_family);
+        routes.extend(list(handle.route().get(asked).execute()).await?);
     }
-    let neighbours: Vec<NeighbourMessage> = handle
-        .neighbours()
-        .get()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(error)?;
-    let mut all = Vec::new();
-    for link in links {
+    for version in [IpVersion::V4, IpVersion::V6] {
+        let rules: Vec<RuleMessage> = list(handle.rule().get(version).execute()).await?;
+        found.rules.extend(rules.iter().filter_map(of_rule));
+    }
+    let neighbours: Vec<NeighbourMessage> = list(handle.neighbours().get().execute()).await?;
+    for link in links.iter().filter(|link| !is_loopback(link)) {
         let index = link.header.index;
-        let own: Vec<AddressMessage> = addresses
+        let own = addresses
             .iter()
-            .filter(|address| address.header.index == index)
-            .filter_map(of_address)
-            .collect();
-        if own.is_empty() || is_loopback(&link) {
+            .filter(|address| address.header.index == index);
+        let own: Vec<AddressMessage> = own.filter_map(of_address).collect();
+        if own.is_empty() && !known.contains(&index) {
             continue;
         }
-        let mut link = described(&link)?;
+        let mut link = match described(link) {
+            Ok(link) => link,
+            Err(error) => {
+                found.refused.push(error);
+                continue;
+            }
+        };
         link.addresses = own.iter().map(body).collect();
-        let mut own: Vec<RouteMessage> = routes
-            .iter()
-            .filter_map(|route| of_route(route, index))
-            .collect();
+        let own = routes.iter().filter_map(|route| of_route(route, index));
+        let mut own: Vec<RouteMessage> = own.collect();
         // A gateway is reached by a route that is there before.
         own.sort_by_key(has_gateway);
         link.routes = own.iter().map(body).collect();
@@ -107,9 +108,13 @@ pub(super) async fn all(handle: &Handle) -> io::Result<Vec<Link>> {
             .filter_map(of_neighbour)
             .map(|it| body(&it))
             .collect();
-        all.push(link);
+        found.links.push(link);
     }
-    Ok(all)
+    Ok(found)
+}
+
+async fn list<T>(all: impl Stream<Item = Result<T, rtnetlink::Error>>) -> io::Result<Vec<T>> {
+    all.try_collect().await.map_err(error)
 }
 
 /// The number of an interface.
@@ -136,6 +141,7 @@ fn described(link: &LinkMessage) -> io::Result<Link> {
         name: String::new(),
         mac: [0; 6],
         mtu: 1500,
+        down: !link.header.flags.contains(LinkFlags::Up),
         addresses: Vec::new(),
         routes: Vec::new(),
         neighbours: Vec::new(),
@@ -188,8 +194,8 @@ fn of_route(route: &RouteMessage, index: u32) -> Option<RouteMessage> {
     let by_it = route.attributes.contains(&RouteAttribute::Oif(index));
     let made = route.header.protocol == RouteProtocol::Kernel
         || route.header.protocol == RouteProtocol::Ra;
-    let main = route.header.table == RouteHeader::RT_TABLE_MAIN;
-    if !by_it || made || !main || route.header.kind != RouteType::Unicast {
+    let local = route.header.table == libc::RT_TABLE_LOCAL;
+    if !by_it || made || local || route.header.kind != RouteType::Unicast {
         return None;
     }
     let mut route = route.clone();
@@ -201,6 +207,17 @@ fn of_route(route: &RouteMessage, index: u32) -> Option<RouteMessage> {
         )
     });
     Some(route)
+}
+
+/// A rule that somebody has made.
+fn of_rule(rule: &RuleMessage) -> Option<Vec<u8>> {
+    let by_kernel = |attribute: &RuleAttribute| {
+        matches!(attribute, RuleAttribute::Protocol(RouteProtocol::Kernel))
+    };
+    if rule.attributes.iter().any(by_kernel) {
+        return None;
+    }
+    Some(body(rule))
 }
 
 fn has_gateway(route: &RouteMessage) -> bool {

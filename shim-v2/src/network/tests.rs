@@ -40,11 +40,29 @@ fn said(lines: &str) -> String {
 pub(crate) const ETH0: &str = "ip link add name eth0 type veth peer name other0 \
     && ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up";
 
+fn of(namespace: &File) -> Network {
+    Network::new(namespace.try_clone().unwrap().into())
+}
+
+fn look(network: &mut Network) -> Seen {
+    let runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = { runtime }.enable_all().build().unwrap();
+    runtime.block_on(network.look()).unwrap()
+}
+
+/// The names of what was seen.
+fn names(seen: &Seen) -> Vec<&str> {
+    seen.links.iter().map(|link| link.name.as_str()).collect()
+}
+
 #[test]
 fn the_hosts_own_interfaces_are_never_touched_nw_29() {
     let own = File::open("/proc/self/ns/net").unwrap();
-    let (network, joined) = Network::join(own.into()).unwrap();
-    assert!(joined.is_empty() && network.parts().1.is_empty());
+    assert!(of(&own).is_the_hosts().unwrap());
+    let Some(other) = namespace(&["true"]) else {
+        return;
+    };
+    assert!(!of(&other).is_the_hosts().unwrap());
 }
 
 #[test]
@@ -52,11 +70,12 @@ fn nothing_is_left_on_an_interface_that_is_let_go_of() {
     let Some(namespace) = namespace(&[ETH0]) else {
         return;
     };
-    let joined = Network::join(namespace.try_clone().unwrap().into()).unwrap();
-    assert_eq!(joined.1.len(), 1);
+    let mut network = of(&namespace);
+    let seen = look(&mut network);
+    assert_eq!((names(&seen), seen.taps.len()), (vec!["eth0"], 1));
     let qdiscs = says(&namespace, "tc qdisc show dev eth0");
     assert!(qdiscs.contains("ingress"), "{qdiscs}");
-    drop(joined);
+    drop((seen, network));
     let left = says(&namespace, "tc qdisc show; ip -o link");
     assert!(
         !left.contains("ingress") && !left.contains("bulkhead"),
@@ -65,8 +84,8 @@ fn nothing_is_left_on_an_interface_that_is_let_go_of() {
 }
 
 #[test]
-fn an_interface_that_cannot_be_joined_leaves_nothing_on_those_before_it() {
-    let bad = "ip tuntap add dev tun0 mode tun && ip addr add 10.9.1.2/24 dev tun0";
+fn an_interface_that_cannot_be_joined_is_named_and_has_nothing_of_ours() {
+    let bad = "ip tuntap add dev eth1 mode tun && ip addr add 10.9.1.2/24 dev eth1";
     let taken = "ip link add name eth1 index 2222 type veth peer name other1 \
         && ip addr add 10.9.1.2/24 dev eth1 && ip tuntap add dev bulkhead2222 mode tun";
     for (what, line) in [
@@ -76,9 +95,18 @@ fn an_interface_that_cannot_be_joined_leaves_nothing_on_those_before_it() {
         let Some(namespace) = namespace(&[ETH0, line]) else {
             return;
         };
-        let error = Network::join(namespace.try_clone().unwrap().into()).unwrap_err();
+        let mut network = of(&namespace);
+        let seen = look(&mut network);
+        assert_eq!(names(&seen), ["eth0"], "{what}");
+        let [refused] = &seen.refused[..] else {
+            panic!("{what}: {seen:?}");
+        };
+        assert!(refused.to_string().contains("eth1"), "{what}: {refused}");
+        let left = says(&namespace, "tc qdisc show dev eth1");
+        assert!(!left.contains("ingress"), "{what}: {left}");
+        drop((seen, network));
         let left = says(&namespace, "tc qdisc show");
-        assert!(!left.contains("ingress"), "{what}: {error}: {left}");
+        assert!(!left.contains("ingress"), "{what}: {left}");
     }
 }
 
@@ -94,10 +122,73 @@ fn what_somebody_else_put_on_an_interface_is_there_afterwards() {
         };
         let show = "tc qdisc show dev eth0; tc filter show dev eth0 ingress";
         let before = says(&namespace, show);
-        let joined = Network::join(namespace.try_clone().unwrap().into()).unwrap();
+        let mut network = of(&namespace);
+        let seen = look(&mut network);
         let while_joined = says(&namespace, show);
         assert!(while_joined.contains("Redirect"), "{kind}: {while_joined}");
-        drop(joined);
+        drop((seen, network));
         assert_eq!(says(&namespace, show), before, "{kind}");
     }
+}
+
+#[test]
+fn each_look_tells_what_there_is_and_hands_over_what_is_new_nw_37() {
+    let Some(namespace) = namespace(&["ip link set lo up"]) else {
+        return;
+    };
+    let mut network = of(&namespace);
+    let seen = look(&mut network);
+    assert!(seen.links.is_empty() && seen.watch.is_some());
+    says(&namespace, ETH0);
+    let first = look(&mut network);
+    assert_eq!((names(&first), first.taps.len()), (vec!["eth0"], 1));
+    assert!(first.watch.is_none() && !first.links[0].down);
+    let again = look(&mut network);
+    assert_eq!((&again.links, again.taps.len()), (&first.links, 0));
+    let changes = "ip addr add 10.9.7.3/24 dev eth0; ip addr del 10.9.0.2/24 dev eth0; \
+        ip link set eth0 mtu 1400; ip route add default via 10.9.7.1 dev eth0 table 7; \
+        ip rule add from 10.9.7.3 table 7";
+    says(&namespace, changes);
+    let changed = look(&mut network);
+    let link = &changed.links[0];
+    assert_eq!(
+        (link.mtu, link.addresses.len(), link.routes.len()),
+        (1400, 1, 1)
+    );
+    assert_ne!(link.addresses, first.links[0].addresses);
+    assert_eq!((first.rules.len(), changed.rules.len()), (0, 1));
+    // Without an address it stays what it is.
+    says(&namespace, "ip addr flush dev eth0; ip link set eth0 down");
+    let down = look(&mut network);
+    assert!(down.links[0].down && down.links[0].addresses.is_empty());
+    says(&namespace, "ip link del eth0");
+    assert!(look(&mut network).links.is_empty() && network.parts().1.is_empty());
+}
+
+#[test]
+fn a_change_is_heard_of_once_it_was_made_nw_37() {
+    let Some(namespace) = namespace(&["ip link set lo up"]) else {
+        return;
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = { runtime }.enable_all().build().unwrap();
+    runtime.block_on(async {
+        let seen = of(&namespace).look().await.unwrap();
+        let mut changes = seen.watch.unwrap().listen().unwrap();
+        for line in [
+            ETH0,
+            "ip addr add fd09::2/64 dev eth0 nodad",
+            "ip route add 10.8.0.0/16 dev eth0",
+            "ip rule add from 10.9.0.3 table 7",
+            "ip -6 rule add from fd09::2 table 7",
+            "ip neigh add 10.9.0.7 lladdr 02:00:00:00:00:77 dev eth0",
+            "ip link set eth0 down",
+            "ip link del eth0",
+        ] {
+            let limit = std::time::Duration::from_secs(30);
+            says(&namespace, line);
+            let heard = tokio::time::timeout(limit, changes.next()).await;
+            heard.expect(line).unwrap();
+        }
+    });
 }

@@ -148,6 +148,7 @@ impl Pod {
             lock(&pod.slots).insert(container.id.clone(), slot);
         }
         pod.watch_all(&guest);
+        pod.follow_again(&guest);
         for container in pod.containers() {
             let execs: Vec<_> = lock(&container.execs).all.values().cloned().collect();
             for exec in execs {

@@ -166,3 +166,71 @@ fn an_interface_that_comes_between_create_and_start_is_there_nw_03_nw_05() {
     assert!(addresses.contains("10.8.0.2/24"), "{addresses}");
     pod.end();
 }
+
+/// Until a program in the container says it so.
+fn soon(pod: &Pod, words: &[&str], is_so: impl Fn(&str) -> bool) {
+    let mut text = String::new();
+    for _ in 0..100 {
+        text = says(pod, words);
+        if is_so(&text) {
+            return;
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    panic!("{words:?} never says so: {text}");
+}
+
+#[test]
+fn what_changes_in_the_namespace_while_the_pod_runs_changes_in_the_guest_nw_37() {
+    let net = Net::new();
+    let pod = Pod::start("net", Root::new(), &in_namespace(net.inside.path()));
+    pod.run(Streams::Nothing);
+    let address = ["ip", "-o", "addr", "show", "dev", "eth0"];
+    soon(&pod, &address, |it| it.contains("10.9.0.2/24"));
+    // Another address and a longer way, smaller packets.
+    net.inside.ip("addr add 10.9.5.2/24 dev eth0");
+    net.inside.ip("addr del fd09::2/64 dev eth0");
+    net.inside
+        .ip("route add 10.98.0.0/16 via 10.9.5.1 dev eth0");
+    net.inside.ip("rule add from 10.9.5.2 table 7");
+    net.inside.ip("link set eth0 mtu 1400");
+    soon(&pod, &address, |it| {
+        it.contains("10.9.5.2/24") && it.contains("10.9.0.2/24") && !it.contains("fd09::2")
+    });
+    soon(&pod, &["ip", "route"], |it| {
+        it.contains("10.98.0.0/16 via 10.9.5.1")
+    });
+    soon(&pod, &["ip", "rule"], |it| it.contains("from 10.9.5.2"));
+    soon(&pod, &["ip", "-o", "link"], |it| it.contains("mtu 1400"));
+    net.inside.ip("route del 10.98.0.0/16");
+    soon(&pod, &["ip", "route"], |it| !it.contains("10.98.0.0"));
+    // A second one, which is used at once.
+    net.inside
+        .ip("link add net1 type veth peer name gw1 netns bh-out");
+    net.outside.ip("addr add 10.7.0.1/24 dev gw1");
+    net.outside.ip("link set gw1 up");
+    net.inside.ip("addr add 10.7.0.2/24 dev net1");
+    net.inside.ip("link set net1 up");
+    soon(&pod, &["ip", "-o", "addr"], |it| it.contains("10.7.0.2/24"));
+    says(&pod, &["ping", "-c", "1", "-W", "20", "10.7.0.1"]);
+    // It rests, and comes back with all that it had.
+    net.inside.ip("link set eth0 down");
+    soon(&pod, &["ip", "-o", "link"], |it| {
+        it.lines()
+            .any(|it| it.contains("eth0") && !it.contains("UP"))
+    });
+    net.inside.ip("link set eth0 up");
+    net.inside.ip("addr add fd09::2/64 dev eth0 nodad");
+    soon(&pod, &address, |it| it.contains("fd09::2"));
+    says(&pod, &["ping", "-c", "1", "-W", "20", "10.9.0.1"]);
+    says(&pod, &["ping", "-c", "1", "-W", "20", "fd09::1"]);
+    // Whoever made them takes them away.
+    net.inside.ip("link del net1");
+    soon(&pod, &["ip", "-o", "link"], |it| !it.contains("net1"));
+    net.inside.ip("link del eth0");
+    soon(&pod, &["ip", "-o", "link"], |it| !it.contains("eth0"));
+    assert!(!net.inside.ip("-o link").contains("bulkhead"));
+    drop(net);
+    assert_eq!(says(&pod, &["echo", "lives"]), "lives\n");
+    pod.end();
+}

@@ -45,3 +45,50 @@ fn a_start_whose_network_fails_leaves_nothing_of_it_and_may_come_again() {
         }
     });
 }
+
+/// Waits until the agent was told of a network; its interfaces.
+async fn told(bench: &Bench, names: &str) {
+    let wanted = format!("SetUpNetwork {names}");
+    let wanted = wanted.trim_end().to_owned();
+    for _ in 0..3000 {
+        if bench.agent.last_call().trim_end() == wanted {
+            return;
+        }
+        // The kernel's news do not come by the clock of the test.
+        let moment = || std::thread::sleep(Duration::from_millis(10));
+        tokio::task::spawn_blocking(moment).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    panic!("{wanted:?} is not told: {:?}", bench.agent.calls());
+}
+
+#[test]
+fn interfaces_that_come_and_go_while_the_pod_runs_come_and_go_in_the_guest_nw_37() {
+    let Some(namespace) = namespace(&["ip link set lo up"]) else {
+        return;
+    };
+    run(async |bench| {
+        create(bench, &namespace).await;
+        bench.start("c").await.unwrap();
+        assert!(!bench.agent.calls().iter().any(|it| it.contains("Network")));
+        says(&namespace, ETH0);
+        told(bench, "eth0").await;
+        says(&namespace, ETH1);
+        told(bench, "eth0 eth1").await;
+        assert_eq!(lock(&bench.guest().interfaces).len(), 2);
+        // One that finds no place any more does not disturb the others.
+        says(
+            &namespace,
+            "ip link add name eth2 type veth peer name other2 && ip addr add 10.9.2.2/24 dev eth2",
+        );
+        says(&namespace, "ip link del eth0");
+        told(bench, "eth1 eth2").await;
+        says(&namespace, "ip link del eth1; ip link del eth2");
+        told(bench, "").await;
+        while !lock(&bench.guest().interfaces).is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let left = says(&namespace, "ip -o link");
+        assert!(!left.contains("bulkhead"), "{left}");
+    });
+}
