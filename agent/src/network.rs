@@ -1,11 +1,21 @@
-//! The pod's interfaces: named, addressed and routed as the host's are.
+//! The pod's interfaces: named, addressed and routed as the host's are; and connections
+//! from the host to the guest's own loopback address.
 //!
 //! What an address or a route is the host's kernel has said, and this one is told in the
 //! same words: here only the interface's number is put in.
 
-use std::{collections::BTreeMap, fs, io, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+    sync::Arc,
+};
 
-use bulkhead_agent_api::agent::{NetworkInterface, NetworkRequest};
+use bulkhead_agent_api::{
+    agent::{NetworkInterface, NetworkRequest},
+    relay,
+};
 use futures::StreamExt;
 use rtnetlink::{
     Handle, LinkUnspec,
@@ -21,10 +31,12 @@ use rtnetlink::{
         rule::RuleMessage,
     },
 };
+use tokio::net::TcpStream;
 
 use crate::{
     device::{self, Bound},
     error::{Doing, Error},
+    streams::Streams,
 };
 
 /// The guest's network as the host has told it.
@@ -102,6 +114,27 @@ impl Network {
         self.rules.clone_from(&wanted.rules);
         Ok(())
     }
+}
+
+/// Connects to what listens on this port of the loopback address, of either family, and
+/// relays the connection by the stream with this id, when that comes.
+pub(crate) async fn dial(streams: &Arc<Streams>, stream: u64, port: u32) -> Result<(), Error> {
+    let claim = streams.claim(stream)?;
+    let port = u16::try_from(port).map_err(io::Error::other);
+    let port = port.doing("dial a port of the guest")?;
+    let of = |address: IpAddr| SocketAddr::from((address, port));
+    let addresses = [
+        of(Ipv4Addr::LOCALHOST.into()),
+        of(Ipv6Addr::LOCALHOST.into()),
+    ];
+    let connected = TcpStream::connect(&addresses[..]).await;
+    let connection = connected.doing("dial a port of the guest")?;
+    tokio::spawn(async move {
+        if let Ok(stream) = claim.stream().await {
+            relay(connection, stream).await;
+        }
+    });
+    Ok(())
 }
 
 /// Those of the one that the other has not.

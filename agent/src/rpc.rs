@@ -16,8 +16,8 @@ use bulkhead_agent_api::{
     GREETING,
     agent::{
         AcceptRequest, AcceptResponse, CancelCopyRequest, ClockRequest, ClockResponse,
-        ContainerRequest, CopyInRequest, CopyOutRequest, CreateRequest, Empty, ExecRequest,
-        KillRequest, NetworkRequest, PidsResponse, ProcessRequest, ProcessResponse,
+        ContainerRequest, CopyInRequest, CopyOutRequest, CreateRequest, DialRequest, Empty,
+        ExecRequest, KillRequest, NetworkRequest, PidsResponse, ProcessRequest, ProcessResponse,
         ResizePtyRequest, ResizeRequest, ResizeResponse, StatsResponse, Stdio, UpdateRequest,
         UpdateResponse, WaitOomRequest, WaitOomResponse, WaitResponse,
     },
@@ -35,6 +35,7 @@ use crate::{
     clock,
     container::{Config, Containers},
     error::{Doing, Error},
+    network,
     reaper::Reaper,
     size::Size,
     streams::Streams,
@@ -297,6 +298,11 @@ impl Agent for Service {
             socket,
             ..Default::default()
         })
+    }
+
+    async fn dial(&self, _: &TtrpcContext, r: DialRequest) -> ttrpc::Result<Empty> {
+        network::dial(&self.streams, r.stream, r.port).await?;
+        Ok(Empty::default())
     }
 
     async fn copy_in(&self, _: &TtrpcContext, r: CopyInRequest) -> ttrpc::Result<Empty> {

@@ -32,6 +32,7 @@ pub mod events;
 pub mod explain;
 pub mod fate;
 pub mod flags;
+mod forward;
 mod frames;
 pub mod guest;
 pub mod hooks;

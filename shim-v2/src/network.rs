@@ -9,6 +9,7 @@
 //! has entered one is not to be used for anything else: each visit has a thread of its own.
 
 mod link;
+mod loopback;
 mod watch;
 
 use std::{
@@ -33,7 +34,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, task::spawn_blocking};
 use tracing::warn;
 
-pub use self::{link::Link, watch::Watch};
+pub use self::{link::Link, loopback::Loopback, watch::Watch};
 
 /// All protocols (ETH_P_ALL), in the kernel's order of bytes.
 const ALL: u16 = 0x0003_u16.to_be();
@@ -48,6 +49,7 @@ pub struct Network {
     namespace: OwnedFd,
     redirected: Vec<Redirected>,
     watched: bool,
+    led: bool,
 }
 
 /// An interface whose frames go elsewhere.
@@ -73,6 +75,8 @@ pub struct Seen {
     pub refused: Vec<io::Error>,
     /// Tells of changes; the first time only.
     pub watch: Option<Watch>,
+    /// Connections to its loopback addresses; the first time only that it has interfaces.
+    pub loopback: Option<io::Result<Loopback>>,
 }
 
 impl Network {
@@ -89,6 +93,7 @@ impl Network {
             namespace,
             redirected,
             watched: false,
+            led: false,
         }
     }
 
@@ -120,13 +125,19 @@ impl Network {
     /// joined is no error.
     pub async fn look(&mut self) -> io::Result<Seen> {
         let namespace = self.namespace.try_clone()?;
-        let (mut redirected, watched) = (self.redirected.clone(), self.watched);
+        let mut redirected = self.redirected.clone();
+        let (watched, led) = (self.watched, self.led);
         let (told, answer) = oneshot::channel();
         visit(namespace, async move |handle| {
             let seen = match handle {
                 Ok(handle) => look(&handle, &mut redirected, watched).await,
                 Err(error) => Err(error),
             };
+            let seen = seen.map(|mut seen| {
+                let leads = !led && !seen.links.is_empty();
+                seen.loopback = leads.then(Loopback::new);
+                seen
+            });
             // Whoever asked may have given up.
             let _ = told.send((seen, redirected));
         })?;
@@ -135,6 +146,7 @@ impl Network {
         self.redirected = redirected;
         let seen = seen?;
         self.watched = true;
+        self.led |= seen.loopback.is_some();
         Ok(seen)
     }
 

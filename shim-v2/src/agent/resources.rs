@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use bulkhead_agent_api::agent::{ContainerRequest, NetworkRequest, ResizeRequest, UpdateRequest};
+use bulkhead_agent_api::agent::{
+    ContainerRequest, DialRequest, NetworkRequest, ResizeRequest, UpdateRequest,
+};
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 
 use super::{Agent, answer, escape, stats};
@@ -75,6 +77,19 @@ impl Agent {
             .set_up_network(ttrpc::context::with_timeout(0), network);
         let failed = "the guest does not set up its network";
         answer("SetUpNetwork", self.limits.request, failed, call).await?;
+        Ok(())
+    }
+
+    /// Connects to what listens on this port of the guest's own loopback address; the
+    /// stream with this id carries the connection on.
+    pub async fn dial(&self, stream: u64, port: u16) -> Result<()> {
+        let request = DialRequest {
+            stream,
+            port: port.into(),
+            ..DialRequest::default()
+        };
+        let call = self.client.dial(ttrpc::context::with_timeout(0), &request);
+        answer("Dial", self.limits.request, "nobody listens there", call).await?;
         Ok(())
     }
 

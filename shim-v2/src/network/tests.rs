@@ -192,3 +192,36 @@ fn a_change_is_heard_of_once_it_was_made_nw_37() {
         }
     });
 }
+
+#[test]
+fn who_connects_to_a_loopback_address_is_led_to_our_listener_nw_24_nw_25_nw_27() {
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+    let Some(namespace) = namespace(&["ip link set lo up && ip addr add 10.9.0.2/24 dev lo"])
+    else {
+        return;
+    };
+    let led = thread::spawn(move || {
+        setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
+        let docker = TcpListener::bind("127.0.0.11:53").unwrap();
+        let other = TcpListener::bind("10.9.0.2:80").unwrap();
+        let loopback = Loopback::new().unwrap();
+        for (number, address) in ["127.0.0.1:80", "[::1]:8080"].iter().enumerate() {
+            let address: SocketAddr = address.parse().unwrap();
+            let client = TcpStream::connect(address).unwrap();
+            let (served, from) = loopback.listeners[number].accept().unwrap();
+            assert_eq!(served.local_addr().unwrap(), address);
+            assert_eq!(from, client.local_addr().unwrap());
+        }
+        TcpStream::connect("127.9.9.9:1").unwrap();
+        for listener in [docker, other] {
+            let address = listener.local_addr().unwrap();
+            let client = TcpStream::connect(address).unwrap();
+            let from = listener.accept().unwrap().1;
+            assert_eq!(from, client.local_addr().unwrap());
+        }
+        drop(loopback);
+        let refused = TcpStream::connect("127.0.0.1:80").unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    });
+    led.join().unwrap();
+}

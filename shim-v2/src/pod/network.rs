@@ -14,6 +14,7 @@ use super::{Arc, Container, Pod};
 use crate::{
     carry::{Bag, CarriedFd},
     error::{Error, Result, host},
+    forward::{Served, serve},
     guest::{Attached, Guest},
     network::{Link, Network, Redirected, Watch},
 };
@@ -29,6 +30,8 @@ pub(super) struct Connected {
     interfaces: BTreeMap<u32, Attached>,
     /// What the guest has been told, if that is known.
     told: Option<NetworkRequest>,
+    /// Connections to the namespace's loopback addresses.
+    loopback: Option<Served>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -53,6 +56,7 @@ impl Connected {
             network,
             interfaces: BTreeMap::new(),
             told: Some(NetworkRequest::default()),
+            loopback: None,
         }
     }
 
@@ -64,6 +68,11 @@ impl Connected {
             watch: seen.watch,
             refused: seen.refused.into_iter().map(|it| host(doing)(it)).collect(),
         };
+        match seen.loopback {
+            Some(Ok(loopback)) => self.loopback = Some(serve(guest, loopback)?),
+            Some(Err(error)) => warn!(%error, "connections to the pod's 127.0.0.1 are refused"),
+            None => {}
+        }
         let links: BTreeMap<u32, &Link> = seen.links.iter().map(|it| (it.index, it)).collect();
         for (index, tap) in seen.taps {
             let Some(link) = links.get(&index) else {
@@ -136,6 +145,7 @@ impl Connected {
                 .map(|(index, device)| (index, Attached::new(device, guest)))
                 .collect(),
             told: None,
+            loopback: None,
         })
     }
 }

@@ -1,8 +1,8 @@
 //! The network of a pod: what is in the namespace that its caller made.
 
 use std::{
-    io::{Read, Write},
-    net::TcpListener,
+    io::{self, ErrorKind, Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
     os::fd::AsFd,
     process::Command,
     thread,
@@ -233,4 +233,45 @@ fn what_changes_in_the_namespace_while_the_pod_runs_changes_in_the_guest_nw_37()
     drop(net);
     assert_eq!(says(&pod, &["echo", "lives"]), "lives\n");
     pod.end();
+}
+
+/// Connects to an address in a namespace, and says something there; the answer.
+fn asked(
+    namespace: &Namespace,
+    address: &'static str,
+    question: &'static str,
+) -> io::Result<String> {
+    let namespace = namespace.fd().as_fd().try_clone_to_owned().unwrap();
+    let asked = thread::spawn(move || {
+        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let mut stream = TcpStream::connect(address)?;
+        stream.write_all(question.as_bytes())?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    });
+    asked.join().unwrap()
+}
+
+#[test]
+fn who_connects_to_the_namespaces_loopback_address_is_at_that_of_the_guest_nw_24_nw_26() {
+    let net = Net::new();
+    let pod = Pod::start("net", Root::new(), &in_namespace(net.inside.path()));
+    pod.run(Streams::Nothing);
+    let serve = "nc -lk -s 127.0.0.1 -p 8080 -e cat & nc -lk -s ::1 -p 8081 -e cat";
+    let server = pod.exec(&process(&["sh", "-c", serve]), Streams::Nothing);
+    server.start().unwrap();
+    let ready = "until nc -z 127.0.0.1 8080 && nc -z ::1 8081; do sleep 0.1; done";
+    says(&pod, &["sh", "-c", ready]);
+    for address in ["127.0.0.1:8080", "[::1]:8080", "127.0.0.1:8081"] {
+        let answer = asked(&net.inside, address, "and back").unwrap();
+        assert_eq!(answer, "and back", "{address}");
+    }
+    let nobody = asked(&net.inside, "127.0.0.1:8082", "hello").unwrap_err();
+    let reset = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
+    assert!(reset.contains(&nobody.kind()), "{nobody}");
+    pod.end();
+    let refused = asked(&net.inside, "127.0.0.1:8080", "hello").unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
 }
