@@ -23,12 +23,14 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     devices::{
-        block::Access,
-        net::{Options, Totals},
+        block::{self, Access},
+        limit::Limits,
+        net::{self, Options},
     },
     exit::{End, Ending, Exits},
     hotplug::{Hotplug, Order},
     pause::Gate,
+    present::Present,
 };
 
 /// Longest message in bytes, in either direction.
@@ -80,8 +82,19 @@ pub enum Request {
         /// As it was answered.
         device: u8,
     },
+    /// Bounds what may pass a disk or an interface, from now on and until it is taken
+    /// away: [`Answer::Done`]. What waits goes on by the new limits at once, which begin
+    /// with full bursts; none at all are no limits. What is attached has none.
+    Limit {
+        /// As it was answered, or its place among those from the start.
+        device: u8,
+        /// Of its kind.
+        limits: Limits,
+    },
     /// What has passed through the interfaces that are attached: [`Answer::Interfaces`].
     Interfaces,
+    /// What became of requests to the disks: [`Answer::Disks`].
+    Disks,
     /// Has the guest have so much memory in all. Answered by the number of the device by
     /// which it comes, which the guest's driver is to look at; what the guest has taken
     /// of it, the status tells.
@@ -116,7 +129,9 @@ pub enum Answer {
     /// Where it stands: one line for people who look for a fault.
     Standing(String),
     /// Each interface by its device's number.
-    Interfaces(Vec<(u8, Totals)>),
+    Interfaces(Vec<(u8, net::Totals)>),
+    /// Each disk by its device's number.
+    Disks(Vec<(u8, block::Totals)>),
     /// What was attached is this device, in the order in which the guest was told of its
     /// devices: `virtio-mmio.N` to Linux.
     Attached(u8),
@@ -161,6 +176,8 @@ pub(crate) struct Control<'a, S, T> {
     pub(crate) gate: &'a Gate,
     /// Brings what comes while the machine runs, if anything may.
     pub(crate) hotplug: Option<&'a Hotplug>,
+    /// The disks and interfaces that are there.
+    pub(crate) present: &'a Present,
     /// Tells how the machine is, but for whether it is paused.
     pub(crate) status: S,
     /// Tells where it stands.
@@ -293,10 +310,16 @@ impl<S: Fn(bool) -> Status, T: Fn() -> String> Control<'_, S, T> {
                 self.order_with(number, order)
             }
             Request::Detach { device } => self.order(number, Order::Detach(device)),
-            Request::Interfaces => {
-                let interfaces = self.hotplug.map(Hotplug::interfaces);
-                self.answer(number, Answer::Interfaces(interfaces.unwrap_or_default()))
+            Request::Limit { device, limits } => {
+                let limited = self.present.limit(device, limits);
+                let answer = limited.map_or_else(Answer::Refused, |()| Answer::Done);
+                self.answer(number, answer)
             }
+            Request::Interfaces => {
+                let interfaces = self.present.interfaces();
+                self.answer(number, Answer::Interfaces(interfaces))
+            }
+            Request::Disks => self.answer(number, Answer::Disks(self.present.disks())),
             Request::Memory { mib } => self.order(number, Order::Memory(mib)),
             Request::Processors { count } => self.order(number, Order::Processors(count)),
         }

@@ -32,6 +32,7 @@ fn serve(processors: usize) -> Served {
             socket: Some(theirs),
             gate: &its_gate,
             hotplug: None,
+            present: &Present::default(),
             status: |paused| Status {
                 paused,
                 vcpus: 3,
@@ -163,6 +164,20 @@ fn a_disk_needs_a_descriptor_and_a_place() {
     served.ask(2, Request::Detach { device: 0 });
     let refused = Answer::Refused("the machine is as large as it will ever be".into());
     assert_eq!(served.answer(), (2, refused));
+}
+
+#[test]
+fn a_limit_is_for_a_disk_or_an_interface_that_is_there() {
+    let served = serve(1);
+    let text = br#"{"number":1,"request":{"limit":{"device":3,
+        "limits":{"disk":{"bytes":{"per_second":1000000}}}}}}"#;
+    send(&served.socket, text, SendFlags::empty()).unwrap();
+    let refused = Answer::Refused("no disk and no interface is device 3".into());
+    assert_eq!(served.answer(), (1, refused));
+    served.ask(2, Request::Disks);
+    assert_eq!(served.answer(), (2, Answer::Disks(Vec::new())));
+    served.ask(3, Request::Interfaces);
+    assert_eq!(served.answer(), (3, Answer::Interfaces(Vec::new())));
 }
 
 #[test]

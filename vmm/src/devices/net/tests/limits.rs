@@ -81,6 +81,12 @@ fn what_is_too_much_waits_in_order_and_passes_when_the_limit_is_lifted() {
     let rest: Vec<u8> = (3..10).collect();
     assert_eq!(got(&mut guest), [rest.clone(), rest]);
     assert_eq!(guest.tx.all_used().len(), 7);
+    let totals = guest.counters().totals(&guest.net.limiters());
+    assert_eq!(
+        (totals.received_dropped, totals.transmitted_dropped),
+        (0, 0)
+    );
+    assert!(totals.received_held_us > 0 && totals.transmitted_held_us > 0);
 }
 
 #[test]
