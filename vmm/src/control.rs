@@ -23,12 +23,14 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     devices::{
-        block::Access,
-        net::{Options, Totals},
+        block::{self, Access},
+        limit::Limits,
+        net::{self, Options},
     },
     exit::{End, Ending, Exits},
     hotplug::{Hotplug, Order},
     pause::Gate,
+    present::Present,
 };
 
 /// Longest message in bytes, in either direction.
@@ -80,8 +82,19 @@ pub enum Request {
         /// As it was answered.
         device: u8,
     },
+    /// Bounds what may pass a disk or an interface, from now on and until it is taken
+    /// away: [`Answer::Done`]. What waits goes on by the new limits at once, which begin
+    /// with full bursts; none at all are no limits. What is attached has none.
+    Limit {
+        /// As it was answered, or its place among those from the start.
+        device: u8,
+        /// Of its kind.
+        limits: Limits,
+    },
     /// What has passed through the interfaces that are attached: [`Answer::Interfaces`].
     Interfaces,
+    /// What became of requests to the disks: [`Answer::Disks`].
+    Disks,
     /// Has the guest have so much memory in all. Answered by the number of the device by
     /// which it comes, which the guest's driver is to look at; what the guest has taken
     /// of it, the status tells.
@@ -116,7 +129,9 @@ pub enum Answer {
     /// Where it stands: one line for people who look for a fault.
     Standing(String),
     /// Each interface by its device's number.
-    Interfaces(Vec<(u8, Totals)>),
+    Interfaces(Vec<(u8, net::Totals)>),
+    /// Each disk by its device's number.
+    Disks(Vec<(u8, block::Totals)>),
     /// What was attached is this device, in the order in which the guest was told of its
     /// devices: `virtio-mmio.N` to Linux.
     Attached(u8),
@@ -161,6 +176,8 @@ pub(crate) struct Control<'a, S, T> {
     pub(crate) gate: &'a Gate,
     /// Brings what comes while the machine runs, if anything may.
     pub(crate) hotplug: Option<&'a Hotplug>,
+    /// The disks and interfaces that are there.
+    pub(crate) present: &'a Present,
     /// Tells how the machine is, but for whether it is paused.
     pub(crate) status: S,
     /// Tells where it stands.
@@ -293,10 +310,16 @@ impl<S: Fn(bool) -> Status, T: Fn() -> String> Control<'_, S, T> {
                 self.order_with(number, order)
             }
             Request::Detach { device } => self.order(number, Order::Detach(device)),
-            Request::Interfaces => {
-                let interfaces = self.hotplug.map(Hotplug::interfaces);
-                self.answer(number, Answer::Interfaces(interfaces.unwrap_or_default()))
+            Request::Limit { device, limits } => {
+                let limited = self.present.limit(device, limits);
+                let answer = limited.map_or_else(Answer::Refused, |()| Answer::Done);
+                self.answer(number, answer)
             }
+            Request::Interfaces => {
+                let interfaces = self.present.interfaces();
+                self.answer(number, Answer::Interfaces(interfaces))
+            }
+            Request::Disks => self.answer(number, Answer::Disks(self.present.disks())),
             Request::Memory { mib } => self.order(number, Order::Memory(mib)),
             Request::Processors { count } => self.order(number, Order::Processors(count)),
         }
@@ -387,187 +410,4 @@ fn orphaned(error: &io::Error) -> (End, String) {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{thread, thread::JoinHandle};
-
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, socketpair};
-
-    use super::*;
-    use crate::standing::Stand;
-    use std::sync::Arc;
-
-    struct Served {
-        socket: OwnedFd,
-        gate: Arc<Gate>,
-        ending: Ending,
-        thread: JoinHandle<(End, String)>,
-    }
-
-    /// A machine of so many processors, none of which has come to the gate.
-    fn serve(processors: usize) -> Served {
-        let (ours, theirs) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .unwrap();
-        let gate = Gate::new(processors).unwrap();
-        let ending = Ending::new().unwrap();
-        let (its_gate, its_ending) = (Arc::clone(&gate), ending.clone());
-        let thread = thread::spawn(move || {
-            let control = Control {
-                socket: Some(theirs),
-                gate: &its_gate,
-                hotplug: None,
-                status: |paused| Status {
-                    paused,
-                    vcpus: 3,
-                    most_vcpus: 4,
-                    memory_mib: 64,
-                    most_memory_mib: 128,
-                    exits: Exits::default(),
-                    running_us: 5,
-                },
-                standing: || "x".repeat(LONGEST),
-            };
-            control.serve(&its_ending)
-        });
-        Served {
-            socket: ours,
-            gate,
-            ending,
-            thread,
-        }
-    }
-
-    impl Served {
-        fn ask(&self, number: u64, request: Request) {
-            let message = encode(&Asked { number, request }).unwrap();
-            send(&self.socket, &message, SendFlags::empty()).unwrap();
-        }
-
-        fn answer(&self) -> (u64, Answer) {
-            let mut message = vec![0; LONGEST];
-            let (length, _) =
-                recv(&self.socket, message.as_mut_slice(), RecvFlags::empty()).unwrap();
-            let Answered { number, answer } = decode(&message[..length]).unwrap();
-            (number, answer)
-        }
-    }
-
-    #[test]
-    fn the_messages_are_what_the_documentation_shows() {
-        let asked = Asked {
-            number: 7,
-            request: Request::Pause,
-        };
-        let text = String::from_utf8(encode(&asked).unwrap()).unwrap();
-        assert_eq!(text, r#"{"number":7,"request":"pause"}"#);
-        let answered: Answered = decode(br#"{"number":7,"answer":{"refused":"no"}}"#).unwrap();
-        assert_eq!(answered.answer, Answer::Refused("no".into()));
-    }
-
-    #[test]
-    fn the_machine_ends_when_the_socket_does_f1() {
-        let served = serve(1);
-        drop(served.socket);
-        let (end, reason) = served.thread.join().unwrap();
-        assert_eq!(end, End::Orphaned);
-        assert_eq!(reason, "Whoever started the virtual machine is gone");
-    }
-
-    #[test]
-    fn the_machines_own_end_ends_the_service() {
-        let served = serve(1);
-        served.ending.end(End::PowerOff, "off");
-        assert_eq!(served.thread.join().unwrap(), (End::PowerOff, "off".into()));
-    }
-
-    #[test]
-    fn a_pause_is_answered_when_the_last_processor_has_stopped() {
-        let served = serve(1);
-        served.gate.open();
-        served.ask(1, Request::Pause);
-        // Others are served while the processor is held up.
-        served.ask(2, Request::Status);
-        let (number, answer) = served.answer();
-        let Answer::Status(status) = answer else {
-            panic!("{answer:?}");
-        };
-        assert_eq!((number, status.paused, status.vcpus), (2, false, 3));
-        let gate = Arc::clone(&served.gate);
-        let processor = thread::spawn(move || {
-            gate.wait(0, Stand::default(), &std::sync::atomic::AtomicU8::new(1));
-        });
-        assert_eq!(served.answer(), (1, Answer::Done));
-        served.ask(3, Request::Pause);
-        assert_eq!(served.answer(), (3, Answer::Done), "paused already");
-        served.ask(4, Request::Status);
-        assert!(matches!(served.answer(), (4, Answer::Status(status)) if status.paused));
-        served.ask(5, Request::Resume);
-        assert_eq!(served.answer(), (5, Answer::Done));
-        processor.join().unwrap();
-    }
-
-    #[test]
-    fn a_resume_ends_a_pause_that_waits() {
-        let served = serve(1);
-        served.gate.open();
-        served.ask(1, Request::Pause);
-        served.ask(2, Request::Resume);
-        let refused = Answer::Refused("Resumed meanwhile".into());
-        assert_eq!(served.answer(), (1, refused));
-        assert_eq!(served.answer(), (2, Answer::Done));
-        assert!(!served.gate.is_closed());
-    }
-
-    #[test]
-    fn what_is_no_request_is_refused_and_the_machine_goes_on() {
-        let served = serve(1);
-        let long = vec![b' '; LONGEST + 1];
-        for message in [&b"{"[..], b"{\"number\":1,\"request\":\"sing\"}", &long] {
-            send(&served.socket, message, SendFlags::empty()).unwrap();
-            let (number, answer) = served.answer();
-            assert_eq!(number, 0);
-            assert!(matches!(answer, Answer::Refused(_)), "{answer:?}");
-        }
-        served.ask(9, Request::Status);
-        assert_eq!(served.answer().0, 9);
-    }
-
-    #[test]
-    fn words_without_end_are_cut_to_what_a_message_holds() {
-        let served = serve(1);
-        served.ask(1, Request::Standing);
-        assert!(matches!(served.answer(), (1, Answer::Standing(words)) if words.len() > 1000));
-    }
-
-    #[test]
-    fn a_disk_needs_a_descriptor_and_a_place() {
-        let served = serve(1);
-        served.ask(1, Request::Attach { read_only: true });
-        let refused = Answer::Refused("no descriptor came along".into());
-        assert_eq!(served.answer(), (1, refused));
-        served.ask(2, Request::Detach { device: 0 });
-        let refused = Answer::Refused("the machine is as large as it will ever be".into());
-        assert_eq!(served.answer(), (2, refused));
-    }
-
-    #[test]
-    fn whoever_never_reads_ends_the_machine_instead_of_blocking_it() {
-        let served = serve(1);
-        let message = encode(&Asked {
-            number: 1,
-            request: Request::Status,
-        })
-        .unwrap();
-        let ended = loop {
-            if send(&served.socket, &message, SendFlags::NOSIGNAL).is_err() {
-                break served.thread.join().unwrap();
-            }
-        };
-        assert_eq!(ended.0, End::Orphaned);
-        assert!(ended.1.contains("takes no answer"), "{}", ended.1);
-    }
-}
+mod tests;

@@ -16,6 +16,7 @@ use std::{
     collections::HashMap,
     fmt, io,
     marker::PhantomData,
+    ops::Deref,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -80,6 +81,14 @@ pub struct Watched<F: AsFd> {
 impl<F: AsFd> AsFd for Watched<F> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+impl<F: AsFd> Deref for Watched<F> {
+    type Target = F;
+
+    fn deref(&self) -> &F {
+        &self.fd
     }
 }
 
@@ -202,9 +211,16 @@ impl EventLoop {
     /// Whether a watched descriptor is ready.
     #[cfg(test)]
     pub(crate) fn is_ready(&self) -> bool {
+        self.is_ready_within(std::time::Duration::ZERO)
+    }
+
+    /// Whether one is, or becomes it before so much time has passed.
+    #[cfg(test)]
+    pub(crate) fn is_ready_within(&self, limit: std::time::Duration) -> bool {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let mut ready = [PollFd::new(&self.epoll, PollFlags::IN)];
-        poll(&mut ready, Some(&Timespec::default())).unwrap() == 1
+        let limit = Timespec::try_from(limit).unwrap();
+        poll(&mut ready, Some(&limit)).unwrap() == 1
     }
 
     fn served(&self) -> MutexGuard<'_, Served> {

@@ -27,7 +27,6 @@ mod processors;
 mod reserved;
 
 use std::{
-    collections::BTreeMap,
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -47,11 +46,12 @@ use crate::{
     control::Answer,
     devices::{
         block::{Access, Block},
-        net::{Counters, Net, Options, Totals},
+        net::{Net, Options},
     },
     event_loop::{EventLoop, event_fd},
     exit::{End, Ending},
     jail::{Confined, Seal, threads::ThreadKind},
+    present::{Known, Present},
 };
 
 /// Most disks that can be there at once.
@@ -80,13 +80,9 @@ pub(crate) enum Order {
 /// Orders that are done, by the numbers of their requests.
 type Done = Arc<Mutex<Vec<(u64, Answer)>>>;
 
-/// What passes through the interfaces that are there, by their devices' numbers.
-type Counted = Arc<Mutex<BTreeMap<u8, Arc<Counters>>>>;
-
 /// Takes orders for the thread that does them.
 #[derive(Debug)]
 pub(crate) struct Hotplug {
-    counted: Counted,
     orders: mpsc::Sender<(u64, Order)>,
     done: Done,
     event: Arc<EventFd>,
@@ -104,7 +100,6 @@ impl Hotplug {
     pub(crate) fn start(mut keeper: Keeper, confined: &Confined) -> io::Result<Hotplug> {
         let event = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let done = Done::default();
-        let counted = Arc::clone(&keeper.counted);
         let (orders, taken) = mpsc::channel();
         let (finished, told) = (Arc::clone(&done), Arc::clone(&event));
         confined.spawn(ThreadKind::Hotplug, "hotplug".into(), move || {
@@ -116,7 +111,6 @@ impl Hotplug {
             }
         })?;
         Ok(Hotplug {
-            counted,
             orders,
             done,
             event,
@@ -127,15 +121,6 @@ impl Hotplug {
     pub(crate) fn order(&self, number: u64, order: Order) -> io::Result<()> {
         let sent = self.orders.send((number, order));
         sent.map_err(|_| io::Error::other("the thread has ended"))
-    }
-
-    /// What has passed through the interfaces that are there.
-    pub(crate) fn interfaces(&self) -> Vec<(u8, Totals)> {
-        let counted = lock(&self.counted);
-        let totals = counted.iter();
-        totals
-            .map(|(device, counters)| (*device, counters.totals()))
-            .collect()
     }
 
     /// What was done since this was asked last.
@@ -151,7 +136,7 @@ impl Hotplug {
 pub(crate) struct Keeper {
     pub(crate) disks: Places,
     pub(crate) interfaces: Places,
-    pub(crate) counted: Counted,
+    pub(crate) present: Present,
     /// None if the machine's memory is what it is.
     pub(crate) memory: Option<More>,
     pub(crate) processors: Processors,
@@ -161,21 +146,23 @@ impl Keeper {
     fn serve(&mut self, order: Order) -> Result<Answer, String> {
         match order {
             Order::Attach(file, access) => {
-                let attached = self.disks.attach(|device, events| {
+                let mut known = None;
+                let device = self.disks.attach(|device, events| {
                     let name = format!("bulkhead-at-{device}");
-                    Ok(Box::new(Block::new(events, file, access, name)?))
-                });
-                attached.map(Answer::Attached)
+                    let disk = Block::new(events, file, access, name)?;
+                    known = Some(Known::from(&disk));
+                    Ok(Box::new(disk))
+                })?;
+                Ok(self.attached(device, known))
             }
             Order::AttachInterface(tap, options) => {
-                let mut counters = Arc::default();
+                let mut known = None;
                 let device = self.interfaces.attach(|_, events| {
                     let net = Net::new(events, tap, options)?;
-                    counters = net.counters();
+                    known = Some(Known::from(&net));
                     Ok(Box::new(net))
                 })?;
-                lock(&self.counted).insert(device, counters);
-                Ok(Answer::Attached(device))
+                Ok(self.attached(device, known))
             }
             Order::Detach(device) => {
                 let places = [&mut self.disks, &mut self.interfaces];
@@ -183,7 +170,7 @@ impl Keeper {
                 let place =
                     place.ok_or_else(|| format!("nothing was attached as device {device}"))?;
                 place.detach(device)?;
-                lock(&self.counted).remove(&device);
+                self.present.remove(device);
                 Ok(Answer::Done)
             }
             Order::Memory(mib) => match &mut self.memory {
@@ -192,6 +179,14 @@ impl Keeper {
             },
             Order::Processors(count) => self.processors.have(count).map(|()| Answer::Done),
         }
+    }
+
+    /// What was made is there.
+    fn attached(&self, device: u8, known: Option<Known>) -> Answer {
+        if let Some(known) = known {
+            self.present.add(device, known);
+        }
+        Answer::Attached(device)
     }
 }
 

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod mmio;
 pub mod pause;
 pub mod ports;
+mod present;
 pub mod probe;
 pub mod processors;
 pub mod standing;

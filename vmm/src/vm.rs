@@ -43,6 +43,7 @@ use crate::{
     mmio::{self, Registers, Transport, Window, Wiring},
     pause::Gate,
     ports::{self, Ports, SerialPort},
+    present::{Known, Present},
     processors::{self, Maker},
     standing,
     vcpu::{Counts, Machine, Vcpu},
@@ -177,6 +178,7 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
     let output = Output::new(fds.console_output);
     let mut loops = Loops::default();
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    let present = Present::default();
     let notices = config.notices.then(Notices::default);
     for share in &config.shares {
         let told = notices
@@ -195,7 +197,11 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
     for (index, (file, access)) in fds.disks.into_iter().enumerate() {
         let name = format!("bulkhead-{index}");
         let disk = Block::new(loops.add(ThreadKind::Disk, "disk")?, file, access, name);
-        devices.push(Box::new(disk.during("a disk")?));
+        let disk = disk.during("a disk")?;
+        // A configuration has few devices.
+        let device = u8::try_from(devices.len()).unwrap_or(u8::MAX);
+        present.add(device, Known::from(&disk));
+        devices.push(Box::new(disk));
     }
     if config.console.is_some() {
         let console = Console::new(loops.shared()?, output.clone(), fds.console_input);
@@ -250,7 +256,7 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
     let pool = more.as_ref().map(More::pool);
     let processors = Processors::new(maker, starter(ThreadKind::Processor));
     let hotplug = reserved
-        .keeper(&machine, more, processors, starter)
+        .keeper(&machine, more, processors, &present, starter)
         .map(|keeper| Hotplug::start(keeper, &confined))
         .transpose()
         .during("the thread for what comes later")?;
@@ -264,6 +270,7 @@ pub unsafe fn run(config: &Config, extras: Extras, main_us: u64) -> Result<Repor
         socket: fds.control,
         gate: &gate,
         hotplug: hotplug.as_ref(),
+        present: &present,
         status: |paused| Status {
             paused,
             vcpus: processors_made.load(Ordering::Relaxed),

@@ -8,9 +8,10 @@
 
 use std::{
     fs::File,
-    io::{self, PipeReader, Read, Seek, Write},
+    io::{self, IoSlice, PipeReader, Read, Seek, Write},
+    mem::MaybeUninit,
     os::{
-        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
     process::{Child, Command, ExitStatus, Stdio},
@@ -20,6 +21,11 @@ use std::{
 use bulkhead_vmm::{
     config::{Config, Fd, Jail},
     control::{Answer, Answered, Asked, LONGEST, Request, Status, decode, encode},
+    devices::{
+        block,
+        limit::{Limit, Limits, Rate},
+        net,
+    },
     exit::{End, Report},
     jail::{posture, threads::ThreadKind},
 };
@@ -27,7 +33,10 @@ use rustix::{
     fs::MemfdFlags,
     io::{FdFlags, fcntl_setfd},
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
-    net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair},
+    net::{
+        AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+        SocketFlags, SocketType, recv, sendmsg, socketpair,
+    },
     thread::UnshareFlags,
 };
 
@@ -98,7 +107,7 @@ impl Machine {
             eprintln!("skipped: it needs /dev/kvm");
         }
         let kvm = kvm.ok()?;
-        let kernel = kernel(code);
+        let (kernel, disk) = (kernel(code), file(&[0; 4096]));
         let (control, its_control) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -125,9 +134,12 @@ impl Machine {
                 queues: 1,
             }],
             vsock: None,
-            disks: Vec::new(),
-            places: 0,
-            interfaces: 0,
+            disks: vec![bulkhead_vmm::config::Disk {
+                fd: Fd(disk.as_raw_fd()),
+                read_only: true,
+            }],
+            places: 1,
+            interfaces: 1,
             console: None,
             rng: true,
             notices: true,
@@ -142,6 +154,7 @@ impl Machine {
         let inherited: Vec<RawFd> = vec![
             kvm.as_raw_fd(),
             kernel.as_raw_fd(),
+            disk.as_raw_fd(),
             its_control.as_raw_fd(),
             its_report.as_raw_fd(),
             config.as_raw_fd(),
@@ -182,11 +195,22 @@ impl Machine {
     }
 
     fn ask(&mut self, request: Request) -> Answer {
+        self.ask_with(request, &[])
+    }
+
+    /// The same, with descriptors.
+    fn ask_with(&mut self, request: Request, files: &[BorrowedFd<'_>]) -> Answer {
         self.asked += 1;
         let number = self.asked;
         let message = encode(&Asked { number, request }).unwrap();
         let socket = self.control.as_ref().unwrap();
-        send(socket, &message, SendFlags::NOSIGNAL).unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !files.is_empty() {
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(files)));
+        }
+        let message = [IoSlice::new(&message)];
+        sendmsg(socket, &message, &mut ancillary, SendFlags::NOSIGNAL).unwrap();
         let mut message = vec![0; LONGEST];
         let (length, _) = recv(socket, message.as_mut_slice(), RecvFlags::empty()).unwrap();
         let answered: Answered = decode(&message[..length]).unwrap();
@@ -338,8 +362,70 @@ fn every_thread_of_a_running_machine_has_what_the_table_says() {
     }
     kinds.sort_by_key(|kind| format!("{kind:?}"));
     kinds.dedup();
-    use ThreadKind::{Devices, Files, Main, Processor};
-    assert_eq!(kinds, [Devices, Files, Main, Processor]);
+    use ThreadKind::{Devices, Disk, Files, Hotplug, Main, Processor};
+    assert_eq!(kinds, [Devices, Disk, Files, Hotplug, Main, Processor]);
+}
+
+#[test]
+fn disks_and_interfaces_can_be_limited_as_long_as_they_are_there() {
+    let Some(mut machine) = Machine::start(&SPINS, 1) else {
+        return;
+    };
+    let limit = Limit {
+        bytes: Rate {
+            per_second: 1 << 20,
+            burst: 0,
+        },
+        ..Limit::default()
+    };
+    let disk = |device| Request::Limit {
+        device,
+        limits: Limits::Disk(limit),
+    };
+    let interface = |device| Request::Limit {
+        device,
+        limits: Limits::Interface {
+            receive: limit,
+            transmit: limit,
+        },
+    };
+    let refused = |text: &str| Answer::Refused(text.into());
+    // The share, the disk from the start, and what comes at the two places.
+    let none = refused("no disk and no interface is device 0");
+    assert_eq!(machine.ask(disk(0)), none);
+    assert_eq!(machine.ask(disk(1)), Answer::Done);
+    let content = file(&[0; 4096]);
+    let attach = Request::Attach { read_only: true };
+    let attached = machine.ask_with(attach, &[content.as_fd()]);
+    assert_eq!(attached, Answer::Attached(4));
+    let (tap, _other) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
+    .unwrap();
+    let mac = [2, 0, 0, 0, 0, 1];
+    let attach = Request::AttachInterface { mac, mtu: 1500 };
+    let attached = machine.ask_with(attach, &[tap.as_fd()]);
+    assert_eq!(attached, Answer::Attached(5));
+    assert_eq!(machine.ask(disk(4)), Answer::Done);
+    assert_eq!(machine.ask(interface(5)), Answer::Done);
+    let wrong = refused("device 4 is a disk, not an interface");
+    assert_eq!(machine.ask(interface(4)), wrong);
+    let held = [1, 4].map(|device| (device, block::Totals::default()));
+    assert_eq!(machine.ask(Request::Disks), Answer::Disks(held.into()));
+    let passed = vec![(5, net::Totals::default())];
+    assert_eq!(machine.ask(Request::Interfaces), Answer::Interfaces(passed));
+    for device in [4, 5] {
+        assert_eq!(machine.ask(Request::Detach { device }), Answer::Done);
+    }
+    let none = refused("no disk and no interface is device 4");
+    assert_eq!(machine.ask(disk(4)), none);
+    assert_eq!(
+        machine.ask(Request::Interfaces),
+        Answer::Interfaces(Vec::new())
+    );
 }
 
 #[test]

@@ -16,7 +16,10 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_vmm::control::{Answer, Answered, Asked, LONGEST, Request, Status, decode, encode};
+use bulkhead_vmm::{
+    control::{Answer, Answered, Asked, LONGEST, Request, Status, decode, encode},
+    devices::limit::Limits,
+};
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown,
     SocketFlags, SocketType, recv, sendmsg, shutdown, socketpair,
@@ -139,6 +142,13 @@ impl Control {
         done(self.ask(Request::Detach { device }, "detach").await?)
     }
 
+    /// Bounds what may pass a disk or an interface, from now on and until it is taken from
+    /// it; what waits goes on by the new limits at once. Limits of nothing are none.
+    pub async fn limit(&self, device: u8, limits: Limits) -> Result<()> {
+        let request = Request::Limit { device, limits };
+        done(self.ask(request, "limit").await?)
+    }
+
     /// How the machine is.
     pub async fn status(&self) -> Result<Status> {
         match self.ask(Request::Status, "status").await? {
@@ -247,6 +257,7 @@ fn unexpected(answer: Answer) -> Error {
         | Answer::Status(_)
         | Answer::Standing(_)
         | Answer::Interfaces(_)
+        | Answer::Disks(_)
         | Answer::Attached(_) => "it answers something else".to_owned(),
     };
     host("control the VMM")(io::Error::other(reason))
@@ -254,7 +265,10 @@ fn unexpected(answer: Answer) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_vmm::exit::Exits;
+    use bulkhead_vmm::{
+        devices::limit::{Limit, Rate},
+        exit::Exits,
+    };
     use rustix::net::send;
 
     use super::*;
@@ -292,11 +306,24 @@ mod tests {
         running_us: 5,
     };
 
+    const LIMITS: Limits = Limits::Disk(Limit {
+        bytes: Rate {
+            per_second: 1 << 20,
+            burst: 1 << 16,
+        },
+        operations: Rate {
+            per_second: 100,
+            burst: 0,
+        },
+    });
+
     #[tokio::test]
     async fn requests_are_answered_by_their_number() {
         let (control, theirs) = pair();
         let vmm = std::thread::spawn(move || {
-            for expected in [Request::Pause, Request::Status, Request::Resume] {
+            let (device, limits) = (3, LIMITS);
+            let limit = Request::Limit { device, limits };
+            for expected in [Request::Pause, limit, Request::Status, Request::Resume] {
                 let Asked { number, request } = asked(&theirs).unwrap();
                 assert_eq!(request, expected);
                 // What belongs to another request is passed over.
@@ -310,6 +337,7 @@ mod tests {
             assert_eq!(asked(&theirs), None);
         });
         control.pause().await.unwrap();
+        control.limit(3, LIMITS).await.unwrap();
         assert_eq!(control.status().await.unwrap(), STATUS);
         control.resume().await.unwrap();
         control.release();

@@ -1,7 +1,8 @@
 //! A raw disk (virtio 1.2, 5.2): read, write, flush and get-id.
 //!
 //! Each disk has a thread of its own, since its file may block. The size is taken
-//! once, at the start; what lies beyond is refused, whatever the sector number.
+//! once, at the start; what lies beyond is refused, whatever the sector number. Requests
+//! that its limit does not allow yet wait in the queue, all others behind them.
 #![cfg_attr(
     not(test),
     deny(
@@ -18,16 +19,25 @@ use std::{
     sync::Arc,
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     Device, Io, Worker,
+    limit::Limiter,
     queue::{Chain, Reader, Ring, Served, State, Writer},
 };
-use crate::event_loop::{EventFlags, EventLoop, Handler, Registration, Watch};
+use crate::event_loop::{EventFlags, EventLoop, Handler, Registration, Watch, Watched};
 
 const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
 /// The queues of a disk.
 pub const QUEUES: &[u16] = &[QUEUE_SIZE];
+
+/// Bytes of a request that are no data: its header and its answer (5.2.6).
+const FRAME: usize = 17;
+
+const REQUESTS: u32 = 0;
+const TIMER: u32 = 1;
 
 /// Feature bits (5.2.3).
 const SEG_MAX: u64 = 1 << 2;
@@ -52,6 +62,7 @@ mod answer {
 pub struct Block {
     events: Arc<EventLoop>,
     disk: Arc<Disk>,
+    limiter: Arc<Limiter>,
     config: [u8; 16],
 }
 
@@ -72,6 +83,13 @@ pub enum Access {
     ReadOnly,
     /// Writes reach the file.
     ReadWrite,
+}
+
+/// What became of a disk's requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Microseconds for which a request waited for the limit.
+    pub held_us: u64,
 }
 
 impl Block {
@@ -101,8 +119,15 @@ impl Block {
         Ok(Block {
             events,
             disk,
+            limiter: Arc::new(Limiter::new()?),
             config,
         })
+    }
+
+    /// What bounds its requests: nothing as yet.
+    #[must_use]
+    pub fn limiter(&self) -> Arc<Limiter> {
+        Arc::clone(&self.limiter)
     }
 }
 
@@ -126,12 +151,16 @@ impl Device for Block {
 
     fn activate(&mut self, mut io: Io) -> io::Result<Box<dyn Worker>> {
         let mut ring = io.take(0);
-        let disk = Arc::clone(&self.disk);
+        let (disk, limiter) = (Arc::clone(&self.disk), self.limiter());
         let registration = self.events.add(|watch| {
             if let Some(ring) = &mut ring {
-                ring.watch(watch, 0)?;
+                ring.watch(watch, REQUESTS)?;
             }
-            Ok(Server { ring, disk })
+            Ok(Server {
+                ring,
+                disk,
+                limiter: watch.add(limiter, TIMER, EventFlags::IN)?,
+            })
         })?;
         Ok(Box::new(registration))
     }
@@ -140,20 +169,36 @@ impl Device for Block {
 impl Worker for Registration<Server> {
     fn stop(self: Box<Self>) -> Vec<Option<State>> {
         let server = Registration::stop(*self);
-        vec![server.and_then(|server| server.ring.map(Ring::into_state))]
+        vec![server.and_then(|server| {
+            server.limiter.leave();
+            server.ring.map(Ring::into_state)
+        })]
     }
 }
 
 struct Server {
     ring: Option<Ring>,
     disk: Arc<Disk>,
+    limiter: Watched<Arc<Limiter>>,
 }
 
 impl Handler for Server {
-    fn ready(&mut self, _: u32, _: EventFlags, _: &Watch<'_>) -> io::Result<()> {
+    fn ready(&mut self, token: u32, _: EventFlags, _: &Watch<'_>) -> io::Result<()> {
+        if token == TIMER {
+            self.limiter.acknowledge();
+        }
         if let Some(ring) = &mut self.ring {
             ring.acknowledge();
-            ring.turn(|chain| Served::Used(self.disk.serve(chain)));
+            ring.turn(|chain| {
+                // All that it may move, whatever its header says when it is read.
+                let len = chain.readable_len().saturating_add(chain.writable_len());
+                let data = len.saturating_sub(FRAME);
+                if !self.limiter.allows(data) {
+                    return Served::Kept;
+                }
+                self.limiter.spend(data);
+                Served::Used(self.disk.serve(chain))
+            });
         }
         Ok(())
     }
@@ -236,6 +281,8 @@ fn whole(moved: io::Result<usize>) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    mod limits;
+
     use std::io::Write;
 
     use super::super::testing::{Guest, READ, WRITE};

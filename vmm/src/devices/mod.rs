@@ -10,6 +10,7 @@ pub mod absent;
 pub mod block;
 pub mod console;
 pub mod fs;
+pub mod limit;
 pub mod mem;
 pub mod net;
 pub mod notices;

@@ -1,5 +1,5 @@
 //! The entropy device (virtio 1.2, 5.4): fills buffers from the host's pool, with
-//! [`RATE`] bytes in a second at most. What is asked for beyond that waits.
+//! 1 MiB in a second at most. What is asked for beyond that waits.
 #![cfg_attr(
     not(test),
     deny(
@@ -10,32 +10,31 @@
     )
 )]
 
-use std::{
-    io,
-    os::fd::OwnedFd,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{io, sync::Arc};
 
-use rustix::{
-    rand::{GetRandomFlags, getrandom},
-    time::{
-        Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-        timerfd_settime,
-    },
-};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::{
     Device, Io, Worker,
+    limit::{Limit, Limiter, Rate},
     queue::{Chain, Ring, Served, State},
 };
 use crate::event_loop::{EventFlags, EventLoop, Handler, Registration, Watch, Watched};
 
-/// Most bytes given for one buffer, however long it is, and most given at once.
+/// Most bytes given for one buffer, however long it is.
 const LARGEST: usize = 64 << 10;
 
-/// Bytes in a second: a hundred times what a guest's own generator asks for.
-const RATE: usize = 1 << 20;
+/// What is given: a hundred times what a guest's own generator asks for.
+const LIMIT: Limit = Limit {
+    bytes: Rate {
+        per_second: 1 << 20,
+        burst: LARGEST as u64,
+    },
+    operations: Rate {
+        per_second: 0,
+        burst: 0,
+    },
+};
 
 /// Bytes taken from the pool at once.
 const PART: usize = 16 << 10;
@@ -47,15 +46,15 @@ const TIMER: u32 = 1;
 #[derive(Debug)]
 pub struct Rng {
     events: Arc<EventLoop>,
-    timer: Arc<OwnedFd>,
+    limiter: Arc<Limiter>,
 }
 
 impl Rng {
     /// A device served by `events`.
     pub fn new(events: Arc<EventLoop>) -> io::Result<Rng> {
-        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-        let timer = Arc::new(timerfd_create(TimerfdClockId::Monotonic, flags)?);
-        Ok(Rng { events, timer })
+        let limiter = Arc::new(Limiter::new()?);
+        limiter.set(LIMIT);
+        Ok(Rng { events, limiter })
     }
 }
 
@@ -70,15 +69,14 @@ impl Device for Rng {
 
     fn activate(&mut self, mut io: Io) -> io::Result<Box<dyn Worker>> {
         let mut ring = io.take(0);
-        let timer = Arc::clone(&self.timer);
+        let limiter = Arc::clone(&self.limiter);
         let registration = self.events.add(|watch| {
             if let Some(ring) = &mut ring {
                 ring.watch(watch, REQUESTS)?;
             }
             Ok(Server {
                 ring,
-                timer: watch.add(timer, TIMER, EventFlags::IN)?,
-                allowance: Allowance::new(Instant::now()),
+                limiter: watch.add(limiter, TIMER, EventFlags::IN)?,
             })
         })?;
         Ok(Box::new(registration))
@@ -94,72 +92,27 @@ impl Worker for Registration<Server> {
 
 struct Server {
     ring: Option<Ring>,
-    timer: Watched<Arc<OwnedFd>>,
-    allowance: Allowance,
+    limiter: Watched<Arc<Limiter>>,
 }
 
 impl Handler for Server {
     fn ready(&mut self, token: u32, _: EventFlags, _: &Watch<'_>) -> io::Result<()> {
+        if token == TIMER {
+            self.limiter.acknowledge();
+        }
         let Some(ring) = &mut self.ring else {
             return Ok(());
         };
-        match token {
-            REQUESTS => ring.acknowledge(),
-            // Fails only if it was read already.
-            _ => drop(rustix::io::read(&self.timer, &mut [0; 8])),
-        }
-        self.allowance.grow(Instant::now());
-        let mut waits = false;
+        ring.acknowledge();
         ring.turn(|chain| {
             let len = chain.writable_len().min(LARGEST);
-            waits = !self.allowance.take(len);
-            if waits {
+            if !self.limiter.allows(len) {
                 return Served::Kept;
             }
+            self.limiter.spend(len);
             Served::Used(fill(chain, len))
         });
-        if waits {
-            let when = Itimerspec {
-                it_interval: Timespec::default(),
-                it_value: Timespec::try_from(FULL).map_err(io::Error::other)?,
-            };
-            timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &when)?;
-        }
         Ok(())
-    }
-}
-
-/// After this time there is as much again as is ever given at once.
-const FULL: Duration = Duration::from_nanos(1_000_000_000 / (RATE / LARGEST) as u64);
-
-/// How many bytes may be given now.
-struct Allowance {
-    bytes: usize,
-    since: Instant,
-}
-
-impl Allowance {
-    fn new(now: Instant) -> Allowance {
-        Allowance {
-            bytes: LARGEST,
-            since: now,
-        }
-    }
-
-    fn grow(&mut self, now: Instant) {
-        let passed = now.saturating_duration_since(self.since).min(FULL);
-        let more = passed.as_nanos().saturating_mul(RATE as u128) / 1_000_000_000;
-        if let Ok(more @ 1..) = usize::try_from(more) {
-            self.bytes = self.bytes.saturating_add(more).min(LARGEST);
-            self.since = now;
-        }
-    }
-
-    /// Takes `count` bytes, at most [`LARGEST`]; whether there were so many.
-    fn take(&mut self, count: usize) -> bool {
-        let left = self.bytes.checked_sub(count);
-        self.bytes = left.unwrap_or(self.bytes);
-        left.is_some()
     }
 }
 
@@ -181,6 +134,8 @@ fn fill(chain: &Chain, len: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::super::testing::{Driver, Guest, READ, WRITE};
     use super::*;
 
@@ -222,41 +177,40 @@ mod tests {
 
     #[test]
     fn who_asks_for_more_than_the_rate_waits_b52() {
-        let (mut driver, events, worker) = started(&[(0x1_0000, 0xc000, WRITE); 3]);
+        let (mut driver, events, worker) = started(&[(0x1_0000, 0x1_0000, WRITE); 3]);
         let started = Instant::now();
         events.turn().unwrap();
-        assert_eq!(driver.all_used(), [(0, 0xc000)]);
+        assert_eq!(driver.all_used(), [(0, 0x1_0000)]);
         for head in 1..3 {
             assert!(!events.is_ready(), "without the timer nothing happens");
             // Waits for it.
             events.turn().unwrap();
-            assert_eq!(driver.all_used(), [(head, 0xc000)]);
+            assert_eq!(driver.all_used(), [(head, 0x1_0000)]);
         }
-        // 144 KiB, of which 64 were there.
-        assert!(started.elapsed() >= Duration::from_millis(78));
+        // 192 KiB, of which 64 were there.
+        assert!(started.elapsed() >= Duration::from_millis(125));
         drop(worker);
         assert!(!events.is_ready());
     }
 
     #[test]
-    fn the_allowance_grows_with_time_and_to_its_limit_only_b52() {
-        let start = Instant::now();
-        let mut allowance = Allowance::new(start);
-        assert!(!allowance.take(LARGEST + 1));
-        assert!(allowance.take(LARGEST));
-        assert!(allowance.take(0) && !allowance.take(1));
-        // Too short for a byte, again and again, makes a byte in the end.
-        for micros in 1..=1000 {
-            allowance.grow(start + Duration::from_nanos(micros * 500));
+    fn a_reset_gives_nothing_more_b52() {
+        let events = EventLoop::new("test").unwrap();
+        let mut rng = Rng::new(Arc::clone(&events)).unwrap();
+        // What a minute brings.
+        rng.limiter.spend(60 << 20);
+        for _ in 0..5 {
+            let mut guest = Guest::new();
+            guest.driver.offer(&[(0x1_0000, 1, WRITE)]);
+            let io = Io {
+                queues: vec![Some(guest.ring)],
+                features: 0,
+            };
+            let worker = rng.activate(io).unwrap();
+            events.turn().unwrap();
+            assert_eq!(guest.driver.used(), None);
+            drop(worker);
         }
-        let bytes = allowance.bytes;
-        assert!((500..=524).contains(&bytes), "{bytes}");
-        allowance.grow(start + Duration::from_secs(3600));
-        assert_eq!(allowance.bytes, LARGEST);
-        // A clock that goes back gives nothing.
-        assert!(allowance.take(LARGEST));
-        allowance.grow(start);
-        assert_eq!(allowance.bytes, 0);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::{
     devices::{Device, absent::Absent, block, mem, net},
     exit::Ending,
     jail::{Confined, threads::ThreadKind},
+    present::Present,
     vcpu::Machine,
 };
 
@@ -52,6 +53,7 @@ impl Reserved {
         machine: &Arc<Machine>,
         memory: Option<More>,
         processors: Processors,
+        present: &Present,
         starter: impl Fn(ThreadKind) -> Starter,
     ) -> Option<Keeper> {
         let places =
@@ -63,7 +65,7 @@ impl Reserved {
         Some(Keeper {
             disks: places(["disk", "disks"], &self.disks, ThreadKind::Disk),
             interfaces: places(["net", "interfaces"], &self.interfaces, ThreadKind::Network),
-            counted: Arc::default(),
+            present: present.clone(),
             memory,
             processors,
         })

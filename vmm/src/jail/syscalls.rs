@@ -156,6 +156,8 @@ pub(super) const MAIN: &[Rule] = &[
     any(libc::SYS_ppoll),
     any(libc::SYS_recvmsg),
     any(libc::SYS_sendto),
+    // Other limits for a device wake up what waits.
+    LIMITED,
 ];
 
 /// An event loop.
@@ -184,15 +186,21 @@ pub(super) const DEVICES: &[Rule] = &[
         &[When::Is(0, libc::AF_UNIX.cast_unsigned())],
     ),
     only(libc::SYS_ioctl, &[When::Is(1, 0x5421 /* FIONBIO */)]),
-    // The entropy device's rate.
-    any(libc::SYS_timerfd_settime),
+    LIMITED,
 ];
+
+/// The timer of who waits until a limit allows more. It exists since its device does.
+const LIMITED: Rule = any(libc::SYS_timerfd_settime);
+
+/// A network interface.
+pub(super) const NETWORK: &[Rule] = &[LIMITED];
 
 /// A disk.
 pub(super) const DISK: &[Rule] = &[
     any(libc::SYS_preadv),
     any(libc::SYS_pwritev),
     any(libc::SYS_fdatasync),
+    LIMITED,
 ];
 
 /// `_IOW(KVMIO, 0x46, struct kvm_userspace_memory_region)`: more memory for the guest.
@@ -206,9 +214,10 @@ const KVM_SET_FPU: u32 = 0x41a0_ae8d;
 const KVM_SET_MSRS: u32 = 0x4008_ae89;
 const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
 
-/// What comes: how large a disk is, memory and processors.
+/// What comes: how large a disk is, the timers of devices, memory and processors.
 pub(super) const HOTPLUG: &[Rule] = &[
     any(libc::SYS_lseek),
+    any(libc::SYS_timerfd_create),
     // Less for a thread that it starts.
     only(
         libc::SYS_seccomp,

@@ -27,6 +27,7 @@ use crate::{
     exit::{End, Report},
 };
 
+mod limited;
 mod reach;
 
 const ROOT: &str = "BULKHEAD_TEST_JAIL";

@@ -157,7 +157,8 @@ impl ThreadKind {
                 syscalls::HOTPLUG,
                 syscalls::PROCESSOR,
             ],
-            ThreadKind::Memory | ThreadKind::Network => &[syscalls::EVENTS],
+            ThreadKind::Memory => &[syscalls::EVENTS],
+            ThreadKind::Network => &[syscalls::EVENTS, syscalls::NETWORK],
             ThreadKind::Files => &[syscalls::EVENTS, syscalls::FILES, syscalls::THREADS],
         };
         let files: &[Rule] = match self {

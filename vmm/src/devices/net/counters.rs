@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+use super::Limiters;
+
 /// What a network device did so far, over all resets.
 ///
 /// Each is a sum of its own: they are not taken at one moment.
@@ -49,27 +51,33 @@ pub struct Totals {
     pub received_bytes: u64,
     /// Frames for the guest that it did not get.
     pub received_dropped: u64,
+    /// Microseconds for which the tap was not read since the limit allowed no more.
+    pub received_held_us: u64,
     /// Frames that the guest sent and the tap took.
     pub transmitted_frames: u64,
     /// Their bytes.
     pub transmitted_bytes: u64,
     /// Frames of the guest that went nowhere.
     pub transmitted_dropped: u64,
+    /// Microseconds for which a frame of the guest waited for the limit.
+    pub transmitted_held_us: u64,
 }
 
 impl Counters {
-    /// The sums as they are now.
+    /// The sums as they are now, of a device with these limits.
     #[must_use]
-    pub fn totals(&self) -> Totals {
+    pub fn totals(&self, limiters: &Limiters) -> Totals {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let both = |one, other| get(one).saturating_add(get(other));
         Totals {
             received_frames: get(&self.received.frames),
             received_bytes: get(&self.received.bytes),
             received_dropped: both(&self.unfit, &self.not_negotiated),
+            received_held_us: limiters.receive.held_us(),
             transmitted_frames: get(&self.transmitted.frames),
             transmitted_bytes: get(&self.transmitted.bytes),
             transmitted_dropped: both(&self.malformed, &self.refused),
+            transmitted_held_us: limiters.transmit.held_us(),
         }
     }
 }

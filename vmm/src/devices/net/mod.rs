@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Who cannot take more holds the other back: the tap is read only when there are
-//! buffers for a frame, and the transmit queue waits when the tap is full. What is
+//! buffers for a frame, and the transmit queue waits when the tap is full. So it is when
+//! a limit allows no more for a while: each direction has one of its own. What is
 //! dropped is counted ([`Counters`]), and no frame is cut short.
 //!
 //! **What the driver does not accept.** The tap's offloads were set before, and the
@@ -55,7 +56,7 @@ use self::{
     tap::Tap,
     transmit::{Room, Transmit},
 };
-use super::{Device, Io, Worker, queue::State};
+use super::{Device, Io, Worker, limit::Limiter, queue::State};
 use crate::event_loop::{EventFlags, EventLoop, Handler, Registration, Watch, Watched};
 
 /// Entries of each queue.
@@ -103,6 +104,8 @@ const RECEIVE: u32 = 0;
 const TRANSMIT: u32 = 1;
 const READABLE: u32 = 2;
 const WRITABLE: u32 = 3;
+const MAY_RECEIVE: u32 = 4;
+const MAY_TRANSMIT: u32 = 5;
 
 /// Most work of one direction in a turn, so that other devices get theirs: frames,
 /// their bytes, and chains that are taken from the queue.
@@ -150,6 +153,16 @@ pub struct Net {
     to_write: Arc<OwnedFd>,
     options: Options,
     counters: Arc<Counters>,
+    limiters: Limiters,
+}
+
+/// What bounds each direction: nothing as yet.
+#[derive(Clone, Debug)]
+pub struct Limiters {
+    /// What the guest receives.
+    pub receive: Arc<Limiter>,
+    /// What it sends.
+    pub transmit: Arc<Limiter>,
 }
 
 impl Net {
@@ -181,6 +194,10 @@ impl Net {
             tap: Tap(Arc::new(tap)),
             options,
             counters: Arc::default(),
+            limiters: Limiters {
+                receive: Arc::new(Limiter::new()?),
+                transmit: Arc::new(Limiter::new()?),
+            },
         })
     }
 
@@ -188,6 +205,12 @@ impl Net {
     #[must_use]
     pub fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
+    }
+
+    /// What bounds it.
+    #[must_use]
+    pub fn limiters(&self) -> Limiters {
+        self.limiters.clone()
     }
 }
 
@@ -260,6 +283,14 @@ impl Handler for Server {
                     self.transmit(watch)?;
                 }
             }
+            MAY_RECEIVE => {
+                self.receive.try_again();
+                self.receive(EventFlags::empty(), watch)?;
+            }
+            MAY_TRANSMIT => {
+                self.transmit.try_again();
+                self.transmit(watch)?;
+            }
             _ => self.transmit(watch)?,
         }
         Ok(())
@@ -277,11 +308,14 @@ impl Server {
         let (mut receive, mut transmit) = (take(0)?, take(1)?);
         receive.watch(watch, RECEIVE)?;
         transmit.watch(watch, TRANSMIT)?;
+        let limiters = net.limiters();
+        let may_receive = watch.add(limiters.receive, MAY_RECEIVE, EventFlags::IN)?;
+        let may_transmit = watch.add(limiters.transmit, MAY_TRANSMIT, EventFlags::IN)?;
         Ok(Server {
             tap: net.tap.clone(),
             to_write: Arc::clone(&net.to_write),
-            receive: Receive::new(receive, terms, net.counters()),
-            transmit: Transmit::new(transmit, terms, net.counters()),
+            receive: Receive::new(receive, terms, net.counters(), may_receive),
+            transmit: Transmit::new(transmit, terms, net.counters(), may_transmit),
             readable: None,
             writable: None,
         })

@@ -5,6 +5,9 @@
 //! need stay here for the next. A frame that has more bytes than they have room for
 //! comes whole all the same: what is too much is read into memory of our own, and
 //! copied when there are buffers for it. So does one that is longer than expected.
+//!
+//! For the same reason a frame is read when the limit allows a byte, and those after it
+//! wait for all of its bytes.
 
 use std::{collections::VecDeque, io, iter, sync::Arc};
 
@@ -15,7 +18,13 @@ use super::{
     header::{HEADER, Header, LONGEST, Terms},
     tap::{Length, Tap},
 };
-use crate::devices::queue::{Chain, Ring, State};
+use crate::{
+    devices::{
+        limit::Limiter,
+        queue::{Chain, Ring, State},
+    },
+    event_loop::Watched,
+};
 
 /// For what receiving waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +33,8 @@ pub(super) enum Wait {
     Frame,
     /// For the driver: there are no buffers, or not enough for the frame that was read.
     Buffers,
+    /// For the limit's timer.
+    Limit,
     /// For nothing: the tap gives no more frames.
     End,
 }
@@ -32,6 +43,7 @@ pub(super) struct Receive {
     ring: Ring,
     terms: Terms,
     counters: Arc<Counters>,
+    limiter: Watched<Arc<Limiter>>,
     /// Buffers that were taken and are empty, in the order of the queue.
     chains: VecDeque<Chain>,
     /// Bytes that they have room for, and the most that it ever was.
@@ -48,11 +60,17 @@ pub(super) struct Receive {
 }
 
 impl Receive {
-    pub(super) fn new(ring: Ring, terms: Terms, counters: Arc<Counters>) -> Receive {
+    pub(super) fn new(
+        ring: Ring,
+        terms: Terms,
+        counters: Arc<Counters>,
+        limiter: Watched<Arc<Limiter>>,
+    ) -> Receive {
         Receive {
             ring,
             terms,
             counters,
+            limiter,
             chains: VecDeque::new(),
             room: 0,
             most_room: 0,
@@ -66,6 +84,11 @@ impl Receive {
     /// Takes the notification of new buffers.
     pub(super) fn acknowledge(&self) {
         self.ring.acknowledge();
+    }
+
+    /// Takes the notification that more may pass.
+    pub(super) fn try_again(&self) {
+        self.limiter.acknowledge();
     }
 
     /// Gives the guest the frames that there are, within a turn's budget.
@@ -93,6 +116,7 @@ impl Receive {
 
     /// How far it came. What was not used is available to whoever goes on.
     pub(super) fn into_state(mut self) -> State {
+        self.limiter.leave();
         if self.frame.is_some() {
             count(&self.counters.unfit);
         }
@@ -111,6 +135,8 @@ impl Receive {
         let (header, length) = match self.frame.take() {
             Some(frame) => frame,
             None if self.chains.is_empty() => return Some(Wait::Buffers),
+            // How long the next one is is known when it is read.
+            None if !self.limiter.allows(1) => return Some(Wait::Limit),
             None => match self.read(tap, budget) {
                 Ok(frame) => frame?,
                 Err(error) if is_temporary(&error) => return Some(Wait::Frame),
@@ -167,6 +193,7 @@ impl Receive {
         let length = tap.read(&mut header, &self.chains, self.expected, &mut self.rest)?;
         let frame = length.map_or(0, |length| length.frame);
         budget.spend(frame);
+        self.limiter.spend(frame);
         let less = self.expected.saturating_sub(self.expected >> 4);
         self.expected = less.max(frame).max(self.terms.longest_whole());
         let header = Header::parse(&header);

@@ -5,6 +5,7 @@
 
 mod hostile;
 mod life;
+mod limits;
 mod receive;
 mod tap;
 mod transmit;

@@ -9,10 +9,16 @@ use std::{io, sync::Arc};
 use super::{
     Budget,
     counters::{Counters, count},
-    header::{Header, Terms},
+    header::{HEADER, Header, Terms},
     tap::Tap,
 };
-use crate::devices::queue::{Chain, Ring, Served, State};
+use crate::{
+    devices::{
+        limit::Limiter,
+        queue::{Chain, Ring, Served, State},
+    },
+    event_loop::Watched,
+};
 
 /// Whether the tap takes more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,14 +32,21 @@ pub(super) struct Transmit {
     ring: Ring,
     terms: Terms,
     counters: Arc<Counters>,
+    limiter: Watched<Arc<Limiter>>,
 }
 
 impl Transmit {
-    pub(super) fn new(ring: Ring, terms: Terms, counters: Arc<Counters>) -> Transmit {
+    pub(super) fn new(
+        ring: Ring,
+        terms: Terms,
+        counters: Arc<Counters>,
+        limiter: Watched<Arc<Limiter>>,
+    ) -> Transmit {
         Transmit {
             ring,
             terms,
             counters,
+            limiter,
         }
     }
 
@@ -42,19 +55,31 @@ impl Transmit {
         self.ring.acknowledge();
     }
 
+    /// Takes the notification that more may pass.
+    pub(super) fn try_again(&self) {
+        self.limiter.acknowledge();
+    }
+
     /// Gives the tap the frames that there are, within a turn's budget.
     pub(super) fn turn(&mut self, tap: &Tap) -> Room {
         let mut budget = Budget::new();
         let mut room = Room::Left;
-        let (terms, counters) = (self.terms, &self.counters);
+        let (terms, counters, limiter) = (self.terms, &self.counters, &self.limiter);
         self.ring.turn(|chain| {
             if budget.is_spent() {
+                return Served::Kept;
+            }
+            let frame = chain.readable_len().saturating_sub(HEADER);
+            if !limiter.allows(frame) {
                 return Served::Kept;
             }
             room = send(chain, tap, terms, counters);
             budget.spend(chain.readable_len());
             match room {
-                Room::Left => Served::Used(0),
+                Room::Left => {
+                    limiter.spend(frame);
+                    Served::Used(0)
+                }
                 Room::None => Served::Kept,
             }
         });
@@ -67,6 +92,7 @@ impl Transmit {
 
     /// How far it came.
     pub(super) fn into_state(self) -> State {
+        self.limiter.leave();
         self.ring.into_state()
     }
 }
