@@ -16,6 +16,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
+    sync::mpsc,
     thread::{self, JoinHandle},
 };
 
@@ -128,7 +129,7 @@ impl Network {
         let mut redirected = self.redirected.clone();
         let (watched, led) = (self.watched, self.led);
         let (told, answer) = oneshot::channel();
-        visit(namespace, async move |handle| {
+        begin_visit(namespace, async move |handle| {
             let seen = match handle {
                 Ok(handle) => look(&handle, &mut redirected, watched).await,
                 Err(error) => Err(error),
@@ -179,7 +180,7 @@ fn leave(namespace: &OwnedFd, redirected: Vec<Redirected>) -> Option<JoinHandle<
         warn!(%error, "an interface of the pod keeps a filter of ours");
     };
     let visitor = namespace.try_clone().and_then(|namespace| {
-        visit(namespace, async move |handle| {
+        begin_visit(namespace, async move |handle| {
             let all = async {
                 let handle = handle?;
                 for redirected in redirected {
@@ -218,8 +219,29 @@ impl Redirected {
     }
 }
 
-/// Runs something with a socket of netlink in this namespace.
-fn visit(
+/// Runs something with a socket of netlink in this namespace, and waits for its end.
+///
+/// # Errors
+///
+/// The namespace cannot be entered, or what the work itself says.
+pub fn visit<T: Send + 'static>(
+    namespace: OwnedFd,
+    what: impl AsyncFnOnce(Handle) -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let (told, answer) = mpsc::channel();
+    begin_visit(namespace, async move |handle| {
+        let done = match handle {
+            Ok(handle) => what(handle).await,
+            Err(error) => Err(error),
+        };
+        // Whoever began it waits.
+        let _ = told.send(done);
+    })?;
+    answer.recv().map_err(io::Error::other)?
+}
+
+/// Runs something with a socket of netlink in this namespace, on a thread of its own.
+fn begin_visit(
     namespace: OwnedFd,
     what: impl AsyncFnOnce(io::Result<Handle>) + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
@@ -316,7 +338,9 @@ async fn redirect(handle: &Handle, from: u32, to: u32) -> io::Result<()> {
     filter.execute().await.map_err(error)
 }
 
-fn error(error: rtnetlink::Error) -> io::Error {
+/// What the kernel said, as an error of the system.
+#[must_use]
+pub fn error(error: rtnetlink::Error) -> io::Error {
     match error {
         rtnetlink::Error::NetlinkError(message) => message.to_io(),
         other => io::Error::other(other.to_string()),

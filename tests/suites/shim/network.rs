@@ -259,14 +259,20 @@ fn who_connects_to_the_namespaces_loopback_address_is_at_that_of_the_guest_nw_24
     let net = Net::new();
     let pod = Pod::start("net", Root::new(), &in_namespace(net.inside.path()));
     pod.run(Streams::Nothing);
-    let serve = "nc -lk -s 127.0.0.1 -p 8080 -e cat & nc -lk -s ::1 -p 8081 -e cat";
+    let serve = "mkdir /tmp/www; printf 'and back' > /tmp/www/it;
+        httpd -f -h /tmp/www -p 127.0.0.1:8080 & httpd -f -h /tmp/www -p [::1]:8081";
     let server = pod.exec(&process(&["sh", "-c", serve]), Streams::Nothing);
     server.start().unwrap();
-    let ready = "until nc -z 127.0.0.1 8080 && nc -z ::1 8081; do sleep 0.1; done";
-    says(&pod, &["sh", "-c", ready]);
     for address in ["127.0.0.1:8080", "[::1]:8080", "127.0.0.1:8081"] {
-        let answer = asked(&net.inside, address, "and back").unwrap();
-        assert_eq!(answer, "and back", "{address}");
+        let answers = || asked(&net.inside, address, "GET /it HTTP/1.0\r\n\r\n");
+        // It takes a moment until somebody listens.
+        let answers = (0..100).map(|_| {
+            thread::sleep(Duration::from_millis(100));
+            answers()
+        });
+        let answer = answers.into_iter().find_map(Result::ok);
+        let answer = answer.unwrap_or_else(|| panic!("nobody at {address}"));
+        assert!(answer.ends_with("and back"), "{address}: {answer}");
     }
     let nobody = asked(&net.inside, "127.0.0.1:8082", "hello").unwrap_err();
     let reset = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
