@@ -163,7 +163,11 @@ fn is_the_hosts(namespace: &OwnedFd) -> io::Result<bool> {
 }
 
 /// Runs something with a socket of netlink in this namespace.
-fn visit<T: Send + 'static>(
+///
+/// # Errors
+///
+/// The namespace cannot be entered, or what the work itself says.
+pub fn visit<T: Send + 'static>(
     namespace: OwnedFd,
     what: impl AsyncFnOnce(Handle) -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
@@ -226,7 +230,9 @@ async fn redirect(handle: &Handle, from: u32, to: u32) -> io::Result<()> {
     filter.execute().await.map_err(error)
 }
 
-fn error(error: rtnetlink::Error) -> io::Error {
+/// What the kernel said, as an error of the system.
+#[must_use]
+pub fn error(error: rtnetlink::Error) -> io::Error {
     match error {
         rtnetlink::Error::NetlinkError(message) => message.to_io(),
         other => io::Error::other(other.to_string()),
