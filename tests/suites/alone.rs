@@ -126,6 +126,9 @@ fn a_published_port_is_reached_by_the_addresses_of_the_host() {
         assert_eq!(get(at).as_deref(), Some("served\n"), "{at}");
     }
     assert_eq!(get(&format!("{gateway}:8081")), None);
+    // By the way that others take, though it is its own.
+    let own = exec("web", "wget -qO- http://host.containers.internal:8080/");
+    assert_eq!(own.success(), "served\n");
     // Nobody is there, and that is told at once.
     let begin = Instant::now();
     assert!(TcpStream::connect("[::1]:8080").is_err());

@@ -64,10 +64,10 @@ pub(super) fn switch_on(
     is_published: bool,
 ) -> io::Result<()> {
     for (name, now) in wanted(interfaces, subnets, is_published, read) {
-        let before = read(&name).unwrap_or_default();
-        if before == now {
+        // An interface may be gone.
+        let Some(before) = read(&name).filter(|before| before != now) else {
             continue;
-        }
+        };
         write(&name, now)?;
         if !switched.iter().any(|known| known.name == name) {
             let now = now.to_owned();

@@ -1,5 +1,5 @@
 use std::{
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
     process::Command,
     thread,
@@ -172,9 +172,10 @@ fn inside<T: Send + 'static>(namespace: &OwnedFd, what: impl FnOnce() -> T + Sen
     visitor.join().unwrap()
 }
 
-fn sh(namespace: &OwnedFd, lines: &'static str) -> String {
+fn sh(namespace: &OwnedFd, lines: impl Into<String>) -> String {
+    let lines = lines.into();
     inside(namespace, move || {
-        let output = Command::new("sh").args(["-ec", lines]).output().unwrap();
+        let output = Command::new("sh").args(["-ec", &lines]).output().unwrap();
         assert!(output.status.success(), "{lines}: {output:?}");
         String::from_utf8(output.stdout).unwrap()
     })
@@ -205,7 +206,7 @@ impl World {
             "ip link add eth0 type veth peer name eth0 netns /proc/{}/fd/{fd}",
             std::process::id()
         );
-        sh(&host, pair.leak());
+        sh(&host, pair);
         sh(
             &host,
             "ip addr add 203.0.113.1/24 dev eth0; ip addr add 2001:db8::1/64 dev eth0 nodad
@@ -261,14 +262,10 @@ fn asked(server: &OwnedFd, port: u16, client: &OwnedFd, at: &str) -> Option<IpAd
     Some(peer.ip().to_canonical())
 }
 
-use std::net::IpAddr;
-
 #[test]
 fn containers_reach_the_world_as_the_host_and_each_other_as_themselves() {
     let Some(world) = World::new(&[]) else { return };
-    let [a, b] = &world.containers[..] else {
-        panic!()
-    };
+    let (a, b) = (&world.containers[0], &world.containers[1]);
     let ip = |text: &str| Some(text.parse().unwrap());
     let (host, out) = (&world.host, &world.neighbour);
     assert_eq!(asked(out, 80, a, "203.0.113.9:80"), ip("203.0.113.1"));
@@ -290,9 +287,7 @@ fn published_ports_are_reached_from_everywhere_by_every_address_of_the_host() {
     let Some(world) = World::new(&["8080:80", "127.0.0.1:8081:80"]) else {
         return;
     };
-    let [a, b] = &world.containers[..] else {
-        panic!()
-    };
+    let (a, b) = (&world.containers[0], &world.containers[1]);
     let ip = |text: &str| Some(text.parse().unwrap());
     let (host, out) = (&world.host, &world.neighbour);
     assert_eq!(asked(a, 80, out, "203.0.113.1:8080"), ip("203.0.113.9"));
@@ -307,21 +302,25 @@ fn published_ports_are_reached_from_everywhere_by_every_address_of_the_host() {
     // One that is published for the host alone.
     assert_eq!(asked(a, 80, host, "127.0.0.1:8081"), ip("10.91.0.1"));
     assert_eq!(asked(a, 80, out, "203.0.113.1:8081"), None);
+    // Whoever sends to the host what is for its own 127.0.0.1.
     sh(
         out,
-        "ip route add local 127.0.0.2 dev lo || true; ip route del local 127.0.0.0/8 dev lo \
-             table local; ip route del local 127.0.0.1 dev lo table local; \
-             ip addr del 127.0.0.1/8 dev lo; ip route add 127.0.0.1 via 203.0.113.1; \
-             echo 1 > /proc/sys/net/ipv4/conf/eth0/route_localnet",
+        "ip addr del 127.0.0.1/8 dev lo; ip route add 127.0.0.1 via 203.0.113.1
+         echo 1 > /proc/sys/net/ipv4/conf/eth0/route_localnet",
     );
-    assert_eq!(asked(a, 80, out, "127.0.0.1:8081"), None);
-    // The host's own at 127.0.0.1 is not a container's.
     sh(
         a,
         "ip addr del 127.0.0.1/8 dev lo; ip route add 127.0.0.1 via 10.91.0.1
-           echo 1 > /proc/sys/net/ipv4/conf/eth0/route_localnet",
+         echo 1 > /proc/sys/net/ipv4/conf/eth0/route_localnet",
     );
-    assert_eq!(asked(host, 22, a, "127.0.0.1:22"), None);
+    let seen = || {
+        let by_port = asked(a, 80, out, "127.0.0.1:8081");
+        [by_port, asked(host, 22, a, "127.0.0.1:22")].map(|it| it.is_some())
+    };
+    assert_eq!(seen(), [false; 2]);
+    // It is that chain which keeps them out.
+    sh(host, "nft flush chain inet bulkhead raw");
+    assert_eq!(seen(), [true; 2]);
 }
 
 #[test]
@@ -373,7 +372,7 @@ fn the_host_is_no_router_for_others_and_is_as_before_afterwards() {
         std::process::id(),
         other.as_raw_fd()
     );
-    sh(host, pair.leak());
+    sh(host, pair);
     sh(
         host,
         "ip addr add 198.51.100.1/24 dev eth1; ip link set eth1 up",
