@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_tests::{BUSYBOX, Command, Outcome, Running};
+use bulkhead_tests::{BUSYBOX, Command, DEBIAN, Outcome, Running};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -106,16 +106,8 @@ fn a_container_has_addresses_of_both_families_and_reaches_a_server_of_the_host()
 
 #[test]
 fn a_published_port_is_reached_by_the_addresses_of_the_host() {
-    let options = [
-        "-p",
-        "8080:80",
-        "-p",
-        "127.0.0.1:8081:80/tcp",
-        "-p",
-        "5353:53/udp",
-    ];
-    let line = format!("{SERVER}; nc -l -u -p 53 -e cat & ");
-    let run = start("web", &options, &line);
+    let options = ["-p", "8080:80", "-p", "127.0.0.1:8081:80/tcp"];
+    let run = start("web", &options, SERVER);
     let (v4, _) = addresses("web");
     let gateway = v4.rsplit_once('.').unwrap().0.to_owned() + ".1";
     for at in [
@@ -133,13 +125,6 @@ fn a_published_port_is_reached_by_the_addresses_of_the_host() {
     let begin = Instant::now();
     assert!(TcpStream::connect("[::1]:8080").is_err());
     assert!(begin.elapsed() < Duration::from_secs(5));
-    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-    socket.connect("127.0.0.1:5353").unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    socket.send(b"echoed").unwrap();
-    let mut bytes = [0; 16];
-    let count = socket.recv(&mut bytes).unwrap();
-    assert_eq!(&bytes[..count], b"echoed");
     // It is taken, though no program of the host has it.
     let error = sh(&["-p", "127.0.0.1:8080:1"], "true").failure();
     assert!(
@@ -148,6 +133,43 @@ fn a_published_port_is_reached_by_the_addresses_of_the_host() {
     );
     end("web", run);
     assert_eq!(get("127.0.0.1:8080"), None);
+    assert_nothing_is_left();
+}
+
+#[test]
+fn datagrams_to_a_published_port_are_answered() {
+    let server = "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+                  s.bind((\"\", 53))\nprint(\"ready\", flush=True)\n\
+                  while True: s.sendto(*s.recvfrom(99))";
+    let run = Command::bulkhead([
+        "run",
+        "--rm",
+        "--name",
+        "echo",
+        "--memory",
+        "512M",
+        "-p",
+        "5353:53/udp",
+        DEBIAN,
+        "--",
+        "python3",
+        "-c",
+        server,
+    ]);
+    let run = run.start();
+    run.wait_for_output("ready");
+    let (v4, _) = addresses("echo");
+    let gateway = v4.rsplit_once('.').unwrap().0.to_owned() + ".1:5353";
+    for at in ["127.0.0.1:5353", &gateway] {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect(at).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.send(b"echoed").unwrap();
+        let mut bytes = [0; 16];
+        let count = socket.recv(&mut bytes).unwrap();
+        assert_eq!(&bytes[..count], b"echoed", "{at}");
+    }
+    end("echo", run);
     assert_nothing_is_left();
 }
 
