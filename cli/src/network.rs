@@ -314,11 +314,13 @@ fn part(store: Store, id: &ContainerId) -> Result<()> {
 fn settle(store: Store, state: &mut State) -> Result<()> {
     if state.leases.is_empty() {
         let back = forwarding::switch_back(&state.switched);
-        // What is not forgotten is tried again.
-        store.save(state)?;
-        take_down()?;
-        back.map_err(failed("set the kernel back"))?;
-        return store.remove();
+        if let Err(error) = take_down() {
+            // What is not forgotten is tried again.
+            store.save(state)?;
+            return Err(error);
+        }
+        store.remove()?;
+        return back.map_err(failed("set the kernel back"));
     }
     store.save(state)?;
     let opened = forwarding::opened(&state.switched);
