@@ -1,5 +1,7 @@
 //! The command line: words, defaults and help. No behaviour.
 
+pub(crate) mod network;
+
 use std::{path::PathBuf, str::FromStr};
 
 use bulkhead_client::ContainerId;
@@ -23,7 +25,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run a command in a new container.
-    Run(Run),
+    Run(Box<Run>),
     /// Run one more command in a running container.
     Exec(Exec),
     /// Send a signal to the first process of a container.
@@ -41,6 +43,9 @@ pub(crate) enum Command {
     Update(Update),
     /// Show what containers have used.
     Stats(Stats),
+    /// Look after the networks of containers.
+    #[command(subcommand)]
+    Network(network::Verb),
     /// Say whether this host can run containers in virtual machines, and if not why.
     Check(Check),
     /// Say what became of each field of a container's specification.
@@ -88,6 +93,7 @@ Examples:
   bulkhead run --rm -v $PWD:/src:ro -w /src --memory 1g --cpus 2 gcc.tar -- make
   bulkhead run --rootfs /srv/rootfs -- /bin/sh -c 'uname -a'
   bulkhead run --rm --device /dev/sdb:r debian.tar -- head -c 512 /dev/sdb
+  bulkhead run --rm -p 8080:80 --name web nginx.tar
   tar c . | bulkhead run --rm -i debian.tar -- tar t
 
 The exit code is that of the command; 127 if it does not exist, 126 if it cannot be executed,
@@ -107,7 +113,7 @@ pub(crate) struct Run {
     #[arg(
         long,
         value_name = "DIR",
-        conflicts_with_all = ["env", "volume", "device", "workdir", "user", "cpus", "memory", "hostname", "read_only", "command", "tty"],
+        conflicts_with_all = ["env", "volume", "device", "workdir", "user", "cpus", "memory", "network", "publish", "dns", "hostname", "add_host", "ip", "read_only", "command", "tty"],
     )]
     pub(crate) bundle: Option<PathBuf>,
     /// The process.
@@ -131,9 +137,9 @@ pub(crate) struct Run {
     /// Name of the container; a random one if not given.
     #[arg(long, value_name = "ID")]
     pub(crate) name: Option<ContainerId>,
-    /// Host name in the container; its id if not given.
-    #[arg(long, value_name = "NAME")]
-    pub(crate) hostname: Option<String>,
+    /// The network.
+    #[command(flatten)]
+    pub(crate) network: network::Options,
     /// Refuse writes to the root file system.
     #[arg(long)]
     pub(crate) read_only: bool,

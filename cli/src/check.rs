@@ -22,6 +22,7 @@ use bulkhead_client::shim::{SHIM, find_binary};
 use crate::{
     args,
     error::{Result, host},
+    network,
 };
 
 /// How good a finding is.
@@ -86,7 +87,7 @@ pub(crate) fn check(args: &args::Check) -> Result<u8> {
     let mut findings = vec![user(), processor(), virtual_machines()];
     findings.extend(assets());
     findings.extend(binaries());
-    findings.extend([overlay(), cgroups()]);
+    findings.extend([overlay(), cgroups(), network()]);
     findings.extend(side_channels(Path::new("/sys")));
     let usable = findings
         .iter()
@@ -372,6 +373,25 @@ fn cgroups() -> Finding {
             "not mounted on /sys/fs/cgroup: limits of the host's side do not apply",
             "mount -t cgroup2 none /sys/fs/cgroup, or boot with systemd.unified_cgroup_hierarchy=1",
         )
+    }
+}
+
+/// Can containers have a network without anybody who makes it for them?
+fn network() -> Finding {
+    const NAME: &str = "network";
+    if !rustix::process::geteuid().is_root() {
+        return Finding::warning(NAME, "only root can try it", "use sudo");
+    }
+    match network::check::missing() {
+        None => Finding::ok(NAME, "bridge, veth, tun and nf_tables can be used"),
+        Some(missing) => Finding::warning(
+            NAME,
+            format!(
+                "`bulkhead run` works with --network none only: {}",
+                missing.detail
+            ),
+            missing.next,
+        ),
     }
 }
 

@@ -1,16 +1,20 @@
-//! Clears layers that no container uses and nobody has used for long. Images are files
-//! of their owners: what is cleared is unpacked again when it is asked for.
+//! Clears what killed ones left in the network of containers, and layers that no container
+//! uses and nobody has used for long. Images are files of their owners: what is cleared is
+//! unpacked again when it is asked for.
 
 use std::{collections::HashSet, path::Path, time::Duration};
 
 use bulkhead_client::{paths, record};
 
+use crate::network;
+
 /// Layers of no container stay so long after their last use.
 const AGE: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// Clears the store. A failure is no one's who ran or removed a container: the next
-/// one tries again.
-pub(crate) fn layers() {
+/// Clears both. A failure is no one's who ran or removed a container: the next one tries
+/// again.
+pub(crate) fn all() {
+    network::sweep();
     let _ = clear(Path::new(paths::LAYERS), Path::new(paths::CONTAINERS), AGE);
 }
 

@@ -32,6 +32,17 @@ pub(crate) enum Error {
     /// What the shim says of a specification.
     #[error("{0}")]
     Shim(String),
+    /// The network of containers.
+    #[error(
+        "Cannot {action} for the network of the container; `bulkhead check` says what is \
+         missing, and `--network none` does without"
+    )]
+    Network {
+        /// A verb and its object.
+        action: &'static str,
+        /// The cause.
+        source: std::io::Error,
+    },
     /// The image cannot be used.
     #[error(transparent)]
     Image(#[from] bulkhead_image::Error),
@@ -65,9 +76,11 @@ impl Error {
                 | Client::Call(_)
                 | Client::Gone { started: false, .. } => OWN_FAILURE,
             },
-            Error::Refused { .. } | Error::Shim(_) | Error::Image(_) | Error::NotRoot => {
-                OWN_FAILURE
-            }
+            Error::Refused { .. }
+            | Error::Shim(_)
+            | Error::Network { .. }
+            | Error::Image(_)
+            | Error::NotRoot => OWN_FAILURE,
         }
     }
 

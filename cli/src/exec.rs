@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::{
     args, clearing,
     error::{Error, Result, at, host},
+    network,
     run::{exit_code, own_env, own_term, require_root, runtime, working_dir},
     spec::{self, Settings},
 };
@@ -127,13 +128,14 @@ pub(crate) fn rm(args: &args::Rm) -> Result<u8> {
     let mut failure = Ok(0);
     for id in &args.ids {
         let removed = state::remove(Path::new(paths::CONTAINERS), id, args.force);
-        if let Err(error) = runtime.block_on(removed)
-            && let Err(before) = std::mem::replace(&mut failure, Err(error.into()))
+        let removed = runtime.block_on(removed).map_err(Error::from);
+        if let Err(error) = removed.and_then(|()| network::forget(id))
+            && let Err(before) = std::mem::replace(&mut failure, Err(error))
         {
             report(&before);
         }
     }
-    clearing::layers();
+    clearing::all();
     failure
 }
 

@@ -14,6 +14,7 @@ mod error;
 mod exec;
 mod explain;
 mod install;
+mod network;
 mod progress;
 mod resources;
 mod run;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         Command::Resume(args) => resources::resume(args),
         Command::Update(args) => resources::update(args),
         Command::Stats(args) => resources::stats(args),
+        Command::Network(verb) => network::run(verb),
         Command::Check(args) => check::check(args),
         Command::Explain(args) => explain::explain(args),
         Command::Install(args) => install::install(args),

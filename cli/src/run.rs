@@ -1,7 +1,7 @@
 //! `bulkhead run`: from an image, a directory or a bundle to an exit code.
 //!
 //! Everything it makes is a guard, in the order of making: the container's
-//! directory, its bundle, the streams, the shim. A run that fails or is interrupted
+//! directory, its bundle, its network, the streams, the shim. A run that fails or is interrupted
 //! anywhere leaves nothing.
 
 use std::{
@@ -21,6 +21,7 @@ use containerd_shim_protos::api::{CreateTaskRequest, Mount};
 use crate::{
     args, clearing,
     error::{Error, Result, at, host, refused},
+    network::Network,
     progress,
     spec::{self, Settings},
 };
@@ -47,7 +48,12 @@ pub(crate) fn run(args: &args::Run) -> Result<u8> {
         };
         let mut container = Container::make(Path::new(paths::CONTAINERS), &id)?;
         let own = Scratch::make(paths::bundle(&id)).map_err(at("make", paths::bundle(&id)))?;
-        let plan = Plan::new(args, image, &id, &container, own.path())?;
+        let network = match &args.bundle {
+            // Whoever wrote the bundle has said what it is connected to.
+            Some(_) => None,
+            None => Some(Network::make(&args.network, &id, &hostname(args, &id))?),
+        };
+        let plan = Plan::new(args, image, &id, &container, own.path(), network.as_ref())?;
         let mut record = plan.record(&id);
         container.save(&record)?;
         let mut pod = Pod::start(
@@ -73,10 +79,11 @@ pub(crate) fn run(args: &args::Run) -> Result<u8> {
         let status = result?;
         saved?;
         closed?;
+        network.map_or(Ok(()), Network::leave)?;
         own.remove()?;
         Ok(exit_code(status))
     });
-    clearing::layers();
+    clearing::all();
     result
 }
 
@@ -229,6 +236,7 @@ impl Plan {
         id: &ContainerId,
         container: &Container,
         own: &Path,
+        network: Option<&Network>,
     ) -> Result<Self> {
         if let Some(bundle) = &args.bundle {
             return Plan::of_bundle(bundle);
@@ -252,7 +260,7 @@ impl Plan {
             mount.options = ["rbind", "rw"].map(str::to_owned).to_vec();
             (mount, vec![root], image::Config::default(), dir)
         };
-        let (settings, env, home) = settings(args, id, &roots, &config)?;
+        let (settings, env, home) = settings(args, id, &roots, &config, network)?;
         let text = serde_json::to_vec(&settings.spec())
             .map_err(|error| at::<std::io::Error>("write", own)(error.into()))?;
         let path = own.join("config.json");
@@ -350,6 +358,7 @@ fn settings(
     id: &ContainerId,
     roots: &[PathBuf],
     config: &image::Config,
+    network: Option<&Network>,
 ) -> Result<(Settings, Vec<String>, String)> {
     let process = &args.process;
     let user = process.user.as_deref().unwrap_or(&config.user);
@@ -357,10 +366,7 @@ fn settings(
     let mut env = config.env.clone();
     spec::merge_env(&mut env, &process.env, own_env);
     spec::default_env(&mut env, "PATH", spec::PATH);
-    let hostname = args
-        .hostname
-        .clone()
-        .unwrap_or_else(|| id.as_str().chars().take(64).collect());
+    let hostname = hostname(args, id);
     spec::default_env(&mut env, "HOSTNAME", &hostname);
     if process.tty {
         spec::default_env(&mut env, "TERM", &own_term());
@@ -381,6 +387,19 @@ fn settings(
             .map_err(at("use as a volume", &volume.source))?;
         volumes.push((utf8(&source)?, volume.destination.clone(), volume.access));
     }
+    for (source, destination) in network.into_iter().flat_map(Network::files) {
+        // What the caller puts there is what they want.
+        if volumes
+            .iter()
+            .all(|(_, taken, _)| Path::new(taken) != Path::new(destination))
+        {
+            volumes.push((
+                utf8(source)?,
+                (*destination).to_owned(),
+                args::Access::ReadWrite,
+            ));
+        }
+    }
     let devices: Result<_> = args.device.iter().map(device).collect();
     let settings = Settings {
         args: command,
@@ -392,10 +411,17 @@ fn settings(
         read_only: args.read_only,
         volumes,
         devices: devices?,
+        network: network.and_then(Network::namespace),
         cpus: args.cpus.map(|cpus| cpus.thousandths),
         memory: args.memory.map(|memory| memory.bytes),
     };
     Ok((settings, told, home))
+}
+
+/// What the container calls itself.
+fn hostname(args: &args::Run, id: &ContainerId) -> String {
+    let given = args.network.hostname.clone();
+    given.unwrap_or_else(|| id.as_str().chars().take(64).collect())
 }
 
 /// Looks at the node of a device that the caller names.

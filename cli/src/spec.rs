@@ -56,6 +56,9 @@ pub(crate) struct Settings {
     pub(crate) volumes: Vec<(String, String, Access)>,
     /// Devices of the host.
     pub(crate) devices: Vec<Device>,
+    /// Network namespace of the host whose interfaces the container has; none for a loopback
+    /// interface only.
+    pub(crate) network: Option<String>,
     /// Thousandths of a processor.
     pub(crate) cpus: Option<u32>,
     /// Bytes.
@@ -98,8 +101,13 @@ impl Device {
 impl Settings {
     /// `config.json`.
     pub(crate) fn spec(&self) -> Value {
-        let namespaces =
-            ["pid", "ipc", "uts", "mount", "network", "cgroup"].map(|kind| json!({"type": kind}));
+        let mut namespaces = ["pid", "ipc", "uts", "mount", "cgroup"]
+            .map(|kind| json!({"type": kind}))
+            .to_vec();
+        namespaces.push(match &self.network {
+            Some(path) => json!({"type": "network", "path": path}),
+            None => json!({"type": "network"}),
+        });
         json!({
             "ociVersion": "1.2.0",
             "process": self.process(),

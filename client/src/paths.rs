@@ -16,6 +16,9 @@ pub const CONTAINERS: &str = "/var/lib/bulkhead/containers";
 /// Bundles and FIFOs of running containers.
 pub const BUNDLES: &str = "/run/bulkhead/bundles";
 
+/// What is remembered of the network of containers.
+pub const NETWORK: &str = "/run/bulkhead/network";
+
 /// The directory of a container while it runs.
 pub fn bundle(id: &ContainerId) -> PathBuf {
     PathBuf::from(BUNDLES).join(id.as_str())

@@ -6,12 +6,16 @@
 
 use std::{
     fs,
+    os::fd::OwnedFd,
     path::Path,
     time::{Duration, Instant},
 };
 
 use containerd_shim_protos::api::Status;
-use rustix::process::{Signal, kill_process};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
 use serde::Serialize;
 
 use crate::{
@@ -121,20 +125,27 @@ pub async fn remove(containers: &Path, id: &ContainerId, force: bool) -> Result<
         shim::clean_up(id, bundle)?;
     }
     if found.alive {
-        if let Some(owner) = record::owner(containers, id) {
+        let owner = record::owner(containers, id);
+        let owner = owner.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        if let Some(owner) = &owner {
             // Where its container does not run yet it undoes by itself what it made.
-            let _ = kill_process(owner, Signal::TERM);
+            let _ = pidfd_send_signal(owner, Signal::TERM);
         }
-        ended(containers, id).await?;
+        ended(containers, id, owner.as_ref()).await?;
     }
     Scratch::adopt(paths::bundle(id)).remove()?;
     Scratch::adopt(containers.join(id.as_str())).remove()
 }
 
-/// Waits for the end of the process that runs a container.
-async fn ended(containers: &Path, id: &ContainerId) -> Result<()> {
+/// Waits for the end of the process that runs a container. Its lock may be gone before all
+/// that it removes is.
+async fn ended(containers: &Path, id: &ContainerId, owner: Option<&OwnedFd>) -> Result<()> {
     let start = Instant::now();
-    while record::find(containers, id).is_some_and(|found| found.alive) {
+    let runs = |owner: &OwnedFd| {
+        let mut about = [PollFd::new(owner, PollFlags::IN)];
+        poll(&mut about, Some(&Timespec::default())) == Ok(0)
+    };
+    while owner.is_some_and(runs) || record::find(containers, id).is_some_and(|found| found.alive) {
         if start.elapsed() > END {
             let owner = record::owner(containers, id);
             let owner = owner.map_or_else(|| "?".to_owned(), |pid| pid.to_string());

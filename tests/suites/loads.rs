@@ -11,7 +11,16 @@ const IMAGE: &str = bulkhead_tests::DEBIAN_NAME;
 
 /// Runs a script in a pod that has what servers need.
 fn bash(script: &str) -> Outcome {
-    let run = ["run", "--rm", "--memory", "768M", DEBIAN, "--"];
+    let run = [
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--memory",
+        "768M",
+        DEBIAN,
+        "--",
+    ];
     Command::bulkhead(run.into_iter().chain(["bash", "-ec", script])).run()
 }
 

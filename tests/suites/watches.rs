@@ -64,7 +64,16 @@ const BUILD: &str = r#"printf %s "$1" > /tmp/watch.c && gcc -o /tmp/watch /tmp/w
 
 /// Starts it in a container of this name with volumes.
 fn watch(name: &str, volumes: &[&str], first: &str, paths: &[&str]) -> Running {
-    let mut arguments = vec!["run", "--rm", "--name", name, "--memory", "512M"];
+    let mut arguments = vec![
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--name",
+        name,
+        "--memory",
+        "512M",
+    ];
     for volume in volumes {
         arguments.extend(["-v", volume]);
     }

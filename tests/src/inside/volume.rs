@@ -22,7 +22,19 @@ pub fn volume() -> (TempDir, String) {
 #[must_use]
 pub fn debian(volume: &str, line: &str) -> Outcome {
     Command::bulkhead([
-        "run", "--rm", "--memory", "512M", "-v", volume, DEBIAN, "--", "sh", "-c", line,
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--memory",
+        "512M",
+        "-v",
+        volume,
+        DEBIAN,
+        "--",
+        "sh",
+        "-c",
+        line,
     ])
     .run()
 }
