@@ -240,6 +240,22 @@ pub fn visit<T: Send + 'static>(
     answer.recv().map_err(io::Error::other)?
 }
 
+/// Joins what there is in a namespace and lets go of it again: whether this host can.
+///
+/// # Errors
+///
+/// It cannot.
+pub fn try_to_join(namespace: OwnedFd) -> io::Result<()> {
+    visit(namespace, async |handle| {
+        let mut redirected = Vec::new();
+        let seen = look(&handle, &mut redirected, true).await;
+        for redirected in redirected {
+            redirected.let_go(&handle).await?;
+        }
+        seen?.refused.pop().map_or(Ok(()), Err)
+    })
+}
+
 /// Runs something with a socket of netlink in this namespace, on a thread of its own.
 fn begin_visit(
     namespace: OwnedFd,

@@ -8,7 +8,7 @@ use std::{
     thread,
 };
 
-use bulkhead_shim::network::Network as Joined;
+use bulkhead_shim::network::try_to_join;
 use nix::sched::{CloneFlags, setns};
 
 use super::{
@@ -57,7 +57,7 @@ pub(crate) fn missing() -> Option<Missing> {
             "load or install its module: `modprobe veth`",
         ))?;
         let next = "load or install tun, sch_ingress, cls_u32 and act_mirred (`modprobe tun`)";
-        Joined::join(namespace).map_err(missing("tun and tc redirection", next))?;
+        try_to_join(namespace).map_err(missing("tun and tc redirection", next))?;
         let next = "install the package nftables, and nf_tables with its parts for NAT";
         table(host, state).map_err(missing("nf_tables", next))
     };
