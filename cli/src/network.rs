@@ -62,6 +62,7 @@ impl Network {
         };
         let containers = Path::new(paths::CONTAINERS);
         let hosts = names::hosts_file(containers, id.as_str());
+        distinct(wanted)?;
         if wanted.network == Some(Mode::None) {
             needs_none(wanted)?;
             let text = names::hosts_alone(hostname, &wanted.add_host);
@@ -69,7 +70,6 @@ impl Network {
             network.files.push((hosts, "/etc/hosts"));
             return Ok(network);
         }
-        distinct(wanted)?;
         ports::check(&wanted.publish)?;
         names::make(&hosts, "").map_err(at("make", &hosts))?;
         network.files.push((hosts, "/etc/hosts"));
