@@ -5,8 +5,15 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead_guest::Progress;
 
-/// What compiling our own programs needs beside Rust.
-const OURS: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev", "pkg-config"];
+/// What compiling our own programs needs beside Rust; and `ip` and `tc`, with which their
+/// tests make networks.
+const OURS: &[&str] = &[
+    "gcc",
+    "iproute2",
+    "libc6-dev",
+    "libseccomp-dev",
+    "pkg-config",
+];
 
 /// Installs what is missing; as another user than root, says what is.
 pub(crate) fn ensure_installed(progress: &dyn Progress) -> Result<()> {
