@@ -10,6 +10,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
     sync::Arc,
+    time::Duration,
 };
 
 use bulkhead_agent_api::{
@@ -31,13 +32,16 @@ use rtnetlink::{
         rule::RuleMessage,
     },
 };
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     device::{self, Bound},
     error::{Doing, Error},
     streams::Streams,
 };
+
+/// How long a program of the guest may take to let somebody in.
+const DIAL: Duration = Duration::from_secs(1);
 
 /// The guest's network as the host has told it.
 #[derive(Debug, Default)]
@@ -127,7 +131,9 @@ pub(crate) async fn dial(streams: &Arc<Streams>, stream: u64, port: u32) -> Resu
         of(Ipv4Addr::LOCALHOST.into()),
         of(Ipv6Addr::LOCALHOST.into()),
     ];
-    let connected = TcpStream::connect(&addresses[..]).await;
+    // Who listens and lets nobody in must not keep a stream's place.
+    let connected = timeout(DIAL, TcpStream::connect(&addresses[..])).await;
+    let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     let connection = connected.doing("dial a port of the guest")?;
     tokio::spawn(async move {
         if let Ok(stream) = claim.stream().await {

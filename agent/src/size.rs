@@ -28,6 +28,8 @@ const PROCESSORS: &str = "/sys/devices/system/cpu";
 /// gives some up: what it could not give up it tries again after minutes only.
 const COMES: Duration = Duration::from_secs(5);
 const STAYS: Duration = Duration::from_millis(500);
+/// The longest that is waited, whatever changes: the next who asks waits too.
+const LONGEST: Duration = Duration::from_secs(8);
 /// How often that is looked at: nothing tells of it.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -88,8 +90,9 @@ impl Machine {
     fn await_memory(&self, wanted: u64) -> u64 {
         let mut now = self.more_memory();
         let limit = if wanted > now { COMES } else { STAYS };
-        let mut changed = Instant::now();
-        while now != wanted && changed.elapsed() < limit {
+        let begun = Instant::now();
+        let mut changed = begun;
+        while now != wanted && changed.elapsed() < limit && begun.elapsed() < LONGEST {
             sleep(LOOK);
             let before = std::mem::replace(&mut now, self.more_memory());
             if now != before {

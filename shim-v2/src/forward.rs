@@ -5,7 +5,7 @@
 //! reset, as if there had been nobody (NW-26). At most [`CONNECTIONS`] at once; others wait
 //! in the listener's queue. They do not live through a change of the shim's program.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use bulkhead_agent_api::relay;
 use rustix::net::sockopt::set_socket_linger;
@@ -16,11 +16,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use crate::{
-    error::{Error, Result, host},
-    guest::Guest,
-    network::Loopback,
-};
+use crate::{error::Error, guest::Guest, network::Loopback};
 
 /// Most connections at once.
 const CONNECTIONS: usize = 128;
@@ -32,16 +28,15 @@ const AFTER_FAILURE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct Served {
     _tasks: JoinSet<()>,
-    _steering: std::os::fd::OwnedFd,
+    _steering: OwnedFd,
 }
 
 /// Serves them.
-pub(crate) fn serve(guest: &Arc<dyn Guest>, loopback: Loopback) -> Result<Served> {
+pub(crate) fn serve(guest: &Arc<dyn Guest>, loopback: Loopback) -> io::Result<Served> {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let mut tasks = JoinSet::new();
     for listener in loopback.listeners {
-        let listener = TcpListener::from_std(listener);
-        let listener = listener.map_err(host("listen in the network namespace"))?;
+        let listener = TcpListener::from_std(listener)?;
         tasks.spawn(listen(Arc::clone(guest), listener, Arc::clone(&places)));
     }
     Ok(Served {

@@ -62,6 +62,9 @@ pub struct Redirected {
     made: bool,
 }
 
+/// What a look answers, and what is redirected then.
+type Looked = (io::Result<Seen>, Vec<Redirected>);
+
 /// What is in a namespace.
 #[derive(Debug, Default)]
 pub struct Seen {
@@ -125,23 +128,7 @@ impl Network {
     /// The kernel refuses to tell, or to make what is needed. An interface that cannot be
     /// joined is no error.
     pub async fn look(&mut self) -> io::Result<Seen> {
-        let namespace = self.namespace.try_clone()?;
-        let mut redirected = self.redirected.clone();
-        let (watched, led) = (self.watched, self.led);
-        let (told, answer) = oneshot::channel();
-        begin_visit(namespace, async move |handle| {
-            let seen = match handle {
-                Ok(handle) => look(&handle, &mut redirected, watched).await,
-                Err(error) => Err(error),
-            };
-            let seen = seen.map(|mut seen| {
-                let leads = !led && !seen.links.is_empty();
-                seen.loopback = leads.then(Loopback::new);
-                seen
-            });
-            // Whoever asked may have given up.
-            let _ = told.send((seen, redirected));
-        })?;
+        let (_, answer) = self.begin_look()?;
         let (seen, redirected) = answer.await.map_err(io::Error::other)?;
         // However it went: what is redirected is to be let go of.
         self.redirected = redirected;
@@ -149,6 +136,34 @@ impl Network {
         self.watched = true;
         self.led |= seen.loopback.is_some();
         Ok(seen)
+    }
+
+    /// The same, for whoever waits for the answer.
+    fn begin_look(&self) -> io::Result<(JoinHandle<()>, oneshot::Receiver<Looked>)> {
+        let namespace = self.namespace.try_clone()?;
+        let mut redirected = self.redirected.clone();
+        let (watched, led) = (self.watched, self.led);
+        let (told, answer) = oneshot::channel();
+        let visitor = begin_visit(namespace, async move |handle| {
+            let handle = match handle {
+                Ok(handle) => handle,
+                Err(error) => return drop(told.send((Err(error), redirected))),
+            };
+            let before = redirected.clone();
+            let mut seen = look(&handle, &mut redirected, watched).await;
+            if let Ok(seen) = &mut seen {
+                let leads = !led && !seen.links.is_empty();
+                seen.loopback = leads.then(Loopback::new);
+            }
+            // Whoever asked may have given up, and knows nothing of what is new.
+            if let Err((_, redirected)) = told.send((seen, redirected)) {
+                let fresh = redirected.into_iter().filter(|it| !before.contains(it));
+                for redirected in fresh {
+                    let _ = redirected.let_go(&handle).await;
+                }
+            }
+        })?;
+        Ok((visitor, answer))
     }
 
     /// Leaves an interface as it was before.

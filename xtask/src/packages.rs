@@ -5,13 +5,14 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead_guest::Progress;
 
-/// What compiling our own programs needs beside Rust; and `ip` and `tc`, with which their
-/// tests make networks.
+/// What compiling our own programs needs beside Rust; and `ip`, `tc` and `nft`, with which
+/// their tests make networks.
 const OURS: &[&str] = &[
     "gcc",
     "iproute2",
     "libc6-dev",
     "libseccomp-dev",
+    "nftables",
     "pkg-config",
 ];
 

@@ -166,6 +166,21 @@ fn each_look_tells_what_there_is_and_hands_over_what_is_new_nw_37() {
 }
 
 #[test]
+fn a_look_that_is_given_up_leaves_nothing() {
+    let Some(namespace) = namespace(&[ETH0]) else {
+        return;
+    };
+    let (visitor, answer) = of(&namespace).begin_look().unwrap();
+    drop(answer);
+    visitor.join().unwrap();
+    let left = says(&namespace, "tc qdisc show; ip -o link");
+    assert!(
+        !left.contains("ingress") && !left.contains("bulkhead"),
+        "{left}"
+    );
+}
+
+#[test]
 fn a_change_is_heard_of_once_it_was_made_nw_37() {
     let Some(namespace) = namespace(&["ip link set lo up"]) else {
         return;

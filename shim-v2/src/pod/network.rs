@@ -68,8 +68,8 @@ impl Connected {
             watch: seen.watch,
             refused: seen.refused.into_iter().map(|it| host(doing)(it)).collect(),
         };
-        match seen.loopback {
-            Some(Ok(loopback)) => self.loopback = Some(serve(guest, loopback)?),
+        match seen.loopback.map(|it| it.and_then(|it| serve(guest, it))) {
+            Some(Ok(served)) => self.loopback = Some(served),
             Some(Err(error)) => warn!(%error, "connections to the pod's 127.0.0.1 are refused"),
             None => {}
         }
