@@ -1,6 +1,7 @@
 //! What is written about the source is true of the source.
 //!
-//! Tests only: a name in ARCHITECTURE.md that is gone, an id at the end of a test's name
+//! Tests only: a name in ARCHITECTURE.md that is gone, a test that `docs/faults.md` names
+//! and that nobody wrote or somebody renamed, an id at the end of a test's name
 //! that neither `docs/rules.md` nor `docs/contract.md` explains, an id that is explained
 //! and that no test has, or a rule of which nobody says whether it is met.
 
@@ -103,6 +104,71 @@ fn the_map_names_only_what_exists() {
         gone.is_empty(),
         "ARCHITECTURE.md names what is not there: {gone:?}"
     );
+}
+
+/// Is this the name of a test, in which `*` and `…` stand for anything?
+fn is_named(test: &str, name: &str) -> bool {
+    let mut rest = test;
+    let mut parts = name.split(['*', '…']);
+    let first = parts.next().unwrap_or_default();
+    let Some(after) = rest.strip_prefix(first) else {
+        return false;
+    };
+    rest = after;
+    let parts: Vec<&str> = parts.collect();
+    let Some((last, between)) = parts.split_last() else {
+        return rest.is_empty();
+    };
+    for part in between {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+#[test]
+fn every_test_that_a_fault_names_exists() {
+    let text = fs::read_to_string(workspace().join("docs/faults.md")).unwrap();
+    let tests = sources::tests().unwrap();
+    let (mut found, mut gone) = (0, Vec::new());
+    for cells in sources::rows(&text) {
+        for quoted in sources::quoted(cells.last().unwrap()) {
+            let (place, name) = quoted.rsplit_once("::").unwrap_or(("", quoted));
+            let name = name.rsplit_once(": ").map_or(name, |(_, name)| name);
+            // All of a module, or a test by its name, which is a sentence.
+            let exists = if name == "*" {
+                let modules = place.split("::").filter(|module| *module != "tests");
+                let folders: Vec<&str> = modules.collect();
+                tests.values().flatten().any(|file| {
+                    let file = file.with_extension("");
+                    let parts: Vec<_> = file.iter().filter_map(|part| part.to_str()).collect();
+                    folders.iter().all(|module| parts.contains(module))
+                })
+            } else if name.contains(['*', '…']) || name.matches('_').count() > 2 {
+                tests.keys().any(|test| is_named(test, name))
+            } else {
+                continue;
+            };
+            found += 1;
+            if !exists {
+                gone.push(quoted);
+            }
+        }
+    }
+    assert!(found > 200, "{found} names were found");
+    assert!(
+        gone.is_empty(),
+        "docs/faults.md names tests that are not there: {gone:#?}"
+    );
+}
+
+#[test]
+fn a_name_may_leave_something_out() {
+    assert!(is_named("a_b_c", "a_b_c") && !is_named("a_b_c", "a_b"));
+    assert!(is_named("a_b_c", "…_c") && is_named("a_b_c", "a_…_c") && is_named("a_b_c", "*"));
+    assert!(!is_named("a_b_c", "…_b") && !is_named("a_b", "a_…_b"));
 }
 
 #[test]
