@@ -243,6 +243,13 @@ pub(crate) enum Format {
     Json,
 }
 
+impl Format {
+    /// What a flag `--json` stands for.
+    pub(crate) fn of(json: bool) -> Format {
+        if json { Format::Json } else { Format::Table }
+    }
+}
+
 /// Options of `check`.
 #[derive(Debug, Args)]
 pub(crate) struct Check {

@@ -5,7 +5,7 @@
 use std::{
     fmt::Write as _,
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, Read},
     path::Path,
 };
 
@@ -19,11 +19,7 @@ use sha2::{Digest as _, Sha256};
 
 use bulkhead_client::shim::{SHIM, find_binary};
 
-use crate::{
-    args,
-    error::{Result, host},
-    network,
-};
+use crate::{args, error::Result, network, output};
 
 /// How good a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -93,15 +89,7 @@ pub(crate) fn check(args: &args::Check) -> Result<u8> {
         .iter()
         .all(|finding| finding.status != Status::Failure);
     let report = Report { usable, findings };
-    let text = if args.json {
-        let text = serde_json::to_string_pretty(&report);
-        text.map_err(|error| host("write JSON")(io::Error::from(error)))? + "\n"
-    } else {
-        table(&report)
-    };
-    io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(host("write the report"))?;
+    output::print(args::Format::of(args.json), &report, table)?;
     Ok(u8::from(!usable))
 }
 

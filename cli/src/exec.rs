@@ -18,8 +18,8 @@ use serde::Serialize;
 
 use crate::{
     args, clearing,
-    error::{Error, Result, at, host},
-    network,
+    error::{Error, Result, at},
+    network, output,
     run::{exit_code, own_env, own_term, require_root, runtime, working_dir},
     spec::{self, Settings},
 };
@@ -206,25 +206,12 @@ pub(crate) fn list(args: &args::List) -> Result<u8> {
         rows.sort_by_key(|(place, _)| *place);
         rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>()
     });
-    let text = if args.json {
-        let mut text = serde_json::to_string_pretty(&rows)
-            .map_err(|error| host("write JSON")(io::Error::from(error)))?;
-        text.push('\n');
-        text
-    } else {
-        table(&rows)
-    };
-    io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(host("write the list"))?;
+    output::print(args::Format::of(args.json), rows.as_slice(), table)?;
     Ok(0)
 }
 
 fn table(rows: &[Row]) -> String {
-    let mut table = comfy_table::Table::new();
-    table
-        .load_style(comfy_table::presets::NOTHING)
-        .set_header(["ID", "STATE", "AGE", "SOURCE", "COMMAND"]);
+    let mut table = output::columns(["ID", "STATE", "AGE", "SOURCE", "COMMAND"]);
     for row in rows {
         let state = match (row.state, row.exit_code) {
             (State::Starting, _) => "starting".to_owned(),
@@ -249,7 +236,7 @@ fn table(rows: &[Row]) -> String {
             command,
         ]);
     }
-    format!("{}\n", table.trim_fmt())
+    output::text(&table)
 }
 
 fn age(created: u64) -> String {

@@ -1,12 +1,11 @@
 //! `bulkhead explain`: what became of a specification, field by field.
 
-use std::io::{self, Write};
-
 use bulkhead_shim::{explain::Explanation, names};
 
 use crate::{
-    args::{Explain, Format},
-    error::{Error, Result, host, refused},
+    args::Explain,
+    error::{Error, Result, refused},
+    output,
     run::require_root,
 };
 
@@ -18,17 +17,7 @@ pub(crate) fn explain(args: &Explain) -> Result<u8> {
         (Some(id), None) => of_container(id.as_str(), args.namespace.as_deref())?,
         (None, None) => return Err(refused("Container", "", "name one, or a bundle")),
     };
-    let text = match args.format {
-        Format::Table => table(&explanation).into_bytes(),
-        Format::Json => {
-            let mut text = explanation.to_json().map_err(shim)?;
-            text.push(b'\n');
-            text
-        }
-    };
-    io::stdout()
-        .write_all(&text)
-        .map_err(host("write the table"))?;
+    output::print(args.format, &explanation, table)?;
     Ok(0)
 }
 
@@ -63,14 +52,11 @@ fn of_container(id: &str, namespace: Option<&str>) -> Result<Explanation> {
 }
 
 fn table(explanation: &Explanation) -> String {
-    let mut table = comfy_table::Table::new();
-    table
-        .load_style(comfy_table::presets::NOTHING)
-        .set_header(["FIELD", "APPLIED", "NOTE"]);
+    let mut table = output::columns(["FIELD", "APPLIED", "NOTE"]);
     for note in &explanation.fields {
         table.add_row([plain(&note.field), note.fate.to_string(), plain(&note.why)]);
     }
-    format!("{}\n", table.trim_fmt())
+    output::text(&table)
 }
 
 /// Without what a terminal could take for a command.

@@ -15,6 +15,7 @@ mod exec;
 mod explain;
 mod install;
 mod network;
+mod output;
 mod progress;
 mod resources;
 mod run;

@@ -1,9 +1,6 @@
 //! Verbs on what a container may use and has used: `pause`, `resume`, `update`, `stats`.
 
-use std::{
-    io::{self, Write},
-    path::Path,
-};
+use std::path::Path;
 
 use bulkhead_client::{ContainerId, Record, Task, paths, record, state::connect};
 use containerd_shim_protos::{
@@ -15,8 +12,9 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::{
-    args::{self, Format},
-    error::{Result, host, refused},
+    args,
+    error::{Result, refused},
+    output,
     run::{require_root, runtime},
     spec::cpu_limit,
 };
@@ -74,17 +72,7 @@ pub(crate) fn stats(args: &args::Stats) -> Result<u8> {
             Err(error) => return Err(error.into()),
         }
     }
-    let text = match args.format {
-        Format::Table => table(&rows),
-        Format::Json => {
-            let text = serde_json::to_string_pretty(&rows)
-                .map_err(|error| host("write JSON")(io::Error::from(error)))?;
-            format!("{text}\n")
-        }
-    };
-    io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(host("write the statistics"))?;
+    output::print(args.format, rows.as_slice(), table)?;
     Ok(0)
 }
 
@@ -165,8 +153,7 @@ fn read<M: MessageFull>(any: &Any) -> Option<M> {
 }
 
 fn table(rows: &[Row]) -> String {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING).set_header([
+    let mut table = output::columns([
         "ID",
         "CPU TIME",
         "MEMORY",
@@ -191,7 +178,7 @@ fn table(rows: &[Row]) -> String {
             row.oom_kills.to_string(),
         ]);
     }
-    format!("{}\n", table.trim_fmt())
+    output::text(&table)
 }
 
 fn mib(bytes: u64) -> String {

@@ -1,7 +1,5 @@
 //! `bulkhead upgrade`: shims of pods that run go on with the program that is installed.
 
-use std::io::{self, Write};
-
 use bulkhead_shim::{
     names,
     statedir::StateDir,
@@ -10,8 +8,9 @@ use bulkhead_shim::{
 use serde::Serialize;
 
 use crate::{
-    args::{Format, Upgrade},
-    error::{Error, Result, host, refused},
+    args::Upgrade,
+    error::{Error, Result, refused},
+    output,
     run::require_root,
 };
 
@@ -40,15 +39,7 @@ pub(crate) fn upgrade(args: &Upgrade) -> Result<u8> {
             outcome: asked.wait(),
         })
         .collect();
-    let text = match args.format {
-        Format::Table => table(&told),
-        Format::Json => serde_json::to_string_pretty(&told)
-            .map(|text| text + "\n")
-            .map_err(host("write JSON"))?,
-    };
-    io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(host("write the outcome"))?;
+    output::print(args.format, told.as_slice(), table)?;
     let stays = |told: &&Told| matches!(told.outcome, Outcome::Refused { .. } | Outcome::Silent);
     match told.iter().filter(stays).count() {
         0 => Ok(0),
@@ -86,13 +77,7 @@ fn pods(args: &Upgrade) -> Result<Vec<StateDir>> {
 }
 
 fn table(told: &[Told]) -> String {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING).set_header([
-        "NAMESPACE",
-        "POD",
-        "PID",
-        "OUTCOME",
-    ]);
+    let mut table = output::columns(["NAMESPACE", "POD", "PID", "OUTCOME"]);
     for told in told {
         table.add_row([
             told.namespace.clone(),
@@ -101,7 +86,7 @@ fn table(told: &[Told]) -> String {
             told.outcome.to_string(),
         ]);
     }
-    format!("{}\n", table.trim_fmt())
+    output::text(&table)
 }
 
 #[cfg(test)]

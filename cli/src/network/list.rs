@@ -1,17 +1,12 @@
 //! `bulkhead network ls`.
 
-use std::io::{self, Write};
-
 use serde::Serialize;
 
 use super::{
     BRIDGE, directory, interface_names,
     store::{State, Store},
 };
-use crate::{
-    args::Format,
-    error::{Result, host},
-};
+use crate::{args::Format, error::Result, output};
 
 /// A network that `--network` can name.
 #[derive(Debug, Serialize)]
@@ -78,30 +73,13 @@ pub(super) fn list(format: Format) -> Result<u8> {
         containers: Vec::new(),
     };
     let rows = [Row::bridge(state.as_ref()), none];
-    let text = match format {
-        Format::Table => table(&rows),
-        Format::Json => {
-            let text = serde_json::to_string_pretty(&rows)
-                .map_err(|error| host("write JSON")(io::Error::from(error)))?;
-            format!("{text}\n")
-        }
-    };
-    io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(host("write the list"))?;
+    output::print(format, rows.as_slice(), table)?;
     Ok(0)
 }
 
 /// A line for each container, and one for a network without.
 fn table(rows: &[Row]) -> String {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING).set_header([
-        "NETWORK",
-        "SUBNETS",
-        "CONTAINER",
-        "ADDRESSES",
-        "PORTS",
-    ]);
+    let mut table = output::columns(["NETWORK", "SUBNETS", "CONTAINER", "ADDRESSES", "PORTS"]);
     for row in rows {
         let of = [row.name.to_owned(), row.subnets.join(", ")];
         if row.containers.is_empty() {
@@ -114,7 +92,7 @@ fn table(rows: &[Row]) -> String {
             table.add_row(of.clone().into_iter().chain(its));
         }
     }
-    format!("{}\n", table.trim_fmt())
+    output::text(&table)
 }
 
 #[cfg(test)]
