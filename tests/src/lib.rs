@@ -11,7 +11,7 @@ pub mod lab;
 pub use inside::{
     bundle,
     command::{Command, Outcome, Running},
-    image,
+    docker, image,
     leaks::{LEFT_BEHIND, LeakCheck},
     loop_device::LoopDevice,
     netns, process,

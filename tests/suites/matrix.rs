@@ -7,7 +7,6 @@
     clippy::tests_outside_test_module,
     reason = "the whole crate is a suite"
 )]
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 #[path = "matrix/case.rs"]
 mod case;

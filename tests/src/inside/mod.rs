@@ -2,6 +2,7 @@
 
 pub mod bundle;
 pub mod command;
+pub mod docker;
 pub mod image;
 pub mod leaks;
 pub mod loop_device;

@@ -2,52 +2,20 @@
 
 use std::fs;
 
-use bulkhead_tests::{BUSYBOX, Command, LoopDevice, volume::volume};
+use bulkhead_tests::{Command, LoopDevice, docker::Daemon, volume::volume};
+use serde_json::json;
 
 use crate::case::{Engine, case, compare, same, shell};
 
-/// The lab host starts no daemon without it.
-const SETTINGS: &str = "/etc/docker/daemon.json";
-
-/// A Docker daemon that knows the image as `busybox`; stopped when dropped.
-struct Daemon;
-
-impl Daemon {
-    fn start() -> Daemon {
-        let settings = r#"{"bridge": "none", "iptables": false, "ip6tables": false}"#;
-        fs::create_dir_all("/etc/docker").unwrap();
-        fs::write(SETTINGS, settings).unwrap();
-        let start = ["start", "docker.service"];
-        Command::new("systemctl", start).run().success();
-        let daemon = Daemon;
-        let blobs = fs::read_dir(format!("{BUSYBOX}/blobs/sha256")).unwrap();
-        let layer = blobs
-            .flatten()
-            .max_by_key(|blob| blob.metadata().unwrap().len());
-        let layer = layer.unwrap().path();
-        let import = ["import", "--change", "ENV PATH=/bin"];
-        let import = import
-            .into_iter()
-            .chain([layer.to_str().unwrap(), "busybox"]);
-        Command::new("docker", import).run().success();
-        daemon
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let stop = ["stop", "docker.service"];
-        let _ = Command::new("systemctl", stop).run();
-        let _ = fs::remove_file(SETTINGS);
-        // containerd makes it for whoever comes first, and keeps it.
-        let _ = fs::remove_dir("/run/containerd/io.containerd.runtime.v2.task/moby");
-    }
+/// Without networks.
+fn start() -> Daemon {
+    Daemon::start(&json!({"bridge": "none", "iptables": false, "ip6tables": false}))
 }
 
 #[test]
 #[ignore = "it takes minutes: cargo xtask test --full runs it"]
 fn flags_of_docker_do_what_they_do_with_runc() {
-    let _daemon = Daemon::start();
+    let _daemon = start();
     let (dir, _) = volume();
     let place = dir.path().to_str().unwrap();
     fs::write(dir.path().join("file"), "content\n").unwrap();
@@ -171,7 +139,7 @@ fn step(words: &str, runtime: &str) -> String {
 #[test]
 #[ignore = "it takes minutes: cargo xtask test --full runs it"]
 fn verbs_of_docker_do_what_they_do_with_runc() {
-    let _daemon = Daemon::start();
+    let _daemon = start();
     let steps = [
         "run -d --runtime {} --network=none --name it busybox sh -c @up",
         "exec it echo hello",
