@@ -29,6 +29,7 @@ mod disk;
 pub mod error;
 pub mod init;
 mod launch;
+mod names;
 mod network;
 pub mod reaper;
 pub mod rpc;

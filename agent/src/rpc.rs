@@ -17,9 +17,9 @@ use bulkhead_agent_api::{
     agent::{
         AcceptRequest, AcceptResponse, CancelCopyRequest, ClockRequest, ClockResponse,
         ContainerRequest, CopyInRequest, CopyOutRequest, CreateRequest, DialRequest, Empty,
-        ExecRequest, KillRequest, NetworkRequest, PidsResponse, ProcessRequest, ProcessResponse,
-        ResizePtyRequest, ResizeRequest, ResizeResponse, StatsResponse, Stdio, UpdateRequest,
-        UpdateResponse, WaitOomRequest, WaitOomResponse, WaitResponse,
+        ExecRequest, KillRequest, NamesRequest, NetworkRequest, PidsResponse, ProcessRequest,
+        ProcessResponse, ResizePtyRequest, ResizeRequest, ResizeResponse, StatsResponse, Stdio,
+        UpdateRequest, UpdateResponse, WaitOomRequest, WaitOomResponse, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
 };
@@ -35,6 +35,7 @@ use crate::{
     clock,
     container::{Config, Containers},
     error::{Doing, Error},
+    names::Names,
     network,
     reaper::Reaper,
     size::Size,
@@ -78,6 +79,7 @@ where
     let service = Service {
         containers: Containers::new(config, reaper, Arc::clone(&meeting_point)),
         streams: meeting_point,
+        names: Names::default(),
         shutdown: Arc::clone(&shutdown),
     };
     // A listener that yields the one connection there is.
@@ -127,6 +129,7 @@ where
 struct Service {
     containers: Containers,
     streams: Arc<Streams>,
+    names: Names,
     shutdown: Arc<Notify>,
 }
 
@@ -302,6 +305,12 @@ impl Agent for Service {
 
     async fn dial(&self, _: &TtrpcContext, r: DialRequest) -> ttrpc::Result<Empty> {
         network::dial(&self.streams, r.stream, r.port).await?;
+        Ok(Empty::default())
+    }
+
+    async fn names(&self, _: &TtrpcContext, r: NamesRequest) -> ttrpc::Result<Empty> {
+        let served = self.names.serve(&self.streams, r.stream).await;
+        served.inspect_err(|_| self.streams.forget([r.stream, 0, 0]))?;
         Ok(Empty::default())
     }
 

@@ -8,8 +8,11 @@
 //! A socket of netlink belongs to the namespace in which it was made, and a thread that
 //! has entered one is not to be used for anything else: each visit has a thread of its own.
 
+mod answers;
+mod bpf;
 mod link;
 mod loopback;
+mod names;
 mod watch;
 
 use std::{
@@ -25,7 +28,7 @@ use futures::StreamExt;
 use nix::sched::{CloneFlags, setns};
 use rtnetlink::{
     Handle,
-    packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage},
+    packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         RouteNetlinkMessage,
         tc::{TcHandle, TcMessage},
@@ -35,7 +38,12 @@ use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, task::spawn_blocking};
 use tracing::warn;
 
-pub use self::{link::Link, loopback::Loopback, watch::Watch};
+pub use self::{
+    link::Link,
+    loopback::Loopback,
+    names::{Asked, Names},
+    watch::Watch,
+};
 
 /// All protocols (ETH_P_ALL), in the kernel's order of bytes.
 const ALL: u16 = 0x0003_u16.to_be();
@@ -51,6 +59,8 @@ pub struct Network {
     redirected: Vec<Redirected>,
     watched: bool,
     led: bool,
+    /// There is a name server, and the guest asks it.
+    named: bool,
 }
 
 /// An interface whose frames go elsewhere.
@@ -81,6 +91,8 @@ pub struct Seen {
     pub watch: Option<Watch>,
     /// Connections to its loopback addresses; the first time only that it has interfaces.
     pub loopback: Option<io::Result<Loopback>>,
+    /// A name server at 127.0.0.11; the first time only that there is one.
+    pub names: Option<Names>,
 }
 
 impl Network {
@@ -98,6 +110,7 @@ impl Network {
             redirected,
             watched: false,
             led: false,
+            named: false,
         }
     }
 
@@ -105,20 +118,6 @@ impl Network {
     #[must_use]
     pub fn parts(&self) -> (&OwnedFd, &[Redirected]) {
         (&self.namespace, &self.redirected)
-    }
-
-    /// Whether the namespace is this program's, or that of the host's first process: what
-    /// is there is nobody's to redirect.
-    ///
-    /// # Errors
-    ///
-    /// The kernel does not tell.
-    pub fn is_the_hosts(&self) -> io::Result<bool> {
-        let known = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
-        let it = known(rustix::fs::fstat(&self.namespace)?);
-        let own = known(rustix::fs::stat("/proc/self/ns/net")?);
-        let first = rustix::fs::stat("/proc/1/ns/net").ok().map(known);
-        Ok(it == own || Some(it) == first)
     }
 
     /// Looks what there is, and joins what is new and has an address.
@@ -135,6 +134,7 @@ impl Network {
         let seen = seen?;
         self.watched = true;
         self.led |= seen.loopback.is_some();
+        self.named |= seen.names.is_some();
         Ok(seen)
     }
 
@@ -142,7 +142,7 @@ impl Network {
     fn begin_look(&self) -> io::Result<(JoinHandle<()>, oneshot::Receiver<Looked>)> {
         let namespace = self.namespace.try_clone()?;
         let mut redirected = self.redirected.clone();
-        let (watched, led) = (self.watched, self.led);
+        let (watched, led, named) = (self.watched, self.led, self.named);
         let (told, answer) = oneshot::channel();
         let visitor = begin_visit(namespace, async move |handle| {
             let handle = match handle {
@@ -154,6 +154,9 @@ impl Network {
             if let Ok(seen) = &mut seen {
                 let leads = !led && !seen.links.is_empty();
                 seen.loopback = leads.then(Loopback::new);
+                if !named {
+                    seen.names = Names::find();
+                }
             }
             // Whoever asked may have given up, and knows nothing of what is new.
             if let Err((_, redirected)) = told.send((seen, redirected)) {
@@ -184,6 +187,20 @@ impl Drop for Network {
             let _ = visitor.join();
         }
     }
+}
+
+/// Whether a network namespace is this program's, or that of the host's first process: what
+/// is there is nobody's to redirect.
+///
+/// # Errors
+///
+/// The kernel does not tell.
+pub fn is_the_hosts(namespace: impl AsFd) -> io::Result<bool> {
+    let known = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+    let it = known(rustix::fs::fstat(namespace)?);
+    let own = known(rustix::fs::stat("/proc/self/ns/net")?);
+    let first = rustix::fs::stat("/proc/1/ns/net").ok().map(known);
+    Ok(it == own || Some(it) == first)
 }
 
 /// Lets go of interfaces; none if there is nothing to do.
@@ -218,17 +235,10 @@ impl Redirected {
             qdisc.message_mut().header.parent = TcHandle::INGRESS;
             let _ = qdisc.execute().await;
         } else {
-            let mut filter = TcMessage::with_index(at);
-            filter.header.parent = TcHandle {
-                major: 0xffff,
-                minor: TcHandle::MIN_INGRESS,
-            };
-            filter.header.info = (u32::from(PRIORITY) << 16) | u32::from(ALL);
-            let filter = RouteNetlinkMessage::DelTrafficFilter(filter);
-            let mut message = NetlinkMessage::from(filter);
-            message.header.flags = NLM_F_REQUEST | NLM_F_ACK;
-            let mut answers = handle.clone().request(message).map_err(error)?;
-            while answers.next().await.is_some() {}
+            for priority in [answers::BEFORE, PRIORITY] {
+                let filter = filter(self.index, priority)?;
+                let _ = tell(handle, RouteNetlinkMessage::DelTrafficFilter(filter), 0).await;
+            }
         }
         Ok(())
     }
@@ -276,23 +286,30 @@ fn begin_visit(
     namespace: OwnedFd,
     what: impl AsyncFnOnce(io::Result<Handle>) + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
+    begin_in(namespace, async move |entered| {
+        let connected = entered.and_then(|()| rtnetlink::new_connection());
+        match connected {
+            Ok((connection, handle, _)) => {
+                let connection = tokio::spawn(connection);
+                what(Ok(handle)).await;
+                connection.abort();
+            }
+            Err(error) => what(Err(error)).await,
+        }
+    })
+}
+
+/// Runs something whose sockets are in this namespace, on a thread of its own.
+fn begin_in(
+    namespace: OwnedFd,
+    what: impl AsyncFnOnce(io::Result<()>) + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().build()?;
     let visitor = thread::Builder::new().name("network".to_owned());
     visitor.spawn(move || {
         let entered = setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET);
-        runtime.block_on(async move {
-            let connected = entered.map_err(io::Error::from);
-            let connected = connected.and_then(|()| rtnetlink::new_connection());
-            match connected {
-                Ok((connection, handle, _)) => {
-                    let connection = tokio::spawn(connection);
-                    what(Ok(handle)).await;
-                    connection.abort();
-                }
-                Err(error) => what(Err(error)).await,
-            }
-        });
+        runtime.block_on(what(entered.map_err(io::Error::from)));
     })
 }
 
@@ -345,6 +362,10 @@ async fn join(handle: &Handle, link: &Link, redirected: &mut Vec<Redirected>) ->
         made,
     });
     redirect(handle, link.index, index).await?;
+    if let Err(error) = answers::stay(handle, link.index, index).await {
+        let name = &link.name;
+        warn!(%error, name, "programs of the host in the pod's network get no answers");
+    }
     // What hangs on the tap goes with it.
     make_ingress(handle, index).await?;
     redirect(handle, index, link.index).await?;
@@ -367,6 +388,32 @@ async fn redirect(handle: &Handle, from: u32, to: u32) -> io::Result<()> {
     let filter = filter.ingress().priority(PRIORITY).protocol(ALL);
     let filter = filter.redirect(to).map_err(io::Error::other)?;
     filter.execute().await.map_err(error)
+}
+
+/// A filter of ours on what comes in at an interface, without what it does.
+fn filter(index: u32, priority: u16) -> io::Result<TcMessage> {
+    let mut filter = TcMessage::with_index(number(index)?);
+    filter.header.parent = TcHandle {
+        major: 0xffff,
+        minor: TcHandle::MIN_INGRESS,
+    };
+    filter.header.info = (u32::from(priority) << 16) | u32::from(ALL);
+    Ok(filter)
+}
+
+/// Tells the kernel something that the crate has no words for.
+async fn tell(handle: &Handle, what: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+    let mut message = NetlinkMessage::from(what);
+    message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+    let mut answers = handle.clone().request(message).map_err(error)?;
+    while let Some(answer) = answers.next().await {
+        if let NetlinkPayload::Error(refusal) = answer.payload
+            && refusal.code.is_some()
+        {
+            return Err(refusal.to_io());
+        }
+    }
+    Ok(())
 }
 
 /// What the kernel said, as an error of the system.

@@ -26,7 +26,8 @@
 //!    connects to a socket of the agent's; the answer to `Accept`, whose request named
 //!    a stream, tells which one. The host then connects to its own socket and carries
 //!    the connection on by that stream, both ways. If it cannot, it closes the stream
-//!    at once.
+//!    at once. And one for what is asked at 127.0.0.11 of the guest, in both directions
+//!    [messages](names::Message).
 
 #[expect(missing_debug_implementations, reason = "generated code")]
 #[expect(
@@ -40,6 +41,7 @@ mod generated {
 }
 
 pub mod cause;
+pub mod names;
 pub mod relay;
 pub mod spec;
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bulkhead_agent_api::agent::{
-    ContainerRequest, DialRequest, NetworkRequest, ResizeRequest, UpdateRequest,
+    ContainerRequest, DialRequest, NamesRequest, NetworkRequest, ResizeRequest, UpdateRequest,
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 
@@ -90,6 +90,18 @@ impl Agent {
         };
         let call = self.client.dial(ttrpc::context::with_timeout(0), &request);
         answer("Dial", self.limits.request, "nobody listens there", call).await?;
+        Ok(())
+    }
+
+    /// Has it ask the host, by the stream with this id, what it is asked at 127.0.0.11.
+    pub async fn names(&self, stream: u64) -> Result<()> {
+        let request = NamesRequest {
+            stream,
+            ..NamesRequest::default()
+        };
+        let call = self.client.names(ttrpc::context::with_timeout(0), &request);
+        let failed = "the guest does not ask for names";
+        answer("Names", self.limits.request, failed, call).await?;
         Ok(())
     }
 

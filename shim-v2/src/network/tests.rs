@@ -1,5 +1,12 @@
-use std::process::Command;
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream, UdpSocket},
+    os::{fd::AsRawFd, unix::net::UnixStream},
+    process::Command,
+    time::Duration,
+};
 
+use bulkhead_agent_api::names::Message;
 use nix::sched::unshare;
 
 use super::*;
@@ -21,13 +28,21 @@ pub(crate) fn namespace(lines: &[&str]) -> Option<File> {
 }
 
 /// What commands say there.
-pub(crate) fn says(namespace: &File, line: &'static str) -> String {
+pub(crate) fn says(namespace: &File, line: &str) -> String {
+    let line = line.to_owned();
+    there(namespace, move || said(&line)).join().unwrap()
+}
+
+/// Does something there.
+fn there<T: Send + 'static>(
+    namespace: &File,
+    what: impl FnOnce() -> T + Send + 'static,
+) -> JoinHandle<T> {
     let namespace = namespace.try_clone().unwrap();
-    let said = thread::spawn(move || {
+    thread::spawn(move || {
         setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
-        said(line)
-    });
-    said.join().unwrap()
+        what()
+    })
 }
 
 fn said(lines: &str) -> String {
@@ -58,11 +73,11 @@ fn names(seen: &Seen) -> Vec<&str> {
 #[test]
 fn the_hosts_own_interfaces_are_never_touched_nw_29() {
     let own = File::open("/proc/self/ns/net").unwrap();
-    assert!(of(&own).is_the_hosts().unwrap());
+    assert!(is_the_hosts(&own).unwrap());
     let Some(other) = namespace(&["true"]) else {
         return;
     };
-    assert!(!of(&other).is_the_hosts().unwrap());
+    assert!(!is_the_hosts(&other).unwrap());
 }
 
 #[test]
@@ -200,7 +215,7 @@ fn a_change_is_heard_of_once_it_was_made_nw_37() {
             "ip link set eth0 down",
             "ip link del eth0",
         ] {
-            let limit = std::time::Duration::from_secs(30);
+            let limit = Duration::from_secs(30);
             says(&namespace, line);
             let heard = tokio::time::timeout(limit, changes.next()).await;
             heard.expect(line).unwrap();
@@ -210,7 +225,7 @@ fn a_change_is_heard_of_once_it_was_made_nw_37() {
 
 #[test]
 fn who_connects_to_a_loopback_address_is_led_to_our_listener_nw_24_nw_25_nw_27() {
-    use std::net::{SocketAddr, TcpListener, TcpStream};
+    use std::net::SocketAddr;
     let Some(namespace) = namespace(&["ip link set lo up && ip addr add 10.9.0.2/24 dev lo"])
     else {
         return;
@@ -239,4 +254,135 @@ fn who_connects_to_a_loopback_address_is_led_to_our_listener_nw_24_nw_25_nw_27()
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
     });
     led.join().unwrap();
+}
+
+/// A namespace where the other end of [`ETH0`] is from now on.
+fn world(namespace: &File) -> File {
+    let world = super::tests::namespace(&["ip link set lo up"]).unwrap();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), world.as_raw_fd());
+    let lines = format!(
+        "ip link set other0 netns {path} && ip addr add fd09::2/64 dev eth0 nodad && ip link set lo up"
+    );
+    says(namespace, &lines);
+    let lines = "ip addr add 10.9.0.1/24 dev other0 && ip addr add fd09::1/64 dev other0 nodad \
+        && ip link set other0 up";
+    says(&world, lines);
+    world
+}
+
+#[test]
+fn who_asks_from_within_the_namespace_is_answered_and_all_else_is_the_guests_nw_34() {
+    const LIMIT: Duration = Duration::from_secs(20);
+    let Some(namespace) = namespace(&[ETH0]) else {
+        return;
+    };
+    let world = world(&namespace);
+    let mut network = of(&namespace);
+    let mut seen = look(&mut network);
+    for (address, any) in [("10.9.0.1:7", "0.0.0.0:0"), ("[fd09::1]:7", "[::]:0")] {
+        let bound = there(&world, move || {
+            let udp = UdpSocket::bind(address).unwrap();
+            udp.set_read_timeout(Some(LIMIT)).unwrap();
+            (udp, TcpListener::bind(address).unwrap())
+        });
+        let (udp, tcp) = bound.join().unwrap();
+        let asked = there(&namespace, move || {
+            let client = UdpSocket::bind(any).unwrap();
+            client.connect(address).unwrap();
+            client.set_read_timeout(Some(LIMIT)).unwrap();
+            client.send(b"question").unwrap();
+            let mut answer = [0; 9];
+            let count = client.recv(&mut answer).unwrap();
+            assert_eq!(&answer[..count], b"answer", "{address}");
+            let address = address.parse().unwrap();
+            let mut client = TcpStream::connect_timeout(&address, LIMIT).unwrap();
+            client.set_read_timeout(Some(LIMIT)).unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, "answer", "{address}");
+        });
+        let from = udp.recv_from(&mut [0; 9]).unwrap().1;
+        udp.send_to(b"answer", from).unwrap();
+        tcp.accept().unwrap().0.write_all(b"answer").unwrap();
+        asked.join().unwrap();
+    }
+    // Who merely listens there hears nothing: the address is the guest's.
+    let listens = there(&namespace, || {
+        let udp = UdpSocket::bind("10.9.0.2:7").unwrap();
+        let moment = Duration::from_millis(300);
+        udp.set_read_timeout(Some(moment)).unwrap();
+        (udp, TcpListener::bind("10.9.0.2:8").unwrap())
+    });
+    let (udp, _tcp) = listens.join().unwrap();
+    let knocked = there(&world, || {
+        let client = UdpSocket::bind("10.9.0.1:9").unwrap();
+        client.send_to(b"for the guest", "10.9.0.2:7").unwrap();
+        let address = "10.9.0.2:8".parse().unwrap();
+        TcpStream::connect_timeout(&address, Duration::from_millis(300)).map(drop)
+    });
+    let knocked = knocked.join().unwrap().unwrap_err();
+    assert_eq!(knocked.kind(), io::ErrorKind::TimedOut);
+    let heard = udp.recv(&mut [0; 99]).unwrap_err();
+    assert_eq!(heard.kind(), io::ErrorKind::WouldBlock);
+    let (_, tap) = &mut seen.taps[0];
+    let mut frame = [0; 2000];
+    let came = std::iter::from_fn(|| {
+        let count = tap.read(&mut frame).ok()?;
+        Some(frame[..count].ends_with(b"for the guest"))
+    });
+    assert!(came.into_iter().any(|it| it), "the guest gets it");
+}
+
+#[test]
+fn what_the_guest_asks_is_asked_of_the_name_server_in_the_namespace_nw_34() {
+    let Some(namespace) = namespace(&["ip link set lo up"]) else {
+        return;
+    };
+    let mut network = of(&namespace);
+    assert!(look(&mut network).names.is_none());
+    let docker = there(&namespace, || {
+        let server = "127.0.0.11:53";
+        let udp = UdpSocket::bind(server).unwrap();
+        (udp, TcpListener::bind(server).unwrap())
+    });
+    let (udp, tcp) = docker.join().unwrap();
+    let names = look(&mut network).names.unwrap();
+    assert!(look(&mut network).names.is_none());
+    let (ours, guests) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let asked = names.serve(ours).unwrap();
+    let answering = thread::spawn(move || {
+        let mut space = [0; 99];
+        for _ in 0..2 {
+            let (count, from) = udp.recv_from(&mut space).unwrap();
+            space[..count].reverse();
+            udp.send_to(&space[..count], from).unwrap();
+        }
+        let mut asked = tcp.accept().unwrap().0;
+        asked.read_exact(&mut space[..5]).unwrap();
+        asked.write_all(b"\0\x02ok").unwrap();
+        // Nobody listens any more.
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = { runtime }.enable_all().build().unwrap();
+    runtime.block_on(async {
+        guests.set_nonblocking(true).unwrap();
+        let mut guest = tokio::net::UnixStream::from_std(guests).unwrap();
+        for (number, tcp, body, expected) in [
+            (1, false, "abc", "cba"),
+            (9, false, "xyz", "zyx"),
+            (2, true, "abc", "ok"),
+            (3, true, "abc", ""),
+        ] {
+            let body = body.as_bytes().to_vec();
+            let question = Message { number, tcp, body };
+            question.write(&mut guest).await.unwrap();
+            let body = expected.as_bytes().to_vec();
+            let expected = Message { number, tcp, body };
+            assert_eq!(Message::read(&mut guest).await.unwrap(), expected);
+        }
+        drop(asked);
+        Message::read(&mut guest).await.unwrap_err();
+    });
+    answering.join().unwrap();
 }

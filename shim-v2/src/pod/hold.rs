@@ -23,6 +23,7 @@ use crate::{
     guest::Guest,
     lock::lock,
     names::{ContainerId, ExecId},
+    network::is_the_hosts,
     process::Process,
     state::State,
     vm::holder::Holder,
@@ -136,17 +137,24 @@ pub(super) fn network(path: &Path) -> Result<OwnedFd> {
     // Looked at before it is opened: to open a FIFO would wait.
     let place = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| failed(error.into()))?;
+    let refused = |reason: &str| Error::Argument {
+        what: "linux.namespaces: network path",
+        value: path.display().to_string(),
+        reason: reason.to_owned(),
+    };
     if fstatfs(&place)
         .map_err(|error| failed(error.into()))?
         .f_type
         != NSFS
     {
-        return Err(Error::Argument {
-            what: "linux.namespaces: network path",
-            value: path.display().to_string(),
-            reason: "it is not a namespace".to_owned(),
-        });
+        return Err(refused("it is not a namespace"));
     }
-    let file = File::open(format!("/proc/self/fd/{}", place.as_raw_fd()));
-    Ok(file.map_err(failed)?.into())
+    let file = File::open(format!("/proc/self/fd/{}", place.as_raw_fd())).map_err(failed)?;
+    if is_the_hosts(&file).map_err(failed)? {
+        return Err(refused(
+            "it is the host's own, which a virtual machine cannot be in: choose another \
+             network than that of the host, or none",
+        ));
+    }
+    Ok(file.into())
 }

@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Result, host},
     forward::{Served, serve},
     guest::{Attached, Guest},
-    network::{Link, Network, Redirected, Watch},
+    network::{Asked, Link, Names, Network, Redirected, Watch, is_the_hosts},
 };
 
 /// Changes come in numbers: after the first of them so long is waited for others.
@@ -32,6 +32,8 @@ pub(super) struct Connected {
     told: Option<NetworkRequest>,
     /// Connections to the namespace's loopback addresses.
     loopback: Option<Served>,
+    /// Questions to a name server in the namespace.
+    names: Option<Asked>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -57,6 +59,7 @@ impl Connected {
             interfaces: BTreeMap::new(),
             told: Some(NetworkRequest::default()),
             loopback: None,
+            names: None,
         }
     }
 
@@ -72,6 +75,15 @@ impl Connected {
             Some(Ok(served)) => self.loopback = Some(served),
             Some(Err(error)) => warn!(%error, "connections to the pod's 127.0.0.1 are refused"),
             None => {}
+        }
+        if let Some(names) = seen.names {
+            match ask_by_us(guest, names).await {
+                Ok(asked) => self.names = Some(asked),
+                Err(error) => {
+                    let error = error.text();
+                    warn!(error, "names of other containers are not known in the pod");
+                }
+            }
         }
         let links: BTreeMap<u32, &Link> = seen.links.iter().map(|it| (it.index, it)).collect();
         for (index, tap) in seen.taps {
@@ -146,8 +158,18 @@ impl Connected {
                 .collect(),
             told: None,
             loopback: None,
+            names: None,
         })
     }
+}
+
+/// Has the guest ask a name server of the namespace.
+async fn ask_by_us(guest: &Arc<dyn Guest>, names: Names) -> Result<Asked> {
+    let _room = guest.dialer().reserve(1).await;
+    let (id, stream) = guest.dialer().stream().await?;
+    guest.agent().names(id).await?;
+    let served = stream.into_std().and_then(|stream| names.serve(stream));
+    served.map_err(host("serve names"))
 }
 
 fn message(link: &Link, device: u8) -> NetworkInterface {
@@ -181,15 +203,12 @@ impl Pod {
             Some(given) => given.as_fd(),
             None => guest.network(),
         };
-        let namespace = namespace.try_clone_to_owned();
-        let namespace = Network::new(namespace.map_err(host("keep the network namespace"))?);
-        if namespace
-            .is_the_hosts()
-            .map_err(host("look at the network namespace"))?
-        {
+        if is_the_hosts(namespace).map_err(host("look at the network namespace"))? {
             return Ok(());
         }
-        let mut connected = Connected::new(namespace);
+        let namespace = namespace.try_clone_to_owned();
+        let namespace = namespace.map_err(host("keep the network namespace"))?;
+        let mut connected = Connected::new(Network::new(namespace));
         let looked = connected.follow(guest).await;
         let refused = |mut looked: Looked| match looked.refused.pop() {
             Some(error) => Err(error),

@@ -46,6 +46,24 @@ fn a_start_whose_network_fails_leaves_nothing_of_it_and_may_come_again() {
     });
 }
 
+#[test]
+fn the_hosts_own_network_is_refused_before_there_is_a_machine_nw_29_nw_30() {
+    run(async |bench| {
+        let request = bench.request_with("c", |spec| {
+            let all = spec["linux"]["namespaces"].as_array_mut().unwrap();
+            all.push(json!({"type": "network", "path": "/proc/self/ns/net"}));
+        });
+        let refused = bench.pod.create(request).await.unwrap_err();
+        assert_eq!(refused.code(), Code::INVALID_ARGUMENT);
+        let text = refused.text();
+        assert!(
+            text.contains("/proc/self/ns/net") && text.contains("choose another"),
+            "{text}"
+        );
+        assert!(bench.agent.calls().is_empty());
+    });
+}
+
 /// Waits until the agent was told of a network; its interfaces.
 async fn told(bench: &Bench, names: &str) {
     let wanted = format!("SetUpNetwork {names}");
