@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use bulkhead_vmm::devices::limit::Limit;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -60,8 +61,19 @@ pub enum Error {
     },
 }
 
+/// What may pass each network interface of a pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Interface {
+    /// To the guest.
+    pub receive: Limit,
+    /// From it.
+    pub transmit: Limit,
+}
+
 /// The administrator's settings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// Directory of `vmlinux`, the root image and their manifest.
     pub assets_dir: PathBuf,
@@ -87,6 +99,13 @@ pub struct Config {
     pub guest_console: bool,
     /// Words added to the guest kernel's command line.
     pub kernel_cmdline: String,
+    /// Drop what a guest sends in another name than its own, unless a container has
+    /// CAP_NET_ADMIN.
+    pub spoof_filter: bool,
+    /// What may pass each network interface of a pod.
+    pub interface: Interface,
+    /// What may pass each disk of a pod.
+    pub disk: Limit,
     /// Refuse fields of a specification that promise protection and would be ignored.
     pub strict: bool,
     /// Log debug messages.
@@ -106,6 +125,9 @@ impl Default for Config {
             rpc_timeout_s: 10,
             guest_console: false,
             kernel_cmdline: String::new(),
+            spoof_filter: true,
+            interface: Interface::default(),
+            disk: Limit::default(),
             strict: false,
             debug: false,
         }
@@ -134,6 +156,9 @@ struct Layer {
     rpc_timeout_s: Option<u64>,
     guest_console: Option<bool>,
     kernel_cmdline: Option<String>,
+    spoof_filter: Option<bool>,
+    interface: Option<Interface>,
+    disk: Option<Limit>,
     strict: Option<bool>,
     debug: Option<bool>,
 }
@@ -216,6 +241,9 @@ impl Config {
         set(&mut self.rpc_timeout_s, layer.rpc_timeout_s);
         set(&mut self.guest_console, layer.guest_console);
         set(&mut self.kernel_cmdline, layer.kernel_cmdline);
+        set(&mut self.spoof_filter, layer.spoof_filter);
+        set(&mut self.interface, layer.interface);
+        set(&mut self.disk, layer.disk);
         set(&mut self.strict, layer.strict);
         set(&mut self.debug, layer.debug);
         for (key, value, low, high) in [
@@ -244,6 +272,18 @@ impl Config {
                     value,
                     low,
                     high,
+                });
+            }
+        }
+        for (key, limit) in [
+            ("interface.receive", self.interface.receive),
+            ("interface.transmit", self.interface.transmit),
+            ("disk", self.disk),
+        ] {
+            if let Some(fault) = limit.fault() {
+                return Err(Error::Syntax {
+                    path: path.to_owned(),
+                    reason: format!("{key} {fault}"),
                 });
             }
         }
@@ -296,6 +336,17 @@ mod tests {
     }
 
     #[test]
+    fn limits_of_devices_are_tables() {
+        let mut config = Config::default();
+        let text = "[interface]\nreceive = { bytes = { per_second = 5 } }\n[disk.operations]\n\
+            per_second = 7\nburst = 9";
+        config.apply(Path::new("a"), text).unwrap();
+        assert_eq!(config.interface.receive.bytes.per_second, 5);
+        assert_eq!(config.interface.transmit, Limit::default());
+        assert_eq!(config.disk.operations.burst, 9);
+    }
+
+    #[test]
     fn assets_are_those_of_the_same_prefix_if_there_are_any() {
         let prefix = tempfile::tempdir().unwrap();
         let own = prefix.path().join("bin/program");
@@ -314,6 +365,15 @@ mod tests {
             ("vcpus = 0", "vcpus = 0 must lie between 1 and 64"),
             ("vcpus = \"2\"", "invalid type"),
             ("[", "config.toml"),
+            (
+                "[disk]\nbytes = { burst = 7 }",
+                "disk cannot have a burst of 7 bytes without a rate",
+            ),
+            (
+                "[interface.transmit.operations]\nburst = 7",
+                "interface.transmit cannot have a burst of 7 operations",
+            ),
+            ("[interface]\nsend = {}", "unknown field"),
         ] {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join("config.toml"), text).unwrap();

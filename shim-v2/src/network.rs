@@ -13,12 +13,13 @@ mod bpf;
 mod link;
 mod loopback;
 mod names;
+mod source;
 mod watch;
 
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::mpsc,
     thread::{self, JoinHandle},
 };
@@ -28,16 +29,21 @@ use futures::StreamExt;
 use nix::sched::{CloneFlags, setns};
 use rtnetlink::{
     Handle,
-    packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    packet_core::{
+        NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    },
     packet_route::{
         RouteNetlinkMessage,
-        tc::{TcHandle, TcMessage},
+        tc::{
+            TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption,
+        },
     },
 };
 use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, task::spawn_blocking};
 use tracing::warn;
 
+use self::source::Own;
 pub use self::{
     link::Link,
     loopback::Loopback,
@@ -57,6 +63,8 @@ const PRIORITY: u16 = 0xb000;
 pub struct Network {
     namespace: OwnedFd,
     redirected: Vec<Redirected>,
+    /// Whether the guest may speak in another name than its own.
+    trusted: bool,
     watched: bool,
     led: bool,
     /// There is a name server, and the guest asks it.
@@ -64,12 +72,15 @@ pub struct Network {
 }
 
 /// An interface whose frames go elsewhere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Redirected {
     /// Its number.
     index: u32,
     /// Whether what the filter hangs on is ours too.
     made: bool,
+    /// In whose name alone the guest can speak, if that is known.
+    #[serde(skip)]
+    own: Option<Own>,
 }
 
 /// What a look answers, and what is redirected then.
@@ -96,28 +107,35 @@ pub struct Seen {
 }
 
 impl Network {
-    /// That of a namespace, of which nothing is joined yet.
+    /// That of a namespace, of which nothing is joined yet. Whoever is `trusted` may send
+    /// frames whose source is somebody else.
     #[must_use]
-    pub fn new(namespace: OwnedFd) -> Network {
-        Network::unpack(namespace, Vec::new())
+    pub fn new(namespace: OwnedFd, trusted: bool) -> Network {
+        Network::unpack(namespace, Vec::new(), trusted)
     }
 
     /// That of the program before this one.
     #[must_use]
-    pub fn unpack(namespace: OwnedFd, redirected: Vec<Redirected>) -> Network {
+    pub fn unpack(namespace: OwnedFd, redirected: Vec<Redirected>, trusted: bool) -> Network {
         Network {
             namespace,
             redirected,
+            trusted,
             watched: false,
             led: false,
             named: false,
         }
     }
 
-    /// The namespace, and the interfaces.
+    /// The namespace, the interfaces, and whether the guest is trusted.
     #[must_use]
-    pub fn parts(&self) -> (&OwnedFd, &[Redirected]) {
-        (&self.namespace, &self.redirected)
+    pub fn parts(&self) -> (&OwnedFd, &[Redirected], bool) {
+        (&self.namespace, &self.redirected, self.trusted)
+    }
+
+    /// Trusts the guest from the next look on; whether it did not.
+    pub fn trust(&mut self) -> bool {
+        !std::mem::replace(&mut self.trusted, true)
     }
 
     /// Looks what there is, and joins what is new and has an address.
@@ -143,6 +161,7 @@ impl Network {
         let namespace = self.namespace.try_clone()?;
         let mut redirected = self.redirected.clone();
         let (watched, led, named) = (self.watched, self.led, self.named);
+        let trusted = self.trusted;
         let (told, answer) = oneshot::channel();
         let visitor = begin_visit(namespace, async move |handle| {
             let handle = match handle {
@@ -150,7 +169,7 @@ impl Network {
                 Err(error) => return drop(told.send((Err(error), redirected))),
             };
             let before = redirected.clone();
-            let mut seen = look(&handle, &mut redirected, watched).await;
+            let mut seen = look(&handle, &mut redirected, watched, trusted).await;
             if let Ok(seen) = &mut seen {
                 let leads = !led && !seen.links.is_empty();
                 seen.loopback = leads.then(Loopback::new);
@@ -160,7 +179,8 @@ impl Network {
             }
             // Whoever asked may have given up, and knows nothing of what is new.
             if let Err((_, redirected)) = told.send((seen, redirected)) {
-                let fresh = redirected.into_iter().filter(|it| !before.contains(it));
+                let is_fresh = |it: &Redirected| before.iter().all(|old| old.index != it.index);
+                let fresh = redirected.into_iter().filter(is_fresh);
                 for redirected in fresh {
                     let _ = redirected.let_go(&handle).await;
                 }
@@ -171,7 +191,8 @@ impl Network {
 
     /// Leaves an interface as it was before.
     pub async fn let_go(&mut self, index: u32) {
-        let (these, others) = self.redirected.iter().partition(|it| it.index == index);
+        let all = std::mem::take(&mut self.redirected).into_iter();
+        let (these, others) = all.partition(|it| it.index == index);
         self.redirected = others;
         if let Some(visitor) = leave(&self.namespace, these) {
             // It says itself what went wrong.
@@ -227,7 +248,22 @@ fn leave(namespace: &OwnedFd, redirected: Vec<Redirected>) -> Option<JoinHandle<
 }
 
 impl Redirected {
-    async fn let_go(self, handle: &Handle) -> io::Result<()> {
+    /// Has the guest speak in its own name only, unless it is trusted.
+    async fn guard(&mut self, handle: &Handle, link: &Link, trusted: bool) -> io::Result<()> {
+        let own = (!trusted).then(|| Own::of(link));
+        if own == self.own {
+            return Ok(());
+        }
+        let tap = link::index_of(handle, &tap_name(self.index)).await?;
+        match &own {
+            Some(own) => source::only(handle, tap, own).await?,
+            None => source::any(handle, tap).await?,
+        }
+        self.own = own;
+        Ok(())
+    }
+
+    async fn let_go(&self, handle: &Handle) -> io::Result<()> {
         let at = number(self.index)?;
         // An interface that has gone has no filter either.
         if self.made {
@@ -236,8 +272,7 @@ impl Redirected {
             let _ = qdisc.execute().await;
         } else {
             for priority in [answers::BEFORE, PRIORITY] {
-                let filter = filter(self.index, priority)?;
-                let _ = tell(handle, RouteNetlinkMessage::DelTrafficFilter(filter), 0).await;
+                let _ = forget(handle, self.index, priority).await;
             }
         }
         Ok(())
@@ -273,7 +308,7 @@ pub fn visit<T: Send + 'static>(
 pub fn try_to_join(namespace: OwnedFd) -> io::Result<()> {
     visit(namespace, async |handle| {
         let mut redirected = Vec::new();
-        let seen = look(&handle, &mut redirected, true).await;
+        let seen = look(&handle, &mut redirected, true, false).await;
         for redirected in redirected {
             redirected.let_go(&handle).await?;
         }
@@ -319,6 +354,7 @@ async fn look(
     handle: &Handle,
     redirected: &mut Vec<Redirected>,
     watched: bool,
+    trusted: bool,
 ) -> io::Result<Seen> {
     let mut seen = Seen::default();
     // Before it is looked: so no change is missed.
@@ -331,8 +367,14 @@ async fn look(
     seen.rules = found.rules;
     seen.refused = found.refused;
     for link in found.links {
-        if !known.contains(&link.index) {
-            match join(handle, &link, redirected).await {
+        if let Some(known) = redirected.iter_mut().find(|it| it.index == link.index) {
+            // What it may not say yet it says in vain.
+            if let Err(error) = known.guard(handle, &link, trusted).await {
+                let text = format!("the addresses of {:?} are not its own: {error}", link.name);
+                seen.refused.push(io::Error::new(error.kind(), text));
+            }
+        } else {
+            match join(handle, &link, redirected, trusted).await {
                 Ok(tap) => seen.taps.push((link.index, tap)),
                 Err(error) => {
                     let text = format!("the interface {:?} cannot be joined: {error}", link.name);
@@ -351,25 +393,50 @@ async fn look(
 }
 
 /// Makes a tap for an interface, and sends each one's frames to the other.
-async fn join(handle: &Handle, link: &Link, redirected: &mut Vec<Redirected>) -> io::Result<File> {
-    let name = format!("bulkhead{}", link.index);
-    let tap = tap::make(&name)?;
+async fn join(
+    handle: &Handle,
+    link: &Link,
+    redirected: &mut Vec<Redirected>,
+    trusted: bool,
+) -> io::Result<File> {
+    let name = tap_name(link.index);
+    let tap = tap::make(&name).map_err(|error| match error.raw_os_error() {
+        Some(libc::EBUSY) => {
+            let text = format!(
+                "another virtual machine has it, by {name}: containers of different machines \
+                 cannot have one network namespace"
+            );
+            io::Error::new(error.kind(), text)
+        }
+        _ => error,
+    })?;
     let index = link::index_of(handle, &name).await?;
     link::bring_up(handle, index, link.mtu).await?;
-    let made = make_ingress(handle, link.index).await?;
-    redirected.push(Redirected {
+    let mut joined = Redirected {
         index: link.index,
-        made,
-    });
+        made: make_ingress(handle, link.index).await?,
+        own: None,
+    };
+    // What hangs on the tap goes with it.
+    let guarded = async {
+        make_ingress(handle, index).await?;
+        joined.guard(handle, link, trusted).await
+    };
+    let guarded = guarded.await;
+    redirected.push(joined);
+    guarded?;
     redirect(handle, link.index, index).await?;
     if let Err(error) = answers::stay(handle, link.index, index).await {
         let name = &link.name;
         warn!(%error, name, "programs of the host in the pod's network get no answers");
     }
-    // What hangs on the tap goes with it.
-    make_ingress(handle, index).await?;
     redirect(handle, index, link.index).await?;
     Ok(tap)
+}
+
+/// The name of the tap beside an interface.
+fn tap_name(index: u32) -> String {
+    format!("bulkhead{index}")
 }
 
 /// Gives an interface a queueing discipline for what comes in; whether it had none.
@@ -399,6 +466,31 @@ fn filter(index: u32, priority: u16) -> io::Result<TcMessage> {
     };
     filter.header.info = (u32::from(priority) << 16) | u32::from(ALL);
     Ok(filter)
+}
+
+/// Has a program look at what comes in at an interface, instead of another one of ours in
+/// the same place.
+async fn classify(handle: &Handle, index: u32, priority: u16, program: &OwnedFd) -> io::Result<()> {
+    let mut filter = filter(index, priority)?;
+    filter.header.handle = 1.into();
+    let options = [
+        TcFilterBpfOption::ProgFd(program.as_raw_fd().cast_unsigned()),
+        TcFilterBpfOption::ProgName("bulkhead".to_owned()),
+        TcFilterBpfOption::Flags(TcBpfFlags::DirectAction),
+    ];
+    let options = options.into_iter().map(TcOption::Bpf).collect();
+    filter.attributes = vec![
+        TcAttribute::Kind(TcFilterBpf::KIND.to_owned()),
+        TcAttribute::Options(options),
+    ];
+    let new = RouteNetlinkMessage::NewTrafficFilter(filter);
+    tell(handle, new, NLM_F_CREATE | NLM_F_REPLACE).await
+}
+
+/// Takes the filters of ours in this place away.
+async fn forget(handle: &Handle, index: u32, priority: u16) -> io::Result<()> {
+    let filter = filter(index, priority)?;
+    tell(handle, RouteNetlinkMessage::DelTrafficFilter(filter), 0).await
 }
 
 /// Tells the kernel something that the crate has no words for.

@@ -159,6 +159,8 @@ struct Container {
     init: Arc<Process>,
     /// The network namespace that its specification names.
     network: Option<OwnedFd>,
+    /// It may change who it is there.
+    sends_as_others: bool,
     execs: Mutex<Execs>,
     files: Mutex<Option<ContainerShare>>,
     sockets: Service,

@@ -140,6 +140,8 @@ pub struct Prepared {
     pub network: Option<PathBuf>,
     /// It has a network namespace, with a name or without.
     pub has_network: bool,
+    /// It may change its network, and so who it is there: CAP_NET_ADMIN.
+    pub sends_as_others: bool,
     /// Programs to run at points of its life.
     pub hooks: plan::Hooks,
     /// What its caller remembers of it.
@@ -167,6 +169,9 @@ impl From<bool> for Terminal {
         }
     }
 }
+
+/// CAP_NET_ADMIN among sets of capabilities.
+const NET_ADMIN: u64 = 1 << 12;
 
 /// Checks a specification and turns it into the guest's.
 ///
@@ -232,6 +237,7 @@ pub fn prepare(
         console: console(&checked.plan.process),
         network,
         has_network,
+        sends_as_others: checked.plan.process.capabilities.bounding & NET_ADMIN != 0,
         hooks: checked.plan.hooks,
         annotations: spec.annotations,
         fields: bulkhead_agent_api::spec::report(&given, &notes),

@@ -26,7 +26,11 @@ use std::{
 
 use async_trait::async_trait;
 use bulkhead_agent_api::{AGENT_PORT, PRIVATE_TAG, SHARE_TAG};
-use bulkhead_vmm::{config as vmm_config, jail::threads};
+use bulkhead_vmm::{
+    config as vmm_config,
+    devices::limit::{Limit, Limits},
+    jail::threads,
+};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::Mutex,
@@ -45,7 +49,7 @@ use crate::{
     assets::Assets,
     carry::Bag,
     cgroup::{Cgroup, Place},
-    config::Config,
+    config::{Config, Interface},
     error::{Error, Result, host},
     guest::{Boots, Guest},
     io::Dialer,
@@ -90,6 +94,8 @@ pub struct Vm {
     /// The largest that it can become.
     most: Size,
     extent: Mutex<Extent>,
+    /// What may pass each interface, and each disk.
+    limits: (Interface, Limit),
 }
 
 /// How large it has become.
@@ -179,6 +185,7 @@ impl Vm {
                     vmm,
                     most: shape.most,
                     extent: Mutex::new(Extent::of(&shape)),
+                    limits: (boot.config.interface, boot.config.disk),
                 });
             }
             // The VMM's own end says more than a connection that closed.
@@ -206,6 +213,19 @@ impl Vm {
         vmm.kill();
         let _ = timeout(GONE, vmm.gone()).await;
         Err(error)
+    }
+}
+
+impl Vm {
+    /// Bounds what may pass a device that was attached just now, if there is a bound; a
+    /// device without the bound that it is to have is none.
+    async fn limit(&self, device: u8, is_limited: bool, limits: Limits) -> Result<u8> {
+        let control = self.vmm.control();
+        if is_limited && let Err(error) = control.limit(device, limits).await {
+            let _ = control.detach(device).await;
+            return Err(error);
+        }
+        Ok(device)
     }
 }
 
@@ -268,6 +288,7 @@ impl Boots for Kvm {
             dialer: Dialer::unpack(state, VSOCK, carried.next_stream),
             most: carried.extent.most,
             extent: Mutex::new(carried.extent),
+            limits: (self.settings.get().interface, self.settings.get().disk),
         }))
     }
 }
@@ -293,7 +314,10 @@ impl Guest for Vm {
     }
 
     async fn attach(&self, disk: File, read_only: bool) -> Result<u8> {
-        self.vmm.control().attach(disk, read_only).await
+        let device = self.vmm.control().attach(disk, read_only).await?;
+        let (_, limit) = self.limits;
+        self.limit(device, limit != Limit::default(), Limits::Disk(limit))
+            .await
     }
 
     async fn detach(&self, device: u8) -> Result<()> {
@@ -301,7 +325,13 @@ impl Guest for Vm {
     }
 
     async fn attach_interface(&self, tap: File, mac: [u8; 6], mtu: u16) -> Result<u8> {
-        self.vmm.control().attach_interface(tap, mac, mtu).await
+        let attached = self.vmm.control().attach_interface(tap, mac, mtu);
+        let device = attached.await?;
+        let (interface, _) = self.limits;
+        let Interface { receive, transmit } = interface;
+        let limits = Limits::Interface { receive, transmit };
+        self.limit(device, interface != Interface::default(), limits)
+            .await
     }
 
     fn network(&self) -> BorrowedFd<'_> {

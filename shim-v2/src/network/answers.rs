@@ -8,24 +8,14 @@
 //!
 //! A socket that merely listens gets nothing: the address is the guest's.
 
-use std::{
-    io,
-    os::fd::{AsRawFd, OwnedFd},
-};
+use std::io;
 
-use rtnetlink::{
-    Handle,
-    packet_core::{NLM_F_CREATE, NLM_F_EXCL},
-    packet_route::{
-        RouteNetlinkMessage,
-        tc::{TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcOption},
-    },
-};
+use rtnetlink::Handle;
 
 use super::{
     PRIORITY,
-    bpf::{Function, Kind, Program, Width},
-    filter, number, tell,
+    bpf::{DATA, DATA_END, Function, Kind, Program, Width},
+    classify, number,
 };
 
 /// Before the redirection.
@@ -33,18 +23,8 @@ pub(super) const BEFORE: u16 = PRIORITY - 1;
 
 /// Has answers to the host's own connections by this interface not go to this tap.
 pub(super) async fn stay(handle: &Handle, interface: u32, tap: u32) -> io::Result<()> {
-    let program: OwnedFd = program(number(tap)?).load_as(Kind::Classifier)?;
-    let mut filter = filter(interface, BEFORE)?;
-    let kind = TcAttribute::Kind(TcFilterBpf::KIND.to_owned());
-    let options = [
-        TcFilterBpfOption::ProgFd(program.as_raw_fd().cast_unsigned()),
-        TcFilterBpfOption::ProgName("bulkhead".to_owned()),
-        TcFilterBpfOption::Flags(TcBpfFlags::DirectAction),
-    ];
-    let options = options.into_iter().map(TcOption::Bpf).collect();
-    filter.attributes = vec![kind, TcAttribute::Options(options)];
-    let new = RouteNetlinkMessage::NewTrafficFilter(filter);
-    tell(handle, new, NLM_F_CREATE | NLM_F_EXCL).await
+    let program = program(number(tap)?).load_as(Kind::Classifier)?;
+    classify(handle, interface, BEFORE, &program).await
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,8 +43,6 @@ enum Place {
 fn program(tap: i32) -> Program<Place> {
     // Places in `struct __sk_buff` and `struct bpf_sock`.
     const PROTOCOL: i16 = 16;
-    const DATA: i16 = 76;
-    const DATA_END: i16 = 80;
     const STATE: i16 = 72;
     // As the kernel has them, read by a machine with the low byte first.
     let net = |number: u16| i32::from(number.to_be());
@@ -122,7 +100,7 @@ fn program(tap: i32) -> Program<Place> {
     it.if_is(9, UDP, Place::Udp);
     it.if_not(9, TCP, Place::On);
     it.call(Function::LookUpTcp);
-    it.if_is(0, 0, Place::On);
+    it.if_nothing(0, Place::On);
     it.load(Width::Word, 7, 0, STATE);
     it.copy(1, 0);
     it.call(Function::Release);
@@ -131,7 +109,7 @@ fn program(tap: i32) -> Program<Place> {
 
     it.here(Place::Udp);
     it.call(Function::LookUpUdp);
-    it.if_is(0, 0, Place::On);
+    it.if_nothing(0, Place::On);
     it.load(Width::Word, 7, 0, STATE);
     it.copy(1, 0);
     it.call(Function::Release);

@@ -25,6 +25,10 @@ pub(super) enum Width {
     Word = 0x00,
 }
 
+/// Where in a `struct __sk_buff` its first byte is, and the end of those that can be read.
+pub(super) const DATA: i16 = 76;
+pub(super) const DATA_END: i16 = 80;
+
 /// A function of the kernel's that a program calls (`enum bpf_func_id`).
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Function {
@@ -114,14 +118,22 @@ impl<L: Copy + PartialEq> Program<L> {
         self.jump(0x05, 0, 0, 0, label);
     }
 
+    /// If a word is this.
     pub(super) fn if_is(&mut self, register: u8, value: i32, label: L) {
-        self.jump(0x15, register, 0, value, label);
+        self.jump(0x16, register, 0, value, label);
     }
 
+    /// If a word is not this.
     pub(super) fn if_not(&mut self, register: u8, value: i32, label: L) {
-        self.jump(0x55, register, 0, value, label);
+        self.jump(0x56, register, 0, value, label);
     }
 
+    /// If what a function found is nothing.
+    pub(super) fn if_nothing(&mut self, register: u8, label: L) {
+        self.jump(0x15, register, 0, 0, label);
+    }
+
+    /// If a place lies behind another one.
     pub(super) fn if_greater(&mut self, register: u8, other: u8, label: L) {
         self.jump(0x2d, register, other, 0, label);
     }
@@ -288,4 +300,38 @@ unsafe fn made<T>(command: libc::c_int, attributes: &T) -> io::Result<OwnedFd> {
     let fd = unsafe { bpf(command, attributes) }?;
     // SAFETY: it is new. The kernel makes those of BPF close-on-exec.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// What a classifier answers to a frame (BPF_PROG_TEST_RUN). Kernels since 6.18 do not try
+/// it with half of a header.
+#[cfg(test)]
+pub(super) fn answer(program: &OwnedFd, frame: &[u8]) -> io::Result<i32> {
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        answer: i32,
+        length: u32,
+        room: u32,
+        frame: *const u8,
+        out: *mut u8,
+        times: u32,
+        took: u32,
+        rest: [u64; 6],
+    }
+    let attributes = Attributes {
+        program: program.as_raw_fd().cast_unsigned(),
+        answer: i32::MIN,
+        length: u32::try_from(frame.len()).unwrap(),
+        room: 0,
+        frame: frame.as_ptr(),
+        out: ptr::null_mut(),
+        times: 1,
+        took: 0,
+        rest: [0; 6],
+    };
+    let attributes = std::cell::UnsafeCell::new(attributes);
+    // SAFETY: it reads these and the frame, and writes into the attributes, which nobody
+    // else looks at.
+    unsafe { bpf(10, &attributes) }?;
+    Ok(attributes.into_inner().answer)
 }

@@ -97,7 +97,7 @@ fn program(map: RawFd) -> Program<Place> {
     it.copy(2, 10);
     it.add(2, -4);
     it.call(Function::MapLookup);
-    it.if_is(0, 0, Place::Pass);
+    it.if_nothing(0, Place::Pass);
     it.copy(7, 0);
     it.copy(1, 6);
     it.copy(2, 7);

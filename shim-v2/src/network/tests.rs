@@ -33,6 +33,21 @@ pub(crate) fn says(namespace: &File, line: &str) -> String {
     there(namespace, move || said(&line)).join().unwrap()
 }
 
+/// Waits until nothing of ours is in the namespace: of what was closed another process may
+/// have a copy until it is executed.
+#[track_caller]
+pub(crate) fn assert_nothing_of_ours(namespace: &File) {
+    let mut left = String::new();
+    for _ in 0..500 {
+        left = says(namespace, "tc qdisc show; ip -o link");
+        if !left.contains("ingress") && !left.contains("bulkhead") {
+            return;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    panic!("{left}");
+}
+
 /// Does something there.
 fn there<T: Send + 'static>(
     namespace: &File,
@@ -56,7 +71,7 @@ pub(crate) const ETH0: &str = "ip link add name eth0 type veth peer name other0 
     && ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up";
 
 fn of(namespace: &File) -> Network {
-    Network::new(namespace.try_clone().unwrap().into())
+    Network::new(namespace.try_clone().unwrap().into(), false)
 }
 
 fn look(network: &mut Network) -> Seen {
@@ -91,11 +106,7 @@ fn nothing_is_left_on_an_interface_that_is_let_go_of() {
     let qdiscs = says(&namespace, "tc qdisc show dev eth0");
     assert!(qdiscs.contains("ingress"), "{qdiscs}");
     drop((seen, network));
-    let left = says(&namespace, "tc qdisc show; ip -o link");
-    assert!(
-        !left.contains("ingress") && !left.contains("bulkhead"),
-        "{left}"
-    );
+    assert_nothing_of_ours(&namespace);
 }
 
 #[test]
@@ -188,11 +199,7 @@ fn a_look_that_is_given_up_leaves_nothing() {
     let (visitor, answer) = of(&namespace).begin_look().unwrap();
     drop(answer);
     visitor.join().unwrap();
-    let left = says(&namespace, "tc qdisc show; ip -o link");
-    assert!(
-        !left.contains("ingress") && !left.contains("bulkhead"),
-        "{left}"
-    );
+    assert_nothing_of_ours(&namespace);
 }
 
 #[test]
@@ -385,4 +392,87 @@ fn what_the_guest_asks_is_asked_of_the_name_server_in_the_namespace_nw_34() {
         Message::read(&mut guest).await.unwrap_err();
     });
     answering.join().unwrap();
+}
+
+/// A datagram of IPv4 from this address to port 7 of the world, as a tap takes it.
+fn datagram(link: &Link, to: [u8; 6], from: [u8; 4]) -> Vec<u8> {
+    let mut header = [
+        &[0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0],
+        &from[..],
+        &[10, 9, 0, 1],
+    ]
+    .concat();
+    let words = header
+        .chunks(2)
+        .map(|it| u32::from(it[0]) << 8 | u32::from(it[1]));
+    let sum: u32 = words.sum();
+    let sum = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    let udp = [0, 9, 0, 7, 0, 9, 0, 0, from[3]];
+    [&[0; 12], &to[..], &link.mac, &[8, 0], &header, &udp].concat()
+}
+
+#[test]
+fn frames_in_another_name_do_not_leave_the_machine_b51() {
+    let Some(namespace) = namespace(&[ETH0]) else {
+        return;
+    };
+    let world = world(&namespace);
+    let mac = says(&world, "ip -o link show other0");
+    let mac = mac.split_once("link/ether ").unwrap().1;
+    let mac: Vec<u8> = { mac[..17].split(':') }
+        .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+        .collect();
+    let mac: [u8; 6] = mac.try_into().unwrap();
+    let hears = there(&world, || UdpSocket::bind("10.9.0.1:7").unwrap());
+    let hears = hears.join().unwrap();
+    hears
+        .set_read_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
+    let mut network = of(&namespace);
+    let mut seen = look(&mut network);
+    let (_, mut tap) = seen.taps.pop().unwrap();
+    // Which of three addresses are heard.
+    let mut heard = |link: &Link| {
+        for last in [2, 3, 4] {
+            tap.write_all(&datagram(link, mac, [10, 9, 0, last]))
+                .unwrap();
+        }
+        let mut heard = Vec::new();
+        let mut from = [0];
+        while hears.recv(&mut from).is_ok() {
+            heard.push(from[0]);
+        }
+        heard
+    };
+    assert_eq!(heard(&seen.links[0]), [2]);
+    // Its addresses are those that it has at present.
+    says(
+        &namespace,
+        "ip addr del 10.9.0.2/24 dev eth0; ip addr add 10.9.0.3/24 dev eth0",
+    );
+    let seen = look(&mut network);
+    assert_eq!(heard(&seen.links[0]), [3]);
+    assert!(network.trust() && !network.trust());
+    let seen = look(&mut network);
+    assert_eq!(heard(&seen.links[0]), [2, 3, 4]);
+    drop((seen, network));
+}
+
+#[test]
+fn a_namespace_that_another_machine_has_is_refused_cl_07_nw_33() {
+    let Some(namespace) = namespace(&[ETH0]) else {
+        return;
+    };
+    let mut first = of(&namespace);
+    let taps = look(&mut first).taps;
+    let refused = look(&mut of(&namespace)).refused.pop().unwrap().to_string();
+    assert!(
+        refused.contains("eth0") && refused.contains("another virtual machine"),
+        "{refused}"
+    );
+    // Of the first nothing is taken away.
+    let filters = says(&namespace, "tc filter show dev eth0 ingress");
+    assert!(filters.contains("Redirect"), "{filters}");
+    drop(taps);
 }

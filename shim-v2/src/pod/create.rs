@@ -313,6 +313,7 @@ impl Pod {
             bundle: request.bundle.clone(),
             init,
             network,
+            sends_as_others: prepared.sends_as_others,
             execs: Mutex::default(),
             files: Mutex::new(traces.files.take()),
             sockets: Service::begin(&guest, &request.id, sockets, &self.places),

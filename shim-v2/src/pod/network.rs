@@ -40,6 +40,8 @@ pub(super) struct Connected {
 pub(super) struct Carried {
     namespace: CarriedFd,
     redirected: Vec<Redirected>,
+    #[serde(default)]
+    trusted: bool,
     interfaces: BTreeMap<u32, u8>,
 }
 
@@ -136,11 +138,12 @@ impl Connected {
     }
 
     pub(super) fn carry(&self, bag: &mut Bag) -> io::Result<Carried> {
-        let (namespace, redirected) = self.network.parts();
+        let (namespace, redirected, trusted) = self.network.parts();
         let interfaces = self.interfaces.iter();
         Ok(Carried {
             namespace: bag.put(namespace)?,
             redirected: redirected.to_vec(),
+            trusted,
             interfaces: interfaces
                 .map(|(index, attached)| (*index, attached.device()))
                 .collect(),
@@ -152,7 +155,7 @@ impl Connected {
         let namespace = namespace.map_err(host("take over a network namespace"))?;
         let interfaces = carried.interfaces.into_iter();
         Ok(Connected {
-            network: Network::unpack(namespace, carried.redirected),
+            network: Network::unpack(namespace, carried.redirected, carried.trusted),
             interfaces: interfaces
                 .map(|(index, device)| (index, Attached::new(device, guest)))
                 .collect(),
@@ -196,7 +199,11 @@ impl Pod {
         container: &Container,
     ) -> Result<()> {
         let mut network = self.network.lock().await;
-        if network.is_some() {
+        let trusted = container.sends_as_others || !self.settings.get().spoof_filter;
+        if let Some(connected) = &mut *network {
+            if trusted && connected.network.trust() {
+                connected.follow(guest).await?;
+            }
             return Ok(());
         }
         let namespace = match &container.network {
@@ -208,7 +215,7 @@ impl Pod {
         }
         let namespace = namespace.try_clone_to_owned();
         let namespace = namespace.map_err(host("keep the network namespace"))?;
-        let mut connected = Connected::new(Network::new(namespace));
+        let mut connected = Connected::new(Network::new(namespace, trusted));
         let looked = connected.follow(guest).await;
         let refused = |mut looked: Looked| match looked.refused.pop() {
             Some(error) => Err(error),

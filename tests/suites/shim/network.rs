@@ -6,10 +6,10 @@ use std::{
     os::fd::AsFd,
     process::Command,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use bulkhead_tests::netns::Namespace;
+use bulkhead_tests::{Setting, netns::Namespace};
 use serde_json::{Value, json};
 
 use crate::{
@@ -280,4 +280,64 @@ fn who_connects_to_the_namespaces_loopback_address_is_at_that_of_the_guest_nw_24
     pod.end();
     let refused = asked(&net.inside, "127.0.0.1:8080", "hello").unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn no_more_passes_an_interface_than_the_configuration_says() {
+    const RATE: usize = 1 << 20;
+    let setting = format!("[interface.receive.bytes]\nper_second = {RATE}\nburst = 65536\n");
+    let _setting = Setting::put(&setting);
+    let net = Net::new();
+    let pod = Pod::start("net", Root::new(), &in_namespace(net.inside.path()));
+    pod.run(Streams::Nothing);
+    let outside = net.outside.fd().as_fd().try_clone_to_owned().unwrap();
+    let (ready, listens) = std::sync::mpsc::channel();
+    let server = thread::spawn(move || {
+        nix::sched::setns(outside, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let listener = TcpListener::bind("10.9.0.1:8000").unwrap();
+        ready.send(()).unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        let begin = Instant::now();
+        stream.write_all(&vec![7; 3 * RATE]).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        // It ends the connection once it has all.
+        stream.read_to_end(&mut Vec::new()).unwrap();
+        begin.elapsed()
+    });
+    listens.recv().unwrap();
+    let line = "nc 10.9.0.1 8000 < /dev/null | wc -c";
+    assert_eq!(
+        says(&pod, &["sh", "-c", line]).trim(),
+        (3 * RATE).to_string()
+    );
+    // Never less, however fast the machines are.
+    let took = server.join().unwrap();
+    assert!(took > Duration::from_millis(2_800), "{took:?}");
+    pod.end();
+}
+
+#[test]
+fn a_container_that_may_change_its_network_sends_as_whom_it_likes_and_no_other_b51() {
+    let net = Net::new();
+    // Of an address that nobody gave it.
+    let line = "ip addr add 10.9.0.3/24 dev eth0 && ping -c 1 -W 2 -I 10.9.0.3 10.9.0.1";
+    for (trusted, expected) in [(true, 0), (false, 1)] {
+        let mut config = in_namespace(net.inside.path());
+        if trusted {
+            config["process"]["capabilities"] = json!({"bounding": ["CAP_NET_ADMIN"]});
+        }
+        let pod = Pod::start("net", Root::new(), &config);
+        pod.run(Streams::Nothing);
+        says(&pod, &["ping", "-c", "1", "-W", "20", "10.9.0.1"]);
+        let mut process = process(&["sh", "-c", line]);
+        let rights = ["CAP_NET_RAW", "CAP_NET_ADMIN"];
+        process["capabilities"] =
+            json!({"bounding": rights, "effective": rights, "permitted": rights});
+        let program = pod.exec(&process, Streams::Output);
+        program.start().unwrap();
+        let text = program.output(within(Duration::from_secs(60)));
+        let text = String::from_utf8(text).unwrap();
+        assert_eq!(program.wait(), expected, "{text}");
+        pod.end();
+    }
 }

@@ -9,7 +9,7 @@ use super::{
     super::*,
     harness::{Bench, run},
 };
-use crate::network::tests::{ETH0, namespace, says};
+use crate::network::tests::{ETH0, assert_nothing_of_ours, namespace, says};
 
 const ETH1: &str = "ip link add name eth1 type veth peer name other1 \
     && ip addr add 10.9.1.2/24 dev eth1 && ip link set eth1 up";
@@ -37,11 +37,7 @@ fn a_start_whose_network_fails_leaves_nothing_of_it_and_may_come_again() {
             bench.start("c").await.unwrap_err();
             assert_eq!(bench.agent.last_call(), "SetUpNetwork eth0 eth1");
             assert!(lock(&bench.guest().interfaces).is_empty());
-            let left = says(&namespace, "tc qdisc show; ip -o link");
-            assert!(
-                !left.contains("ingress") && !left.contains("bulkhead"),
-                "{left}"
-            );
+            assert_nothing_of_ours(&namespace);
         }
     });
 }
@@ -106,7 +102,6 @@ fn interfaces_that_come_and_go_while_the_pod_runs_come_and_go_in_the_guest_nw_37
         while !lock(&bench.guest().interfaces).is_empty() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        let left = says(&namespace, "ip -o link");
-        assert!(!left.contains("bulkhead"), "{left}");
+        assert_nothing_of_ours(&namespace);
     });
 }
