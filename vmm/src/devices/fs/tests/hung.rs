@@ -13,7 +13,10 @@ use rustix::{
     thread::UnshareFlags,
 };
 
-use super::{linux::Linux, *};
+use super::{
+    linux::{Linux, abort_of},
+    *,
+};
 
 /// A mount whose directory is there, and of which each name is waited for.
 struct Dead {
@@ -38,8 +41,7 @@ impl Dead {
         let options = std::ffi::CString::new(options).unwrap();
         let none = MountFlags::empty();
         mount("dead", &at, "fuse", none, options.as_c_str()).unwrap();
-        let control = Path::new("/sys/fs/fuse/connections");
-        mount("fusectl", control, "fusectl", none, c"").unwrap();
+        let abort = abort_of(&at);
         let mut server = fuse;
         thread::spawn(move || {
             let mut request = vec![0; 0x2_1000];
@@ -74,8 +76,6 @@ impl Dead {
                 let _ = server.write(&header.0);
             }
         });
-        let device = rustix::fs::stat(&at).unwrap().st_dev;
-        let abort = control.join(format!("{}/abort", rustix::fs::minor(device)));
         Dead { at, abort }
     }
 

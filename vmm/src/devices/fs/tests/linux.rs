@@ -6,7 +6,7 @@ mod client;
 
 use std::{collections::BTreeMap, fs::File, io::Write, os::fd::AsRawFd, process::Command, thread};
 
-pub(super) use self::client::Linux;
+pub(super) use self::client::{Linux, abort_of};
 use super::*;
 
 const BOTH: [Policy; 2] = [Policy::Shared, Policy::Private];
@@ -437,4 +437,20 @@ pub(super) fn wait_for(mut condition: impl FnMut() -> bool) {
         assert!(std::time::Instant::now() < until, "it does not come");
         thread::yield_now();
     }
+}
+
+#[test]
+fn a_file_that_outlives_its_mount_keeps_nobody_waiting() {
+    let Some(linux) = Linux::new(Policy::Private) else {
+        return;
+    };
+    let file = fs::File::open(linux.seen("old")).unwrap();
+    let (told, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        drop(linux);
+        drop(file);
+        told.send(()).unwrap();
+    });
+    let limit = std::time::Duration::from_secs(60);
+    ended.recv_timeout(limit).expect("it waits for ever");
 }

@@ -34,6 +34,8 @@ pub(in super::super) struct Linux {
     /// The mount as the host sees it.
     pub(super) host: PathBuf,
     counts: Arc<Mutex<BTreeMap<u32, usize>>>,
+    /// The file whose writing ends the mount.
+    abort: PathBuf,
     stop: Arc<AtomicBool>,
     pumps: Vec<JoinHandle<()>>,
     _layers: Directory,
@@ -79,6 +81,7 @@ impl Linux {
             guest,
             host,
             counts: Arc::default(),
+            abort: PathBuf::new(),
             stop: Arc::default(),
             pumps: Vec::new(),
             _layers: layers,
@@ -96,6 +99,7 @@ impl Linux {
         let options = CString::new(options).unwrap();
         let none = MountFlags::empty();
         mount("share", &self.place.0, "fuse", none, options.as_c_str()).unwrap();
+        self.abort = abort_of(&self.place.0);
         let driver = Arc::new(Mutex::new(self.guest.rings.remove(1)));
         let (free, slots) = mpsc::channel();
         for slot in 0..SLOTS {
@@ -153,8 +157,32 @@ impl Linux {
     }
 }
 
+/// The file by which whoever waits for this FUSE mount is told that it has ended.
+pub(in super::super) fn abort_of(place: &Path) -> PathBuf {
+    let control = Path::new("/sys/fs/fuse/connections");
+    // It is there already if this is the second mount of a test.
+    let mounted = mount("fusectl", control, "fusectl", MountFlags::empty(), c"");
+    assert!(
+        matches!(mounted, Ok(()) | Err(rustix::io::Errno::BUSY)),
+        "{mounted:?}"
+    );
+    // To ask for its attributes would be a request.
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let mut mounts = mounts.lines().map(|line| line.split(' '));
+    let device = mounts.find_map(|mut words| {
+        let device = words.nth(2)?;
+        (Path::new(words.nth(1)?) == place).then_some(device)
+    });
+    let (_, minor) = device.unwrap().split_once(':').unwrap();
+    control.join(minor).join("abort")
+}
+
+/// A process that another test has forked just now may have copies of all descriptors, of
+/// files in the mount as well as of its server's, and is not to wait for that when it
+/// closes the ones before the other.
 impl Drop for Linux {
     fn drop(&mut self) {
+        let _ = fs::write(&self.abort, "1");
         let _ = unmount(&self.place.0, UnmountFlags::DETACH);
         self.stop.store(true, Ordering::Release);
         let _ = self.guest.irq.write(1);
