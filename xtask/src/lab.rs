@@ -260,10 +260,11 @@ pub(crate) fn lab(wanted: Lab) -> Result<ExitCode> {
 }
 
 /// What can be measured, and the time that a round of it may take on this machine.
-const BENCHES: [(&str, Duration); 5] = [
+const BENCHES: [(&str, Duration); 6] = [
     ("boot", Duration::from_secs(120)),
     ("exec", Duration::from_secs(600)),
     ("files", Duration::from_secs(1800)),
+    ("net", Duration::from_secs(1200)),
     ("syscalls", Duration::from_secs(900)),
     ("task", Duration::from_secs(600)),
 ];
@@ -283,8 +284,8 @@ pub(crate) fn bench(name: &str, rounds: u32) -> Result<ExitCode> {
     let programs = build::target_dir().join("release");
     let mut ready =
         Ready::new(Some(&prefix), &bar)?.with("bench", programs.join(format!("bench-{name}")));
-    if name == "files" {
-        let inside = build::static_program("bulkhead-guest", "bench-files-inside")?;
+    if ["files", "net"].contains(&name) {
+        let inside = build::static_program("bulkhead-guest", &format!("bench-{name}-inside"))?;
         ready = ready.with("inside", inside);
     }
     for attempt in 1..=BENCH_TRIES {
