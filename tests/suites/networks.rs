@@ -169,15 +169,6 @@ fn containers_of_a_network_of_dockers_know_each_other_by_name_and_the_world_nw_3
 }
 
 #[test]
-fn the_network_of_the_host_is_refused_with_another_way_named_nw_30() {
-    let _networks = Networks::new();
-    let ours = ["run", "--rm", "--runtime", "io.containerd.bulkhead.v2"];
-    let refused = docker(&[&ours[..], &["--network", "host", "busybox", "true"]].concat());
-    let text = refused.failure();
-    assert!(text.contains("choose another network"), "{text}");
-}
-
-#[test]
 fn the_bridge_that_docker_has_by_default_connects_a_container_nw_03() {
     let _networks = Networks::new();
     run("server", &["-p", "8080:80"], SERVER);

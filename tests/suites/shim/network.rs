@@ -299,10 +299,7 @@ fn no_more_passes_an_interface_than_the_configuration_says() {
         let (mut stream, _) = listener.accept().unwrap();
         let begin = Instant::now();
         stream.write_all(&vec![7; 3 * RATE]).unwrap();
-        stream.shutdown(Shutdown::Write).unwrap();
-        // It ends the connection once it has all.
-        stream.read_to_end(&mut Vec::new()).unwrap();
-        begin.elapsed()
+        begin
     });
     listens.recv().unwrap();
     let line = "nc 10.9.0.1 8000 < /dev/null | wc -c";
@@ -311,7 +308,7 @@ fn no_more_passes_an_interface_than_the_configuration_says() {
         (3 * RATE).to_string()
     );
     // Never less, however fast the machines are.
-    let took = server.join().unwrap();
+    let took = server.join().unwrap().elapsed();
     assert!(took > Duration::from_millis(2_800), "{took:?}");
     pod.end();
 }

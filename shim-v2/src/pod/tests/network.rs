@@ -43,7 +43,7 @@ fn a_start_whose_network_fails_leaves_nothing_of_it_and_may_come_again() {
 }
 
 #[test]
-fn the_hosts_own_network_is_refused_before_there_is_a_machine_nw_29_nw_30() {
+fn the_hosts_own_network_is_refused_before_there_is_a_machine_nw_29() {
     run(async |bench| {
         let request = bench.request_with("c", |spec| {
             let all = spec["linux"]["namespaces"].as_array_mut().unwrap();
