@@ -26,6 +26,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use tokio::io::Interest;
 
 use crate::{
+    bpf::{self, Hook},
     error::{Doing, Error},
     spec::{
         InForce,
@@ -53,9 +54,9 @@ impl Cgroup {
         let directory = rustix::fs::open(&cgroup.path, DIRECTORY, Mode::empty())
             .doing("open the container's cgroup")?;
         let directory = cgroup.directory.insert(directory);
-        let program = sys::load_device_program(&devices::program(&resources.devices))
+        let program = bpf::load_program(Hook::Device, &devices::program(&resources.devices))
             .doing("load the device rules")?;
-        sys::attach_device_program(directory, program).doing("attach the device rules")?;
+        bpf::attach(Hook::Device, directory, program).doing("attach the device rules")?;
         for setting in limits_of_the_tree().iter().chain(&resources.settings) {
             set(&cgroup.path, setting)?;
         }

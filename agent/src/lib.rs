@@ -20,6 +20,7 @@
 
 mod baseline;
 pub mod boot;
+mod bpf;
 mod cgroup;
 mod channel;
 mod clock;

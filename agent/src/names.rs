@@ -5,6 +5,7 @@ use std::{
     collections::HashMap,
     io,
     net::{Ipv4Addr, SocketAddrV4},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -23,7 +24,9 @@ use crate::{
     streams::{BoxStream, Streams},
 };
 
-/// Where it is asked.
+mod lead;
+
+/// Where it is asked: from there it is led to where we listen.
 const SERVER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 11), 53);
 
 /// How long an answer may take, and a connection be silent: longer than the host waits.
@@ -34,29 +37,61 @@ const AFTER_FAILURE: Duration = Duration::from_millis(100);
 
 /// Whoever serves at present.
 #[derive(Debug, Default)]
-pub(crate) struct Names(tokio::sync::Mutex<Option<JoinHandle<()>>>);
+pub(crate) struct Names {
+    /// The cgroup of those who ask.
+    cgroup: Option<PathBuf>,
+    serving: tokio::sync::Mutex<Option<JoinHandle<()>>>,
+}
 
 impl Names {
+    /// For the processes of a cgroup.
+    pub(crate) fn new(cgroup: PathBuf) -> Self {
+        Names {
+            cgroup: Some(cgroup),
+            ..Names::default()
+        }
+    }
+
     /// Serves from now on by the stream with this id, when that comes, and by no other.
-    pub(crate) async fn serve(&self, streams: &Arc<Streams>, stream: u64) -> Result<(), Error> {
+    /// Answers the port at which it listens.
+    pub(crate) async fn serve(&self, streams: &Arc<Streams>, stream: u64) -> Result<u16, Error> {
         let claim = streams.claim(stream)?;
-        let mut serving = self.0.lock().await;
+        let mut serving = self.serving.lock().await;
         if let Some(before) = serving.take() {
             before.abort();
             // Its sockets are closed then.
             let _ = before.await;
         }
         let doing = "listen for questions after names";
-        let udp = UdpSocket::bind(SERVER).await.doing(doing)?;
-        let tcp = TcpListener::bind(SERVER).await.doing(doing)?;
+        let (udp, tcp) = listen().await.doing(doing)?;
+        let port = tcp.local_addr().doing(doing)?.port();
+        let leads = match &self.cgroup {
+            Some(cgroup) => lead::lead(cgroup, port).doing(doing)?,
+            None => Vec::new(),
+        };
         *serving = Some(tokio::spawn(async move {
             if let Ok(stream) = claim.stream().await {
                 // It ends with the stream.
                 let _ = serve(udp, tcp, stream).await;
             }
+            drop(leads);
         }));
-        Ok(())
+        Ok(port)
     }
+}
+
+/// Listens at some port, the same of both protocols.
+async fn listen() -> io::Result<(UdpSocket, TcpListener)> {
+    const TRIES: usize = 10;
+    let mut refused = None;
+    for _ in 0..TRIES {
+        let tcp = TcpListener::bind((*SERVER.ip(), 0)).await?;
+        match UdpSocket::bind(tcp.local_addr()?).await {
+            Ok(udp) => return Ok((udp, tcp)),
+            Err(error) => refused = Some(error),
+        }
+    }
+    Err(refused.unwrap_or_else(|| io::ErrorKind::AddrInUse.into()))
 }
 
 /// Questions on their way.
@@ -220,13 +255,17 @@ mod tests {
         done.join().unwrap();
     }
 
-    /// The host's end of a stream by which names are asked from now on.
-    async fn served(names: &Names, streams: &Arc<Streams>, id: u64) -> DuplexStream {
+    /// The host's end of a stream by which names are asked from now on, and where.
+    async fn served(
+        names: &Names,
+        streams: &Arc<Streams>,
+        id: u64,
+    ) -> (DuplexStream, SocketAddrV4) {
         let (mut host, guest) = duplex(1 << 17);
         streams.accept(guest, streams.room().await);
         host.write_all(&id.to_le_bytes()).await.unwrap();
-        names.serve(streams, id).await.unwrap();
-        host
+        let port = names.serve(streams, id).await.unwrap();
+        (host, SocketAddrV4::new(*SERVER.ip(), port))
     }
 
     async fn asked(host: &mut DuplexStream) -> Message {
@@ -237,11 +276,11 @@ mod tests {
     fn what_is_asked_goes_to_the_host_and_its_answers_to_who_asked_nw_34() {
         alone(async || {
             let (names, streams) = (Names::default(), Streams::new());
-            let mut host = served(&names, &streams, 7).await;
+            let (mut host, server) = served(&names, &streams, 7).await;
             let mut clients = Vec::new();
             for body in [b"one", b"two"] {
                 let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-                client.connect(SERVER).await.unwrap();
+                client.connect(server).await.unwrap();
                 client.send(body).await.unwrap();
                 clients.push(client);
             }
@@ -259,7 +298,7 @@ mod tests {
                 assert_eq!(&answer[..count], expected);
             }
             // By TCP several on one connection, until there is no answer.
-            let mut client = TcpStream::connect(SERVER).await.unwrap();
+            let mut client = TcpStream::connect(server).await.unwrap();
             for body in [&[1; 60_000][..], b"x"] {
                 write_body(&mut client, body).await.unwrap();
                 let question = asked(&mut host).await;
@@ -282,11 +321,11 @@ mod tests {
     fn the_last_stream_counts_and_more_questions_than_may_wait_are_lost_nw_34() {
         alone(async || {
             let (names, streams) = (Names::default(), Streams::new());
-            let mut before = served(&names, &streams, 7).await;
-            let mut host = served(&names, &streams, 8).await;
+            let (mut before, _) = served(&names, &streams, 7).await;
+            let (mut host, server) = served(&names, &streams, 8).await;
             Message::read(&mut before).await.unwrap_err();
             let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-            client.connect(SERVER).await.unwrap();
+            client.connect(server).await.unwrap();
             for number in 0..=u8::try_from(QUESTIONS).unwrap() {
                 client.send(&[number]).await.unwrap();
                 // Each is taken before the next one comes.

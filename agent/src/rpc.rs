@@ -76,10 +76,11 @@ where
         end: Arc::clone(&host_gone),
     };
     let shutdown = Arc::new(Notify::new());
+    let names = Names::new(config.cgroups.clone());
     let service = Service {
         containers: Containers::new(config, reaper, Arc::clone(&meeting_point)),
         streams: meeting_point,
-        names: Names::default(),
+        names,
         shutdown: Arc::clone(&shutdown),
     };
     // A listener that yields the one connection there is.

@@ -7,7 +7,7 @@
 use std::{
     ffi::CStr,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     ptr,
 };
 
@@ -387,92 +387,25 @@ pub(crate) fn bring_up_interface(name: &CStr) -> io::Result<()> {
 /// `IFF_UP | IFF_RUNNING`.
 const UP: libc::c_short = 0x41;
 
-/// One instruction of an eBPF program (`struct bpf_insn`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(C)]
-pub(crate) struct BpfInstruction {
-    /// Operation.
-    pub code: u8,
-    /// Destination register (low half) and source register (high half).
-    pub registers: u8,
-    /// Jump or memory offset.
-    pub offset: i16,
-    /// Constant.
-    pub immediate: i32,
-}
-
-/// Loads a program for the device controller.
-pub(crate) fn load_device_program(program: &[BpfInstruction]) -> io::Result<OwnedFd> {
-    const BPF_PROG_LOAD: libc::c_int = 5;
-    const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-    /// Head of `union bpf_attr` for BPF_PROG_LOAD.
-    #[repr(C)]
-    struct Load {
-        kind: u32,
-        instructions: u32,
-        program: u64,
-        license: u64,
-        log_level: u32,
-        log_size: u32,
-        log: u64,
-        kernel_version: u32,
-        flags: u32,
-    }
-    let load = Load {
-        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
-        instructions: u32::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
-        program: program.as_ptr().expose_provenance() as u64,
-        license: c"Apache-2.0".as_ptr().expose_provenance() as u64,
-        log_level: 0,
-        log_size: 0,
-        log: 0,
-        kernel_version: 0,
-        flags: 0,
-    };
-    // SAFETY: `load` is the head of a bpf_attr, whose rest the kernel takes as
-    // zero; it names `program` and a C string, which outlive the call.
+/// The number by which programs of the kernel's know the network namespace of the calling
+/// thread.
+pub(crate) fn network_namespace() -> io::Result<u32> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes a number of 64 bits, and reads and writes its length.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_LOAD,
-            &raw const load,
-            size_of::<Load>(),
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
         )
     };
-    let fd = RawFd::try_from(check(result)?).map_err(|_| io::ErrorKind::InvalidData)?;
-    // SAFETY: the kernel just returned `fd`, so it is open and nothing else
-    // owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Attaches a device program to a cgroup; further ones can be added below it.
-pub(crate) fn attach_device_program(cgroup: impl AsFd, program: impl AsFd) -> io::Result<()> {
-    const BPF_PROG_ATTACH: libc::c_int = 8;
-    const BPF_CGROUP_DEVICE: u32 = 6;
-    const BPF_F_ALLOW_MULTI: u32 = 2;
-    /// Head of `union bpf_attr` for BPF_PROG_ATTACH.
-    #[repr(C)]
-    struct Attach {
-        target: u32,
-        program: u32,
-        kind: u32,
-        flags: u32,
-    }
-    let attach = Attach {
-        target: cgroup.as_fd().as_raw_fd().cast_unsigned(),
-        program: program.as_fd().as_raw_fd().cast_unsigned(),
-        kind: BPF_CGROUP_DEVICE,
-        flags: BPF_F_ALLOW_MULTI,
-    };
-    // SAFETY: `attach` is the head of a bpf_attr, whose rest the kernel takes
-    // as zero; it holds numbers only.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_ATTACH,
-            &raw const attach,
-            size_of::<Attach>(),
-        )
-    };
-    check(result).map(drop)
+    check(result.into())?;
+    // They are counted.
+    let cookie = i32::try_from(cookie).map_err(io::Error::other)?;
+    Ok(cookie.cast_unsigned())
 }

@@ -143,6 +143,14 @@ fn containers_of_a_network_of_dockers_know_each_other_by_name_and_the_world_nw_3
     for at in [server, "127.0.0.1:8080", &format!("{NAMES}:8081")] {
         assert_eq!(get(&format!("http://{at}/it")), "from server\n", "{at}");
     }
+    // A server of a container's own at the port of name servers is in nobody's way.
+    docker(&[
+        "exec", "-d", "client", "httpd", "-f", "-h", "/etc", "-p", "53",
+    ])
+    .success();
+    let hosts = soon("client", "wget -T 5 -qO- http://127.0.0.1:53/hostname");
+    assert_eq!(hosts, "client\n");
+    soon("client", "wget -T 5 -qO- http://server/it");
     // Of the world Docker asks others, from within the namespace.
     let world = soon("client", "nslookup world.example");
     assert!(world.contains(KNOWN), "{world}");

@@ -5,8 +5,8 @@
 //! denied.
 
 use crate::{
+    bpf::{Instruction, constant, load, move_register, op},
     spec::{devices::default_rules, plan::DeviceRule},
-    sys::BpfInstruction,
 };
 
 const ALL: u32 = DeviceRule::MKNOD | DeviceRule::READ | DeviceRule::WRITE;
@@ -19,27 +19,8 @@ const ACCESS: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 
-/// Operation codes (`linux/bpf_common.h`, `linux/bpf.h`).
-mod op {
-    /// `dst = *(u32 *)(src + offset)`
-    pub(super) const LOAD_WORD: u8 = 0x61;
-    /// `dst = src` (32 bits)
-    pub(super) const MOVE: u8 = 0xbc;
-    /// `dst = immediate` (32 bits)
-    pub(super) const MOVE_CONST: u8 = 0xb4;
-    /// `dst &= immediate` (32 bits)
-    pub(super) const AND: u8 = 0x54;
-    /// `dst >>= immediate` (32 bits)
-    pub(super) const SHIFT_RIGHT: u8 = 0x74;
-    /// Jump if `dst == immediate` (32 bits)
-    pub(super) const JUMP_EQUAL: u8 = 0x16;
-    /// Jump if `dst != immediate` (32 bits)
-    pub(super) const JUMP_NOT_EQUAL: u8 = 0x56;
-    pub(super) const EXIT: u8 = 0x95;
-}
-
 /// The program for a container with these rules.
-pub(super) fn program(rules: &[DeviceRule]) -> Vec<BpfInstruction> {
+pub(super) fn program(rules: &[DeviceRule]) -> Vec<Instruction> {
     let mut program = vec![
         load(KIND, 0),
         move_register(ACCESS, KIND),
@@ -57,7 +38,7 @@ pub(super) fn program(rules: &[DeviceRule]) -> Vec<BpfInstruction> {
 }
 
 /// Answers if the rule matches; else runs on into what follows.
-fn block(rule: &DeviceRule) -> Vec<BpfInstruction> {
+fn block(rule: &DeviceRule) -> Vec<Instruction> {
     let mut block = Vec::new();
     if let Some(kind) = rule.kind {
         block.push(constant(op::JUMP_NOT_EQUAL, KIND, kind as u32));
@@ -89,38 +70,11 @@ fn block(rule: &DeviceRule) -> Vec<BpfInstruction> {
     block
 }
 
-fn answer(allow: bool) -> [BpfInstruction; 2] {
+fn answer(allow: bool) -> [Instruction; 2] {
     [
         constant(op::MOVE_CONST, R0, allow.into()),
         constant(op::EXIT, R0, 0),
     ]
-}
-
-const fn load(to: u8, offset: i16) -> BpfInstruction {
-    BpfInstruction {
-        code: op::LOAD_WORD,
-        registers: to | (1 << 4),
-        offset,
-        immediate: 0,
-    }
-}
-
-const fn move_register(to: u8, from: u8) -> BpfInstruction {
-    BpfInstruction {
-        code: op::MOVE,
-        registers: to | (from << 4),
-        offset: 0,
-        immediate: 0,
-    }
-}
-
-const fn constant(code: u8, register: u8, value: u32) -> BpfInstruction {
-    BpfInstruction {
-        code,
-        registers: register,
-        offset: 0,
-        immediate: value.cast_signed(),
-    }
 }
 
 #[cfg(test)]
@@ -138,7 +92,7 @@ mod tests {
     }
 
     /// Does what the kernel does with the few operations that we use.
-    fn run(program: &[BpfInstruction], asked: Access) -> bool {
+    fn run(program: &[Instruction], asked: Access) -> bool {
         let context = [
             asked.access << 16 | asked.kind as u32,
             asked.major,
