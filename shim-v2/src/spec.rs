@@ -201,10 +201,15 @@ pub fn prepare(
     let (mut cgroup, mut network) = (None, None);
     let mut has_network = false;
     if let Some(linux) = &mut spec.linux {
-        has_network = linux
-            .namespaces
-            .iter()
-            .any(|namespace| namespace.kind == "network");
+        let names = |kind: &str| linux.namespaces.iter().any(|it| it.kind == kind);
+        has_network = names("network");
+        // Who names all that is usual and leaves it out means the host's; a specification
+        // that says next to nothing means nothing by it.
+        if !has_network && names("pid") && names("ipc") {
+            let reason = "the container is to have the network of the host, which a virtual \
+                machine cannot be in: choose another network, or none";
+            return Err(Error::new("linux.namespaces", "without network", reason));
+        }
         cgroup = Place::new(&linux.cgroups_path)?;
         network = leave_host_namespaces(&mut linux.namespaces)?;
         if let Some(profile) = linux.seccomp.take() {

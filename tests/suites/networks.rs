@@ -76,7 +76,7 @@ impl Drop for Networks {
         let _ = Command::new("sh", ["-c", all]).run();
         self.daemon = None;
         let rest = format!(
-            "nft flush ruleset; ip link del docker0; ip addr del {NAMES}/32 dev lo; \
+            "umount /run/docker/netns/default; nft flush ruleset; ip link del docker0; ip addr del {NAMES}/32 dev lo; \
             sysctl -w net.ipv4.ip_forward=0"
         );
         let _ = Command::new("sh", ["-c", &rest]).run();
@@ -174,6 +174,23 @@ fn containers_of_a_network_of_dockers_know_each_other_by_name_and_the_world_nw_3
     soon("client", "! ip -o link | grep eth0");
     let joined = soon("client", "wget -T 5 -qO- http://other/it");
     assert_eq!(joined, "from other\n");
+}
+
+#[test]
+fn the_network_of_the_host_is_refused_with_another_way_named_nw_30() {
+    let _networks = Networks::new();
+    let ours = ["run", "--rm", "--runtime", "io.containerd.bulkhead.v2"];
+    let refused = docker(&[&ours[..], &["--network", "host", "busybox", "true"]].concat());
+    let text = refused.failure();
+    assert!(text.contains("choose another network"), "{text}");
+    let none = docker(
+        &[
+            &ours[..],
+            &["--network", "none", "busybox", "ls", "/sys/class/net"],
+        ]
+        .concat(),
+    );
+    assert_eq!(none.success(), "lo\n");
 }
 
 #[test]

@@ -170,6 +170,32 @@ fn what_the_agent_would_refuse_is_refused_before_there_is_a_virtual_machine() {
 }
 
 #[test]
+fn who_leaves_the_network_alone_out_means_the_hosts_which_is_refused_nw_29_nw_30() {
+    let of = |kinds: &[&str]| {
+        let kinds = kinds.iter().map(|kind| json!({ "type": kind }));
+        run(with("linux.namespaces", kinds.collect()))
+    };
+    // As Docker, `ctr run --net-host` and pods with the host's network have it.
+    for kinds in [
+        &["mount", "pid", "ipc", "uts"][..],
+        &["mount", "pid", "ipc"],
+    ] {
+        let text = of(kinds).unwrap_err().to_string();
+        assert!(
+            text.contains("linux.namespaces") && text.contains("choose another"),
+            "{text}"
+        );
+    }
+    for kinds in [
+        &["mount"][..],
+        &["mount", "pid"],
+        &["mount", "pid", "ipc", "network"],
+    ] {
+        of(kinds).unwrap();
+    }
+}
+
+#[test]
 fn namespaces_of_the_host_are_refused_except_the_network_b6_cl_07() {
     for kind in ["pid", "ipc", "uts", "user", "cgroup", "mount", "time"] {
         let spec = json!([{"type": kind, "path": "/proc/7/ns/pid"}]);
