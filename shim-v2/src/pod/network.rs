@@ -40,9 +40,16 @@ pub(super) struct Connected {
 pub(super) struct Carried {
     namespace: CarriedFd,
     redirected: Vec<Redirected>,
-    #[serde(default)]
+    /// A shim that knew no filter let everything pass.
+    #[serde(default = "Carried::before_there_was_a_filter")]
     trusted: bool,
     interfaces: BTreeMap<u32, u8>,
+}
+
+impl Carried {
+    fn before_there_was_a_filter() -> bool {
+        true
+    }
 }
 
 /// What came of a look.

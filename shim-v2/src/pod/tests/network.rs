@@ -105,3 +105,10 @@ fn interfaces_that_come_and_go_while_the_pod_runs_come_and_go_in_the_guest_nw_37
         assert_nothing_of_ours(&namespace);
     });
 }
+
+#[test]
+fn who_sent_as_others_before_there_was_a_filter_does_so_after_an_upgrade() {
+    let old = json!({"namespace": 7, "redirected": [{"index": 2, "made": true}], "interfaces": {}});
+    let carried: network::Carried = serde_json::from_value(old).unwrap();
+    assert_eq!(serde_json::to_value(&carried).unwrap()["trusted"], true);
+}
